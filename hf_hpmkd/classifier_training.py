@@ -1,0 +1,246 @@
+"""Trains one classifier inside a run: a teacher on the spot, the student directly, or the student from its teachers.
+
+One function for all three, so that they differ in nothing but the teachers: same loop, checkpoints, progress bar and
+curves. A finished classifier is loaded instead of trained again; an interrupted one goes on from its last checkpoint.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_hpmkd.classifiers import Classifier
+from hf_hpmkd.recipe import Recipe
+from hf_hpmkd.tasks.base import FedDataset, Rows
+from hf_hpmkd.teacher_kinds import Teacher
+from hf_hpmkd.trainer import STATE_FILE, HPMKDTrainer
+from hf_hpmkd.training_args import HPMKDTrainingArguments
+
+_DONE = "trained.json"
+
+
+@dataclass
+class Trained:
+    """A trained classifier and what its training was."""
+
+    classifier: Classifier
+    seconds: float
+    steps: int
+    curve: list[dict[str, float]] = field(default_factory=list)
+    calibration: list[float] | None = None
+    class_weights: list[list[float]] | None = None
+    resumed: bool = False  # nothing was trained now
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What may differ between the classifiers of one run; the rest comes from the recipe's training section."""
+
+    epochs: int
+    max_steps: int
+    learning_rate: float
+    batch_size: int
+    seed: int
+    keep: str = "last"  # teachers never choose by validation rows, which must stay unseen by them
+
+
+def student_schedule(recipe: Recipe) -> Schedule:
+    """The student's schedule; the direct baseline has the same."""
+    training = recipe.training
+    return Schedule(
+        training.epochs, training.max_steps, training.learning_rate, training.batch_size, training.seed, training.keep
+    )
+
+
+def training_arguments(
+    recipe: Recipe, schedule: Schedule, folder: Path, num_rows: int, distills: bool
+) -> HPMKDTrainingArguments:
+    """The recipe's sections `training` and `distillation` as arguments. distills: False leaves the teachers out."""
+    training, distillation = recipe.training, recipe.distillation
+    per_epoch = math.ceil(math.ceil(num_rows / schedule.batch_size) / training.gradient_accumulation_steps)
+    total = schedule.max_steps if schedule.max_steps > 0 else per_epoch * schedule.epochs
+    every = max(1, math.ceil(total / training.evaluations))
+    return HPMKDTrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        num_train_epochs=schedule.epochs,
+        max_steps=schedule.max_steps,
+        per_device_train_batch_size=schedule.batch_size,
+        per_device_eval_batch_size=training.eval_batch_size,
+        learning_rate=schedule.learning_rate,
+        weight_decay=training.weight_decay,
+        optim=training.optimizer,
+        lr_scheduler_type=training.lr_scheduler,
+        warmup_steps=training.warmup_steps,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        max_grad_norm=training.max_grad_norm,
+        seed=schedule.seed,
+        bf16=training.precision == "bf16",
+        fp16=training.precision == "fp16",
+        dataloader_num_workers=training.num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_persistent_workers=training.num_workers > 0,
+        report_to=training.report_to or "none",
+        logging_steps=training.log_every or max(1, total // 100),
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=training.save_total_limit,
+        load_best_model_at_end=schedule.keep == "best",
+        metric_for_best_model="accuracy",
+        remove_unused_columns=False,
+        disable_tqdm=True,  # upstream's bar prints every log line; `_Bar` replaces it
+        alpha=distillation.alpha if distills else 0.0,
+        kd_kind=distillation.kd_kind,
+        temperature=distillation.temperature,
+        temperature_schedule=distillation.temperature_schedule,
+        temperature_min=distillation.temperature_min,
+        temperature_max=distillation.temperature_max,
+        gate=distillation.gate,
+        gate_entropy_weight=distillation.entropy_weight,
+        calibrate_teachers=distillation.calibrate_teachers,
+        guide_every=distillation.guide_every,
+        guide_batch_size=distillation.guide_batch_size,
+        feature_weight=distillation.feature_weight if distills else 0.0,
+        teacher_outputs=distillation.teacher_outputs,
+        teacher_outputs_topk=distillation.topk or 16,
+        teacher_cache_dir=distillation.cache_dir,
+    )
+
+
+def train_or_load(
+    name: str,
+    build: Callable[[], Classifier],
+    recipe: Recipe,
+    schedule: Schedule,
+    folder: Path,
+    train: Rows,
+    validation: Rows,
+    *,
+    num_views: int = 0,
+    teachers: Sequence[Teacher] = (),
+    guide: Rows | None = None,
+    on_log: Callable[[list[dict[str, float]]], None] = lambda history: None,
+) -> Trained:
+    """The classifier called `name`, trained into `folder` or loaded from there.
+
+    build: makes it with its initial weights. num_views: augmented views per training row, 0 for none. teachers: none
+    trains on labels alone. on_log: gets the log history at every evaluation.
+    """
+    classifier = build()
+    done = folder / _DONE
+    if done.is_file():
+        saved = json.loads(done.read_text(encoding="utf-8"))
+        classifier.model = type(classifier.model).from_pretrained(folder)  # type: ignore[union-attr]
+        return Trained(classifier, **saved, resumed=True)
+    checkpoint = _last_complete_checkpoint(folder / "checkpoints", distills=bool(teachers))
+    args = training_arguments(recipe, schedule, folder, len(train), distills=bool(teachers))
+    trainer = HPMKDTrainer(
+        classifier.model,
+        list(teachers) or None,
+        args,
+        train_dataset=FedDataset(train, classifier.feed, num_views),
+        eval_dataset=FedDataset(validation, classifier.feed),
+        guide_dataset=FedDataset(guide, classifier.feed) if guide is not None else None,
+        data_collator=FedDataset.collate,
+        compute_metrics=_accuracy,
+        callbacks=[_Bar(name), _Curve(on_log)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    history, steps = trainer.state.log_history, trainer.state.global_step
+    # A resumed run timed the steps after its checkpoint only; the earlier ones are counted at the same speed.
+    steps_before = int(Path(checkpoint).name.rsplit("-", 1)[1]) if checkpoint else 0
+    seconds = result.metrics["train_runtime"] * steps / max(steps - steps_before, 1)
+    trained = Trained(classifier, seconds, steps, _numbers(history))
+    if trainer.distiller is not None:
+        trained.calibration = trainer.distiller.ensemble.calibration.tolist()
+        trained.class_weights = trainer.distiller.class_weights()
+    if trainer.is_world_process_zero():
+        trainer.save_model(str(folder))
+        (folder / "training_args.bin").unlink()  # a pickle with this machine's paths; the run record says it all
+        if classifier.feed.processor is not None:
+            classifier.feed.processor.save_pretrained(folder)
+        saved = {key: getattr(trained, key) for key in ("seconds", "steps", "curve", "calibration", "class_weights")}
+        _write_json(done, saved)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    return trained
+
+
+def _last_complete_checkpoint(folder: Path, distills: bool) -> str | None:
+    """The newest checkpoint that was written to its end; a kill while writing leaves one that was not."""
+    while folder.is_dir():
+        last = get_last_checkpoint(str(folder))
+        if last is None:
+            return None
+        # `trainer_state.json` is the last file that a checkpoint gets.
+        if (Path(last) / "trainer_state.json").is_file() and (not distills or (Path(last) / STATE_FILE).is_file()):
+            return last
+        shutil.rmtree(last)
+    return None
+
+
+def _accuracy(prediction: Any) -> dict[str, float]:
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
+
+
+def _numbers(history: list[dict[str, Any]]) -> list[dict[str, float]]:
+    return [{key: float(value) for key, value in row.items() if isinstance(value, (int, float))} for row in history]
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value), encoding="utf-8")
+    temporary.replace(path)
+
+
+class _Curve(TrainerCallback):
+    """Hands the log history on at every evaluation, so that a run record grows while the run does."""
+
+    def __init__(self, keep: Callable[[list[dict[str, float]]], None]) -> None:
+        self.keep = keep
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.keep(_numbers(state.log_history))
+
+
+class _Bar(TrainerCallback):
+    """One progress bar per classifier: steps, loss, temperature, validation accuracy."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.bar: tqdm | None = None
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        names = {"loss": "loss", "temperature": "T", "eval_accuracy": "validation"}
+        for key, shown in names.items():
+            if logs and key in logs:
+                self.shown[shown] = f"{logs[key]:.3f}"
+        if self.bar is not None:
+            self.bar.set_postfix(self.shown, refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,403 @@
+"""Names to models: what `cifar-resnet-8`, `mlp-64x32`, `bert-2x64`, `timm/resnet10t` or a Hub id stands for, built with
+the preprocessing that fits it, for students and for teachers that are trained on the spot. Trains nothing.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    TimmWrapperConfig,
+)
+
+from hf_hpmkd.heads import find_classifier_head
+from hf_hpmkd.models import (
+    CifarResNetConfig,
+    TabularConfig,
+    TabularForClassification,
+    TabularProcessor,
+    load_cifar_resnet_file,
+    read_cifar_resnet_card,
+)
+from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TASKS, TEXT_CLASSIFICATION, Feed, Rows
+from hf_hpmkd.tasks.images import ImageFeed, ProcessorFeed
+from hf_hpmkd.tasks.tables import TableFeed
+from hf_hpmkd.tasks.text import TextFeed, train_tokenizer
+
+MAX_TEXT_LENGTH = 128
+"""Tokens kept of a text, where the model does not take fewer."""
+
+FORMS = {
+    IMAGE_CLASSIFICATION: (
+        "cifar-resnet-DEPTH with DEPTH = 6n + 2, as in cifar-resnet-8",
+        "cifar-resnet-DEPTHxWIDTH, as in cifar-resnet-14x8 (8 channels in the first stage instead of 16)",
+        "timm/ARCHITECTURE, as in timm/resnet10t",
+    ),
+    TEXT_CLASSIFICATION: ("bert-LAYERSxHIDDEN with HIDDEN a multiple of 16, as in bert-2x64",),
+    TABULAR_CLASSIFICATION: ("mlp-WIDTH or mlp-WIDTHxWIDTH..., as in mlp-16 or mlp-64x32",),
+}
+_HUB_FORM = "the id of a model on the Hub or a folder with its files, as in google/mobilenet_v2_1.0_224 or ./student"
+_TASK_OF = {"cifar-resnet": IMAGE_CLASSIFICATION, "bert": TEXT_CLASSIFICATION, "mlp": TABULAR_CLASSIFICATION}
+_AUTO_MODEL = {
+    IMAGE_CLASSIFICATION: AutoModelForImageClassification,
+    TEXT_CLASSIFICATION: AutoModelForSequenceClassification,
+    TABULAR_CLASSIFICATION: AutoModel,
+}
+_SMALL_IMAGE = 64
+_STATISTICS_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """family: cifar-resnet, mlp, bert, timm or hub. numbers: (depth, width), the widths, or (layers, hidden size).
+    source: architecture, Hub id or folder, without a prefix.
+    """
+
+    name: str
+    family: str
+    numbers: tuple[int, ...] = ()
+    source: str = ""
+
+
+@dataclass
+class Classifier:
+    """A model and its own preprocessing. num_params: all parameters, buffers not counted."""
+
+    model: PreTrainedModel
+    feed: Feed
+    family: str
+    num_params: int
+
+
+def parse_name(name: str, task: str) -> ModelName:
+    """What a model name means for a task. Opens no file and no connection.
+
+    Raises ValueError, with all the forms that the task knows, for a name of none of them or of another task.
+    """
+    if task not in TASKS:
+        raise ValueError(f"The task must be one of {', '.join(TASKS)}, got {task!r}.")
+    if built := re.match(r"(cifar-resnet|mlp)(?![a-z])|(bert)-(?=\d)", name):
+        parsed = _parse_built(name, built[1] or built[2])
+        if _TASK_OF[parsed.family] != task:
+            raise _bad_name(name, task, f"it is for {_TASK_OF[parsed.family]}")
+        return parsed
+    if timm_name := re.fullmatch(r"(?:hf-hub:)?timm/(.+)", name):
+        if task != IMAGE_CLASSIFICATION:
+            raise _bad_name(name, task, f"it is for {IMAGE_CLASSIFICATION}")
+        return ModelName(name, "timm", source=timm_name[1])
+    if re.match(r"(sklearn|column):", name) or name.endswith((".skops", ".safetensors")):
+        raise _bad_name(name, task, "it can be a teacher only, for it is no network to be trained here")
+    source = re.sub(r"^(hf-hub|local-dir):", "", name)
+    if not Path(source).is_dir():
+        try:
+            validate_repo_id(source)
+        except HFValidationError as error:
+            raise _bad_name(name, task, "it is no folder and no id on the Hub") from error
+    return ModelName(name, "hub", source=source)
+
+
+def _parse_built(name: str, family: str) -> ModelName:
+    task = _TASK_OF[family]
+    digits = re.fullmatch(r"\d+(x\d+)*", name.removeprefix(family + "-"))
+    numbers = tuple(int(part) for part in digits[0].split("x")) if digits else ()
+    if not numbers or min(numbers) < 1:
+        raise _bad_name(name, task, "positive numbers must follow")
+    if family == "cifar-resnet":
+        if len(numbers) > 2 or numbers[0] < 8 or (numbers[0] - 2) % 6:
+            raise _bad_name(name, task, "the depth must be 8, 14, 20, 26, 32, ...")
+        numbers = (numbers[0], numbers[1] if len(numbers) == 2 else 16)
+    if family == "bert" and (len(numbers) != 2 or numbers[1] % 16):
+        raise _bad_name(name, task, "two numbers must follow, the second a multiple of 16")
+    return ModelName(name, family, numbers)
+
+
+def _bad_name(name: str, task: str, why: str) -> ValueError:
+    forms = "; ".join((*FORMS[task], _HUB_FORM))
+    return ValueError(f"{name!r} names no model for {task}: {why}. Use one of: {forms}.")
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is to be built."""
+
+    name: ModelName
+    rows: Rows
+    pretrained: bool
+    meta: bool
+    processor: Any
+    hub: Mapping[str, Any]  # trust_remote_code, and revision where given
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        names = self.rows.class_names
+        return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+
+
+def build_classifier(
+    name: str,
+    rows: Rows,
+    *,
+    seed: int = 0,
+    pretrained: bool = False,
+    meta: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    processor: Any = None,
+) -> Classifier:
+    """The classifier called `name` for these training rows, on the CPU, in training mode.
+
+    rows: give the task, the classes, and what a preprocessing learns (mean and deviation of pixels, a vocabulary, the
+    columns of a table). Images of up to 64 pixels keep their size; cifar-resnet gets larger or varied ones as 32 x 32.
+    seed: the initial weights depend on it alone; torch's own generator is left as it was. pretrained: False takes the
+    configuration of a timm or Hub model and draws new weights; True loads them, and only a classifier for the same
+    classes in the same order keeps its last layer. meta: no weights at all, on torch's meta device, to count
+    parameters. processor: use this one instead (image processor, tokenizer or TabularProcessor).
+
+    Raises ValueError for a name that means nothing, for pretrained=True where there are no weights, and for weights
+    that do not fit; OSError if the Hub or the folder does not have the model.
+    """
+    parsed = parse_name(name, rows.task)
+    if pretrained and parsed.family in _TASK_OF:
+        raise ValueError(
+            f"There are no pre-trained weights for {name!r}. Set pretrained to False, or name a Hub model."
+        )
+    # A definite False, because None would stop at a prompt for code from the Hub.
+    hub: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision:
+        hub["revision"] = revision
+    request = _Request(parsed, rows, pretrained and not meta, meta, processor, hub)
+    build = {"cifar-resnet": _cifar_resnet, "mlp": _mlp, "bert": _bert, "timm": _timm, "hub": _from_hub}[parsed.family]
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: that would seed the GPUs' generators too, which are not put back.
+        torch.default_generator.manual_seed(seed)
+        model, feed = build(request)
+    return Classifier(model.train(), feed, parsed.family, sum(p.numel() for p in model.parameters()))
+
+
+def count_parameters(name: str, rows: Rows, **options: Any) -> int:
+    """Number of parameters of `build_classifier(name, rows, ...)`, without its weights."""
+    return build_classifier(name, rows, **options, meta=True).num_params
+
+
+def load_cifar_resnet_classifier(path: str | Path) -> Classifier:
+    """A pre-trained CIFAR ResNet from a .safetensors file with its JSON, with the preprocessing that the JSON names.
+
+    Raises what `load_cifar_resnet_file` does, and ValueError if the JSON lacks `input.mean` or `input.std`.
+    """
+    told = read_cifar_resnet_card(path).get("input", {})
+    if not told.get("mean") or not told.get("std"):
+        raise ValueError(
+            f'The JSON beside {path} must hold {{"input": {{"mean": [...], "std": [...]}}}} of pixels in 0..1.'
+        )
+    model = load_cifar_resnet_file(path)
+    height, width = told.get("size", (3, 32, 32))[-2:]
+    feed = ImageFeed((height, width), told["mean"], told["std"], channels=model.config.num_channels)
+    return Classifier(model, feed, "cifar-resnet", sum(p.numel() for p in model.parameters()))
+
+
+# ---- built from numbers ----------------------------------------------------------------------------------------------
+
+
+def _new_model(config: PretrainedConfig, request: _Request) -> PreTrainedModel:
+    with torch.device("meta") if request.meta else nullcontext():
+        return _AUTO_MODEL[request.rows.task].from_config(config, trust_remote_code=request.hub["trust_remote_code"])
+
+
+def _cifar_resnet(request: _Request) -> tuple[PreTrainedModel, Feed]:
+    depth, width = request.name.numbers
+    size = getattr(request.rows, "image_size", None)
+    if size is None or max(size) > _SMALL_IMAGE:
+        size = (32, 32)
+    config = CifarResNetConfig(depth, width, num_channels=3, **request.labels)
+    return _new_model(config, request), _image_feed(request, size)
+
+
+def _mlp(request: _Request) -> tuple[PreTrainedModel, Feed]:
+    processor = request.processor
+    if processor is None:
+        processor = TabularProcessor.fit(request.rows.raw(torch.arange(len(request.rows)))["table"])
+    config = TabularConfig(
+        hidden_sizes=request.name.numbers,
+        num_numeric=processor.num_numeric,
+        cardinalities=processor.cardinalities,
+        **request.labels,
+    )
+    model = _new_model(config, request)
+    assert isinstance(model, TabularForClassification)
+    return model.attach_processor(processor), TableFeed(processor)
+
+
+def attention_heads(hidden_size: int) -> int:
+    """Heads of 64 from hidden size 128 on, as in BERT; of 32, else 16, where 64 does not divide it or it is smaller.
+
+    hidden_size: a multiple of 16.
+    """
+    size = next(size for size in (64, 32, 16) if hidden_size % size == 0 and (size < 64 or hidden_size >= 128))
+    return hidden_size // size
+
+
+def _bert(request: _Request) -> tuple[PreTrainedModel, Feed]:
+    layers, hidden = request.name.numbers
+    tokenizer = request.processor
+    if tokenizer is None:
+        tokenizer = train_tokenizer(request.rows.raw(torch.arange(len(request.rows)))["text"])
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=attention_heads(hidden),
+        intermediate_size=4 * hidden,
+        max_position_embeddings=MAX_TEXT_LENGTH,
+        pad_token_id=tokenizer.pad_token_id,
+        **request.labels,
+    )
+    return _new_model(config, request), TextFeed(tokenizer, MAX_TEXT_LENGTH)
+
+
+def _image_feed(request: _Request, size: tuple[int, int]) -> Feed:
+    """For weights that start from nothing: pixels standardised by the training rows' own mean and deviation."""
+    if request.processor is not None:
+        return ProcessorFeed(request.processor)
+    mean, std = pixel_statistics(request.rows)
+    return ImageFeed(size, mean, std, channels=3)
+
+
+def pixel_statistics(rows: Rows) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per colour, of pixels in 0..1, over 2,048 rows evenly spaced (all, if fewer).
+
+    Grey images give three equal numbers. Rounded to four digits; a deviation is at least 1/255, for blank images.
+    """
+    step = max(1, len(rows) // _STATISTICS_ROWS)
+    images = rows.raw(torch.arange(0, len(rows), step)[:_STATISTICS_ROWS])["image"]
+    count, total, squares = 0, torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    for image in images:
+        pixels = image.flatten(1).double() / 255
+        count += pixels.shape[1]
+        total += pixels.sum(1)
+        squares += pixels.square().sum(1)
+    mean = total / count
+    std = (squares / count - mean.square()).clamp_min(0).sqrt().clamp_min(1 / 255)
+    return tuple(round(value, 4) for value in mean.tolist()), tuple(round(value, 4) for value in std.tolist())
+
+
+# ---- timm, transformers ----------------------------------------------------------------------------------------------
+
+
+def _timm(request: _Request) -> tuple[PreTrainedModel, Feed]:
+    import timm
+
+    architecture = request.name.source.split(".")[0]
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f" Did you mean {', '.join('timm/' + found for found in close)}?" if close else ""
+        raise ValueError(f"timm {timm.__version__} has no architecture {architecture!r}.{hint}")
+    if request.pretrained:
+        return _load(request, f"timm/{request.name.source}")
+    usual = timm.get_pretrained_cfg(architecture)
+    assert usual is not None
+    _, *usual_size = usual.input_size
+    size = getattr(request.rows, "image_size", None)
+    if size is None or size[0] > usual_size[0] or size[1] > usual_size[1]:
+        size = (usual_size[0], usual_size[1])
+    feed = _image_feed(request, size)
+    taught = {"input_size": [3, *size], "crop_pct": 1.0, "interpolation": "bilinear"}
+    if isinstance(feed, ImageFeed):
+        taught |= {"mean": list(feed.mean), "std": list(feed.std)}
+    config = TimmWrapperConfig(
+        architecture=architecture,
+        # Models with a fixed number of patches have to be told; they refuse sizes that their patches do not divide.
+        model_args={"img_size": list(size)} if usual.fixed_input_size and list(size) != usual_size else None,
+        **request.labels,
+    )
+    config.pretrained_cfg = taught
+    try:
+        return _new_model(config, request), feed
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{architecture!r} cannot be built for {size[0]} x {size[1]} images ({error}). Choose another architecture."
+        ) from error
+
+
+def _from_hub(request: _Request) -> tuple[PreTrainedModel, Feed]:
+    if request.pretrained:
+        return _load(request, request.name.source)
+    config = _config(request, request.name.source)
+    for key, value in request.labels.items():
+        setattr(config, key, value)
+    feed = _own_feed(request, request.name.source, config)
+    model = _new_model(config, request)
+    if isinstance(model, TabularForClassification):
+        model.attach_processor(feed.processor)
+    return model, feed
+
+
+def _config(request: _Request, source: str) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(source, **request.hub)
+    except (OSError, ValueError) as error:
+        forms = "; ".join((*FORMS[request.rows.task], _HUB_FORM))
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{source!r} cannot be opened as a model: {error} A model name is one of: {forms}.") from error
+    if request.rows.task == TABULAR_CLASSIFICATION and not isinstance(config, TabularConfig):
+        raise _bad_name(request.name.name, request.rows.task, f"it is a {config.model_type}, which reads no tables")
+    if isinstance(config, TimmWrapperConfig) and config.model_args:
+        # Repositories that timm pushed may repeat it there, and the wrapper then passes it twice: a TypeError.
+        config.model_args.pop("num_classes", None)
+    return config
+
+
+def _own_feed(request: _Request, source: str, config: PretrainedConfig) -> Feed:
+    """The preprocessing that the model's folder or repository names."""
+    if request.rows.task == TABULAR_CLASSIFICATION:
+        return TableFeed(request.processor or TabularProcessor.from_pretrained(source, **request.hub))
+    if request.rows.task == IMAGE_CLASSIFICATION:
+        return ProcessorFeed(request.processor or AutoImageProcessor.from_pretrained(source, **request.hub))
+    tokenizer = request.processor or AutoTokenizer.from_pretrained(source, **request.hub)
+    if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # decoders have none, and the mask hides what is padded
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or MAX_TEXT_LENGTH)
+    return TextFeed(tokenizer, min(longest, MAX_TEXT_LENGTH))
+
+
+def _load(request: _Request, source: str) -> tuple[PreTrainedModel, Feed]:
+    config = _config(request, source)
+    had = [str(name) for _, name in sorted((config.id2label or {}).items())]
+    for key, value in request.labels.items():
+        setattr(config, key, value)
+    feed = _own_feed(request, source, config)
+    model, info = _AUTO_MODEL[request.rows.task].from_pretrained(
+        source, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **request.hub
+    )
+    num_classes = len(request.rows.class_names)
+    odd = [str(key) for key, _, wanted in info["mismatched_keys"] if wanted[0] != num_classes]
+    if odd:
+        raise ValueError(f"The weights of {source!r} do not fit its configuration: {', '.join(odd[:8])}.")
+    if had != request.rows.class_names and len(had) == num_classes:
+        _renew(find_classifier_head(model, num_classes))
+    return model, feed
+
+
+def _renew(head: nn.Linear) -> None:
+    """As many classes, but other ones: what the layer knows of them would only mislead."""
+    nn.init.normal_(head.weight, std=0.02)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)

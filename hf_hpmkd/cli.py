@@ -1,0 +1,245 @@
+"""The command line: parse and dispatch, no logic. What a handler needs is imported inside it, so that --help is quick.
+
+Exit codes: 0 done; 2 a fault in what was asked, told in one message; 130 stopped by Ctrl-C.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from hf_hpmkd.recipe import Recipe
+
+_LINE = ("teacher", "student", "dataset")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code. Under `accelerate launch` only rank 0 prints."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    args = build_parser().parse_args(arguments)
+    try:
+        args.handler(args)
+    except KeyboardInterrupt:
+        _say(f"\nhpmkd: stopped. {args.after_stop}", sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) has left. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        if args.debug:
+            traceback.print_exc()
+        _say(f"hpmkd: error: {error}", sys.stderr)
+        return 2
+    return 0
+
+
+def _say(text: str, stream: TextIO | None = None) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=stream or sys.stdout, flush=True)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets `handler`."""
+    debug = argparse.ArgumentParser(add_help=False)
+    debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = argparse.ArgumentParser(
+        prog="hpmkd", description="HPM-KD: several large teachers into one small student, for Hugging Face."
+    )
+    parser.set_defaults(after_stop="Nothing was left half done.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(group: argparse._SubParsersAction, name: str, text: str, handler: object) -> argparse.ArgumentParser:
+        made = group.add_parser(name, help=text, description=text, parents=[debug])
+        made.set_defaults(handler=handler)
+        return made
+
+    one = command(commands, "distill", "Run a recipe, or one line of teachers, student and data set.", _distill)
+    one.usage = (
+        "hpmkd distill RECIPE [section.key=value ...]\n"
+        "       hpmkd distill --teacher A --teacher B --student S --dataset D [--output DIR] [section.key=value ...]"
+    )
+    one.add_argument("words", nargs="*", metavar="RECIPE | section.key=value", help="recipe file or name; overrides")
+    _add_line(one)
+    one.add_argument("--output", metavar="DIR", help="folder of the run")
+    one.add_argument("--overwrite", action="store_true", help="replace a finished or different run in that folder")
+    one.set_defaults(after_stop="The same command resumes the run from its last checkpoint.")
+
+    one = command(commands, "quickstart", "A first distillation: digits, three teachers, a few minutes.", _quickstart)
+    one.add_argument("words", nargs="*", metavar="section.key=value", help="overrides")
+    one.set_defaults(after_stop="The same command resumes the run from its last checkpoint.")
+
+    one = command(commands, "init", "Write the recipe of such a line, with comments, to a file.", _init)
+    one.add_argument("file", nargs="?", default="recipe.yaml", help="file to write (default: recipe.yaml)")
+    _add_line(one, required=True)
+    one.add_argument("--output", metavar="DIR", help="folder of the run")
+
+    one = command(commands, "plan", "What a recipe would do: parameters, disk, memory, steps. Trains nothing.", _plan)
+    one.add_argument("recipe", metavar="RECIPE")
+    one.add_argument("words", nargs="*", metavar="section.key=value", help="overrides")
+
+    recipe = commands.add_parser("recipe", help="Check, list or describe recipes.")
+    group = recipe.add_subparsers(title="recipe commands", required=True, metavar="COMMAND")
+    one = command(group, "check", "Tell every fault of a recipe.", _recipe_check)
+    one.add_argument("recipe", metavar="FILE")
+    one.add_argument("words", nargs="*", metavar="section.key=value", help="overrides")
+    command(group, "schema", "Print the JSON Schema of recipes.", _recipe_schema)
+    command(group, "list", "List the recipes that come with the package.", _recipe_list)
+
+    cache = commands.add_parser("cache", help="The teacher outputs kept on disk.")
+    group = cache.add_subparsers(title="cache commands", required=True, metavar="COMMAND")
+    one = command(group, "ls", "List what is kept.", _cache_ls)
+    _add_cache_dir(one)
+    one = command(group, "verify", "Read every file and compare its checksum.", _cache_verify)
+    _add_cache_dir(one)
+    one = command(group, "clear", "Delete what is kept.", _cache_clear)
+    _add_cache_dir(one)
+    one.add_argument("--older-than", type=float, metavar="DAYS", help="only files not used for so many days")
+
+    bench = commands.add_parser("bench", help="Measure.")
+    group = bench.add_subparsers(title="bench commands", required=True, metavar="COMMAND")
+    one = command(group, "trainer", "Time per step of HPMKDTrainer against Trainer.", _bench_trainer)
+    one.add_argument("--output", type=Path, metavar="FILE", help="also write the figures to this JSON file")
+    one.add_argument("--steps", type=int, default=200, help="optimizer steps per side (default: 200)")
+
+    one = command(commands, "push", "Publish a finished run: student, card, records.", _push)
+    one.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+    one.add_argument("repo_id", metavar="REPO_ID", help="user/name")
+    one.add_argument("--public", action="store_true", help="create the repository as public (default: private)")
+    return parser
+
+
+def _add_line(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    parser.add_argument(
+        "--teacher", action="append", metavar="A", required=required, help="a teacher; give it once per teacher"
+    )
+    parser.add_argument("--student", metavar="S", required=required, help="the small model")
+    parser.add_argument("--dataset", metavar="D", required=required, help="Hub id, folder, file or sklearn:digits")
+
+
+def _add_cache_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="folder (default: $HPMKD_CACHE, or the HF home)")
+
+
+def _distill(args: argparse.Namespace) -> None:
+    from hf_hpmkd.recipe import load_recipe, recipe_from_line
+
+    words = list(args.words)
+    if args.overwrite:
+        words.append("output.overwrite=true")
+    given = [option for option in _LINE if getattr(args, option)]
+    if not given:
+        if not words or "=" in words[0]:
+            raise ValueError(
+                "distill needs a recipe (a file, or a name from `hpmkd recipe list`), or --teacher, "
+                "--student and --dataset."
+            )
+        if args.output is not None:
+            words.append(f"output.dir={json.dumps(args.output)}")
+        recipe = load_recipe(words[0], words[1:], check_files=True)
+        source = shlex.join(words)
+    else:
+        if missing := [f"--{option}" for option in _LINE if option not in given]:
+            raise ValueError(f"distill without a recipe also needs {' and '.join(missing)}.")
+        if stray := [word for word in words if "=" not in word]:
+            raise ValueError(f"give a recipe ({stray[0]}) or --teacher, --student and --dataset, not both.")
+        recipe = recipe_from_line(args.teacher, args.student, args.dataset, args.output, words, check_files=True)
+        options = [f"--teacher={teacher}" for teacher in args.teacher]
+        source = shlex.join([*options, f"--student={args.student}", f"--dataset={args.dataset}", *words])
+    _run(recipe, source)
+
+
+def _quickstart(args: argparse.Namespace) -> None:
+    from hf_hpmkd.recipe import load_recipe
+
+    _run(load_recipe("quickstart", args.words, check_files=True), shlex.join(["quickstart", *args.words]))
+
+
+def _run(recipe: "Recipe", source: str) -> None:
+    from hf_hpmkd.distill import distill
+
+    distill(recipe, source)
+
+
+def _init(args: argparse.Namespace) -> None:
+    from hf_hpmkd.recipe import recipe_from_line, recipe_text
+
+    recipe = recipe_from_line(args.teacher, args.student, args.dataset, args.output)
+    file_word = shlex.quote(args.file)
+    header = (
+        f"Written by `hpmkd init`. See what it would do:  hpmkd plan {file_word}\nRun it:  hpmkd distill {file_word}"
+    )
+    try:
+        with open(args.file, "x", encoding="utf-8") as file:
+            file.write(recipe_text(recipe, header))
+    except FileExistsError:
+        raise ValueError(f"{args.file} exists and is not overwritten. Remove it, or name another file.") from None
+    _say(f"Wrote {args.file}. Next:  hpmkd plan {file_word}")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from hf_hpmkd.plan import plan
+    from hf_hpmkd.recipe import load_recipe
+
+    _say(plan(load_recipe(args.recipe, args.words)))
+
+
+def _recipe_check(args: argparse.Namespace) -> None:
+    from hf_hpmkd.recipe import fingerprint, load_recipe
+
+    recipe = load_recipe(args.recipe, args.words, check_files=True)
+    _say(f"{args.recipe} is sound ({len(recipe.teachers)} teachers, fingerprint {fingerprint(recipe)[:12]}).")
+
+
+def _recipe_schema(args: argparse.Namespace) -> None:
+    from hf_hpmkd.recipe import recipe_schema
+
+    _say(json.dumps(recipe_schema(), indent=2))
+
+
+def _recipe_list(args: argparse.Namespace) -> None:
+    from hf_hpmkd.recipe import bundled_recipes
+
+    for name, path in bundled_recipes().items():
+        comments = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        _say(f"{name:20} {comments[0] if comments else ''}")
+
+
+def _cache_ls(args: argparse.Namespace) -> None:
+    from hf_hpmkd.teacher_cache import TeacherCache
+
+    _say(TeacherCache(args.cache_dir).ls())
+
+
+def _cache_verify(args: argparse.Namespace) -> None:
+    from hf_hpmkd.teacher_cache import TeacherCache
+
+    _say(TeacherCache(args.cache_dir).verify())
+
+
+def _cache_clear(args: argparse.Namespace) -> None:
+    from hf_hpmkd.teacher_cache import TeacherCache
+
+    _say(TeacherCache(args.cache_dir).clear(older_than=args.older_than))
+
+
+def _bench_trainer(args: argparse.Namespace) -> None:
+    from hf_hpmkd.bench import bench_trainer
+
+    bench_trainer(args.output, steps=args.steps)
+
+
+def _push(args: argparse.Namespace) -> None:
+    from hf_hpmkd.hub_store import push_run
+
+    _say(f"Published as {push_run(args.run_dir, args.repo_id, private=not args.public)}.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,406 @@
+"""From a data section of a recipe to four parts: train, guide, validation, test.
+
+train teaches the student; guide, rows that no teacher was trained on, tunes temperature and teacher weights;
+validation chooses the checkpoint; test is read once, at the end. Every draw is stratified, `seed` alone decides it,
+and no row is in two parts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from datasets import Dataset, Image, Value
+from pydantic import ConfigDict, Field, field_validator
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from hf_hpmkd.data_source import Source, open_source, suggest, with_classes
+from hf_hpmkd.tasks.base import (
+    IMAGE_CLASSIFICATION,
+    TABULAR_CLASSIFICATION,
+    TASKS,
+    TEXT_CLASSIFICATION,
+    Rows,
+    column_values,
+)
+from hf_hpmkd.tasks.images import Augmentation, ImageRows
+from hf_hpmkd.tasks.tables import TableRows, is_table_feature
+from hf_hpmkd.tasks.text import TextRows
+
+WHOLE = "the whole split"
+PARTS = ("train", "guide", "validation", "test")
+TEXT_COLUMNS = ("text", "sentence")
+VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
+LARGE_SIDE = 64  # auto augmentation: images up to this side are shifted, larger ones cropped and resized
+SMALL_SIDE = 16  # auto augmentation: below this side mirroring is left out; such images are mostly signs and digits
+RESIZED_SIDE = 256  # auto augmentation: larger images are not resized back to their full size
+
+Origin = Literal["auto", "train", "validation", "test"]
+Size = Annotated[int | float, Field(gt=0)]
+
+
+@pydantic_dataclass(config=ConfigDict(extra="forbid"))
+class DataConfig:
+    """The `data` section of a recipe."""
+
+    path: str = Field(
+        description="A data set of the Hub, a folder, a .parquet or .csv file or a glob of them, or sklearn:digits.",
+        min_length=1,
+    )
+    name: str | None = Field(default=None, description="Configuration of the data set, if it has several.")
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit on the Hub; default: the main branch."
+    )
+    input_column: str | list[str] | None = Field(
+        default=None,
+        description="Column of the images or texts, or the list of a table's feature columns. Default: the image "
+        "column; else `text` or `sentence`; else all but the label.",
+    )
+    label_column: str = Field(default="label", description="Column of the classes.", min_length=1)
+    train_split: str = Field(default="train", description="Split to train on.", min_length=1)
+    validation_split: str | None = Field(
+        default=None, description="Split for guide and validation rows. Default: the one named validation, if any."
+    )
+    test_split: str | None = Field(
+        default=None,
+        description="Split to test on. Default: the one named test, else `test_size` of the training split.",
+    )
+    guide_from: Origin = Field(
+        default="auto",
+        description="Split that the guide rows are drawn from. auto: the training split if every teacher is trained on "
+        "the spot, since these rows are then kept from the teachers too; else the validation split, else "
+        "the test split.",
+    )
+    validation_from: Origin = Field(default="auto", description="The same for the validation rows.")
+    guide_size: Size = Field(
+        default=0.1, description="Guide rows: a number, or a share below 1 of the split drawn from."
+    )
+    validation_size: Size = Field(default=0.1, description="Validation rows: a number, or a share below 1.")
+    test_size: Size = Field(
+        default=0.2, description="Test rows, if there is no test split: a number, or a share below 1."
+    )
+    max_train_rows: Annotated[int, Field(ge=2)] | None = Field(
+        default=None, description="Keep at most so many training rows (stratified), after the other parts are drawn."
+    )
+    augmentation: Literal["auto", "none", "crop", "crop_flip", "resized_crop_flip"] = Field(
+        default="auto",
+        description="How training images are varied. auto: crop_flip for colour images up to 64 pixels, crop for grey "
+        "or tiny ones, resized_crop_flip above 64 pixels, none for texts and tables.",
+    )
+    views: int = Field(default=6, ge=1, description="Different augmented views of each training image.")
+    seed: int = Field(default=0, ge=0, description="Decides all draws and the augmented views.")
+    trust_remote_code: bool = Field(
+        default=False, description="Must stay false: loading a data set never runs code that comes with it."
+    )
+
+    @field_validator("guide_size", "validation_size", "test_size", mode="before")
+    @classmethod
+    def _rows_or_share(cls, value: Any) -> Any:
+        if isinstance(value, bool) or (isinstance(value, float) and value >= 1):
+            raise ValueError(f"must be a whole number of rows or a share below 1, got {value}")
+        return value
+
+    @field_validator("trust_remote_code")
+    @classmethod
+    def _no_remote_code(cls, value: bool) -> bool:
+        if value:
+            raise ValueError(
+                "must be false: a data set's own code is never run. Convert the set to Parquet and leave this out"
+            )
+        return value
+
+
+@dataclass
+class DataParts:
+    """The four parts. num_views: augmented views of a training row, 0 if there is no augmentation.
+
+    provenance: JSON-able; where the rows come from, how each part was drawn, licence and commit (None if unknown),
+    warnings.
+    """
+
+    task: str
+    class_names: list[str]
+    train: Rows
+    guide: Rows
+    validation: Rows
+    test: Rows
+    num_views: int = 0
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def load_parts(config: DataConfig, *, task: str = "auto", teachers_saw_train: bool = True) -> DataParts:
+    """Opens the data set, checks it, draws the parts.
+
+    task: one of the three, or "auto" to tell it from the columns. teachers_saw_train: whether some teacher was trained
+    elsewhere, so that the training split may be known to it; False if every teacher is trained here, on the rows of
+    `train` alone. Raises FileNotFoundError for a missing data set, ValueError for splits, columns, labels or sizes
+    that cannot be used.
+    """
+    if task != "auto" and task not in TASKS:
+        raise ValueError(f"`task` must be auto, {', '.join(TASKS)}, got {task!r}.{suggest(task, TASKS)}")
+    source = open_source(config.path, config.name, config.revision)
+    chosen = _choose_splits(config, source)
+    splits = {split: source.splits[split] for split in chosen.values()}
+    for split, rows in splits.items():
+        if not len(rows):
+            raise ValueError(f"Split {split!r} of {config.path!r} is empty.")
+        _require_columns(config, split, rows)
+    task, columns, notes = _choose_input(config, task, splits[chosen["train"]])
+    splits, class_names = with_classes(splits, config.label_column, source.untyped)
+    augmentation = _choose_augmentation(config, task, splits[chosen["train"]], columns)
+
+    labels = {role: np.asarray(column_values(splits[split], config.label_column)) for role, split in chosen.items()}
+    drawn, how = _draw_parts(config, labels, teachers_saw_train)
+    parts: dict[str, Rows] = {}
+    for part, (role, indices) in drawn.items():
+        rows = splits[chosen[role]]
+        picked = rows if len(indices) == len(rows) else rows.select(indices)
+        parts[part] = _make_rows(config, task, columns, class_names, picked, augmentation if part == "train" else None)
+    warnings = notes + _missing_classes(parts)
+    if teachers_saw_train and "test" not in chosen:
+        warnings.append("The test rows come from the training split, which a teacher trained elsewhere may have seen.")
+    provenance = {
+        "path": config.path,
+        "name": config.name,
+        "revision": config.revision,
+        "kind": source.kind,
+        "commit": source.commit,
+        "license": source.license,
+        "task": task,
+        "input_columns": columns,
+        "label_column": config.label_column,
+        "splits": {split: len(rows) for split, rows in source.splits.items()},
+        "parts": {
+            part: {"split": chosen[drawn[part][0]], "rows": len(parts[part]), "how": how[part]} for part in PARTS
+        },
+        "unused_rows": {
+            split: len(splits[split]) - sum(len(rows) for role, rows in drawn.values() if chosen[role] == split)
+            for split in splits
+        },
+        "augmentation": parts["train"].view_key(),
+        "seed": config.seed,
+        "warnings": warnings,
+    }
+    num_views = config.views if parts["train"].supports_views else 0
+    return DataParts(task, class_names, **parts, num_views=num_views, provenance=provenance)
+
+
+def _choose_splits(config: DataConfig, source: Source) -> dict[str, str]:
+    """Which split plays train, validation and test; the last two only if there is one."""
+    known = list(source.splits)
+    named = {"train": config.train_split, "test": config.test_split, "validation": config.validation_split}
+    for role, split in named.items():
+        if split is not None and split not in known:
+            raise ValueError(
+                f"`{role}_split` must be a split of {config.path!r}, which has {', '.join(known)}; got {split!r}."
+                f"{suggest(split, known)}"
+            )
+    chosen = {role: split for role, split in named.items() if split is not None}
+    if len(set(chosen.values())) < len(chosen):
+        raise ValueError(f"train, validation and test must be different splits, got {chosen}. Leave out one of them.")
+    if "test" not in chosen and "test" in known and "test" not in chosen.values():
+        chosen["test"] = "test"
+    free = [split for split in VALIDATION_SPLITS if split in known and split not in chosen.values()]
+    if "validation" not in chosen and free:
+        chosen["validation"] = free[0]
+    return chosen
+
+
+def _require_columns(config: DataConfig, split: str, rows: Dataset) -> None:
+    wanted = {"label_column": [config.label_column], "input_column": config.input_column or []}
+    for key, columns in wanted.items():
+        for column in [columns] if isinstance(columns, str) else columns:
+            if column not in rows.column_names:
+                raise ValueError(
+                    f"`{key}` must be a column of {config.path!r}; split {split!r} has {', '.join(rows.column_names)}; "
+                    f"got {column!r}.{suggest(column, rows.column_names)}"
+                )
+            if key == "input_column" and column == config.label_column:
+                raise ValueError(f"`input_column` must not be the label, got {column!r} for both.")
+
+
+def _is_string(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
+def _choose_input(config: DataConfig, task: str, rows: Dataset) -> tuple[str, list[str], list[str]]:
+    """(task, input columns, notes). What was not named is told from the types and names of the columns."""
+    features = {name: feature for name, feature in rows.features.items() if name != config.label_column}
+    named = [config.input_column] if isinstance(config.input_column, str) else config.input_column
+    candidates = features if named is None else {name: features[name] for name in named}
+    images = [name for name, feature in candidates.items() if isinstance(feature, Image)]
+    texts = [name for name, feature in candidates.items() if _is_string(feature)]
+    usual = [name for name in TEXT_COLUMNS if name in texts and named is None]
+    if task == "auto":
+        text = usual or (texts and not isinstance(config.input_column, list) and len(candidates) == 1)
+        task = IMAGE_CLASSIFICATION if images else TEXT_CLASSIFICATION if text else TABULAR_CLASSIFICATION
+    if task == TABULAR_CLASSIFICATION:
+        usable = [name for name, feature in candidates.items() if is_table_feature(feature)]
+        left_out = [name for name in candidates if name not in usable]
+        if not usable or (named is not None and left_out):
+            odd = ", ".join(f"{name} ({candidates[name]})" for name in left_out) or "no column"
+            raise ValueError(f"A table needs feature columns of numbers, truth values or strings, got {odd}.")
+        notes = [f"Columns left out of the table, by their type: {', '.join(left_out)}."] if left_out else []
+        return task, usable, notes
+    found = images if task == IMAGE_CLASSIFICATION else usual[:1] or texts
+    if len(found) != 1:
+        listed = ", ".join(f"{name} ({feature})" for name, feature in candidates.items()) or "no column"
+        kind = "image" if task == IMAGE_CLASSIFICATION else "string"
+        raise ValueError(f"{task} needs exactly one {kind} column, got {listed}. Name it with `input_column`.")
+    return task, found, []
+
+
+def _choose_augmentation(config: DataConfig, task: str, train: Dataset, columns: list[str]) -> Augmentation | None:
+    policy = config.augmentation
+    if task != IMAGE_CLASSIFICATION:
+        if policy not in ("auto", "none"):
+            raise ValueError(f"`augmentation` is for images, got {policy!r} for {task}. Leave it out, or set none.")
+        return None
+    if policy == "none":
+        return None
+    image = train.with_format(None)[0][columns[0]]
+    if image is None:
+        raise ValueError(f"Row 0 of the training split has no image in column {columns[0]!r}. Remove such rows first.")
+    side = max(image.size)
+    if policy == "auto":
+        grey = image.mode in ("1", "L")
+        policy = "resized_crop_flip" if side > LARGE_SIDE else "crop" if grey or side < SMALL_SIDE else "crop_flip"
+    if policy == "resized_crop_flip":
+        return Augmentation(policy, size=RESIZED_SIDE if side > RESIZED_SIDE else None, seed=config.seed)
+    return Augmentation(policy, padding=max(1, side // 8), seed=config.seed)
+
+
+def _make_rows(
+    config: DataConfig,
+    task: str,
+    columns: list[str],
+    class_names: list[str],
+    rows: Dataset,
+    augmentation: Augmentation | None,
+) -> Rows:
+    if task == IMAGE_CLASSIFICATION:
+        return ImageRows.from_dataset(rows, columns[0], config.label_column, class_names, augmentation)
+    if task == TEXT_CLASSIFICATION:
+        return TextRows.from_dataset(rows, columns[0], config.label_column, class_names)
+    return TableRows.from_dataset(rows, columns, config.label_column, class_names)
+
+
+Drawn = dict[str, tuple[str, np.ndarray]]
+"""For each part: the role of its split, and the rows of it."""
+
+
+def _draw_parts(config: DataConfig, labels: Mapping[str, np.ndarray], saw_train: bool) -> tuple[Drawn, dict[str, str]]:
+    auto = "train" if not saw_train else "validation" if "validation" in labels else "test"
+    origins = {
+        "guide": auto if config.guide_from == "auto" else config.guide_from,
+        "validation": auto if config.validation_from == "auto" else config.validation_from,
+    }
+    for part, origin in origins.items():
+        if origin == "validation" and "validation" not in labels:
+            raise ValueError(f"`{part}_from` is validation, but there is no validation split. Use train or test.")
+    sizes: dict[str, dict[str, int | float]] = {role: {} for role in ("train", "test", "validation")}
+    if "test" not in labels:
+        sizes["train"]["test"] = config.test_size
+    for part, origin in origins.items():
+        sizes[origin][part] = config.guide_size if part == "guide" else config.validation_size
+
+    drawn: Drawn = {}
+    how: dict[str, str] = {}
+
+    def take(role: str, split_role: str, pool: np.ndarray, kept_as: str | None) -> np.ndarray:
+        """Draws the parts that come from one pool of rows; the rest is returned, as the part kept_as if it is one."""
+        pool_labels = labels[split_role][pool]
+        counts = {part: _count(part, size, len(pool)) for part, size in sizes[role].items()}
+        order = ("train", "test", "validation").index(role)
+        picked = carve(pool_labels, counts, [config.seed, order], keep_one=kept_as is not None)
+        for part, indices in picked.items():
+            drawn[part] = (split_role, pool[indices])
+            how[part] = f"{len(indices)} of {len(pool)} rows, stratified, seed {config.seed}"
+        rest = np.setdiff1d(pool, np.concatenate([pool[i] for i in picked.values()])) if picked else pool
+        if kept_as is not None:
+            drawn[kept_as] = (split_role, rest)
+            before = f"{how[kept_as]}; then " if kept_as in how else ""
+            how[kept_as] = f"{before}what {' and '.join(picked)} left" if picked else how.get(kept_as, WHOLE)
+        return rest
+
+    train = take("train", "train", np.arange(len(labels["train"])), "train")
+    if "validation" in labels:
+        take("validation", "validation", np.arange(len(labels["validation"])), None)
+    test_role, test_pool = drawn["test"] if "test" in drawn else ("test", np.arange(len(labels["test"])))
+    take("test", test_role, test_pool, "test")
+    if config.max_train_rows is not None and config.max_train_rows < len(train):
+        kept = carve(labels["train"][train], {"train": config.max_train_rows}, [config.seed, 3], keep_one=False)[
+            "train"
+        ]
+        drawn["train"] = ("train", train[kept])
+        subset = f"{len(kept)} of {len(train)} rows, stratified, seed {config.seed}"
+        how["train"] = subset if how["train"] == WHOLE else f"{how['train']}; then {subset}"
+    check_disjoint(drawn)
+    return drawn, how
+
+
+def _count(part: str, size: int | float, available: int) -> int:
+    count = size if isinstance(size, int) else int(size * available + 1e-9)  # down, so that shares of 1 in all fit
+    if not 1 <= count <= available:
+        raise ValueError(
+            f"`{part}_size` must give between 1 and {available} rows of the split they are drawn from, got {size} "
+            f"({count} rows)."
+        )
+    return count
+
+
+def carve(labels: np.ndarray, sizes: Mapping[str, int], seed: int | list[int], keep_one: bool) -> dict[str, np.ndarray]:
+    """Disjoint stratified draws: sorted positions of each part.
+
+    labels: `(rows,)` class of each row. sizes: rows per part. Each part gets every class in proportion, by largest
+    remainder. keep_one: leave at least one row of every class behind, so that a tiny class stays where most rows are.
+    Raises ValueError if the parts ask for more rows than may be taken.
+    """
+    random = np.random.default_rng(seed)
+    classes, per_class = np.unique(labels, return_counts=True)
+    waiting = [random.permutation(np.flatnonzero(labels == label)) for label in classes]
+    free = per_class - int(keep_one)
+    if sum(sizes.values()) > free.sum():
+        asked = ", ".join(f"{part} {size}" for part, size in sizes.items())
+        raise ValueError(
+            f"Too many rows are asked for ({asked}): {len(labels)} rows of {len(classes)} classes allow {free.sum()} "
+            f"in all{', with a row of every class staying behind' if keep_one else ''}. Lower the sizes."
+        )
+    parts = {}
+    for part, size in sizes.items():
+        counts = _proportional(per_class, size, free)
+        parts[part] = np.sort(np.concatenate([rows[:count] for rows, count in zip(waiting, counts, strict=True)]))
+        waiting = [rows[count:] for rows, count in zip(waiting, counts, strict=True)]
+        free = free - counts
+    return parts
+
+
+def _proportional(per_class: np.ndarray, size: int, free: np.ndarray) -> np.ndarray:
+    """Rows per class that sum to size, as near to its proportions as `free` allows (largest remainder; ties: first
+    class).
+    """
+    wanted = size * per_class / per_class.sum()
+    counts = np.minimum(np.floor(wanted + 1e-9).astype(np.int64), free)
+    while counts.sum() < size:
+        lacking = np.where(counts < free, wanted - counts, -np.inf)
+        order = np.argsort(-lacking, kind="stable")[: size - counts.sum()]
+        counts[order] += counts[order] < free[order]
+    return counts
+
+
+def check_disjoint(drawn: Mapping[str, tuple[str, np.ndarray]]) -> None:
+    """Raises RuntimeError if a row is in two parts, or twice in one."""
+    for role in {role for role, _ in drawn.values()}:
+        rows = np.concatenate([indices for other, indices in drawn.values() if other == role])
+        if len(np.unique(rows)) < len(rows):
+            raise RuntimeError(f"Rows of the {role} split are in two parts; the parts must be disjoint. This is a bug.")
+
+
+def _missing_classes(parts: Mapping[str, Rows]) -> list[str]:
+    warnings = []
+    for part in PARTS:
+        present = set(parts[part].labels.tolist())
+        missing = [name for label, name in enumerate(parts[part].class_names) if label not in present]
+        if missing:
+            warnings.append(f"Part {part} has no row of {len(missing)} classes: {', '.join(missing)}.")
+    return warnings

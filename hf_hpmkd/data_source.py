@@ -1,0 +1,270 @@
+"""Opens a data set, from the Hub, a folder, files or scikit-learn, and makes sure that its labels are classes.
+
+Knows nothing of parts, tasks or models. Runs no code that comes with a data set: `datasets` 4 and later cannot.
+"""
+
+import difflib
+import glob
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+from huggingface_hub import HfApi, metadata_load
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+from hf_hpmkd.tasks.base import column_values
+
+FILE_KINDS = {".parquet": "parquet", ".csv": "csv"}
+UNTYPED_KINDS = ("csv", "json")  # formats that cannot say that a number or a string is a class
+SKLEARN_SETS = ("digits", "iris", "wine", "breast_cancer")  # those that come with scikit-learn; nothing is fetched
+SKLEARN_LICENSE = "cc-by-4.0"  # all four are from the UCI repository, which states this licence
+# The library's HTTP error and OSError, whichever HTTP library the Hub client is built on (httpx, httpx2).
+_NO_ANSWER: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_SPLIT_WORDS = {
+    "train": "train",
+    "test": "test",
+    "validation": "validation",
+    "valid": "validation",
+    "dev": "validation",
+}
+
+
+@dataclass
+class Source:
+    """An opened data set. untyped: its file format has no class labels. commit, license: None if unknown."""
+
+    splits: dict[str, Dataset]
+    kind: str  # "hub", "folder", "file" or "sklearn"
+    untyped: bool = False
+    commit: str | None = None
+    license: str | None = None
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """ " Did you mean 'x'?" if a known word is close, else nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def open_source(path: str, name: str | None = None, revision: str | None = None) -> Source:
+    """path: a Hub id, a folder, a .parquet or .csv file or a glob of them, or "sklearn:digits".
+
+    Raises FileNotFoundError if it is not there, ValueError if it cannot be read as one of these.
+    """
+    if path.startswith("sklearn:"):
+        return _open_sklearn(path.removeprefix("sklearn:"))
+    local = Path(path).expanduser()
+    if any(sign in path for sign in "*?["):
+        return _open_files(path, sorted(glob.glob(str(local), recursive=True)))
+    if local.is_dir():
+        return _open_folder(local, name)
+    if local.is_file():
+        return _open_files(path, [str(local)])
+    if local.suffix in FILE_KINDS or path.startswith((".", "/", "~")) or not _HUB_ID.match(path):
+        beside = sorted(entry.name for entry in local.parent.iterdir()) if local.parent.is_dir() else []
+        there = (
+            f"{str(local.parent)!r} holds {', '.join(beside[:20]) or 'nothing'}" if beside else "nor does its folder"
+        )
+        raise FileNotFoundError(f"{path!r} does not exist; {there}.{suggest(local.name, beside)}")
+    return _open_hub(path, name, revision)
+
+
+def _plain(loaded: Dataset | DatasetDict) -> dict[str, Dataset]:
+    return {"train": loaded} if isinstance(loaded, Dataset) else {str(split): rows for split, rows in loaded.items()}
+
+
+def _untyped(splits: Mapping[str, Dataset]) -> bool:
+    return any(rows.builder_name in UNTYPED_KINDS for rows in splits.values())
+
+
+def _open_files(path: str, files: list[str]) -> Source:
+    if not files:
+        raise FileNotFoundError(f"No file matches {path!r}.")
+    kinds = {FILE_KINDS.get(Path(file).suffix) for file in files}
+    if len(kinds) > 1 or None in kinds:
+        raise ValueError(
+            f"{path!r} must name files that all end in .parquet or all in .csv, got {', '.join(files[:5])}."
+        )
+    words = {
+        _SPLIT_WORDS[w] for file in files for w in re.split(r"[^a-z]+", Path(file).stem.lower()) if w in _SPLIT_WORDS
+    }
+    if len(words) > 1:
+        raise ValueError(
+            f"{path!r} matches files of several splits ({', '.join(sorted(words))}), which would become one. "
+            "Give the folder instead: its splits are then told apart by the file names."
+        )
+    kind = kinds.pop()
+    assert kind is not None
+    return Source(_read(path, kind, data_files={"train": files}), "file", untyped=kind in UNTYPED_KINDS)
+
+
+def _open_folder(folder: Path, name: str | None) -> Source:
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        if name is not None:
+            raise ValueError(
+                f"`name` chooses a configuration; {str(folder)!r} was written by save_to_disk and has none."
+            )
+        splits = _plain(load_from_disk(str(folder)))
+    else:
+        splits = _read(str(folder), str(folder), name)
+    card = folder / "README.md"
+    metadata = (metadata_load(card) if card.exists() else None) or {}
+    return Source(splits, "folder", _untyped(splits), license=_license(metadata.get("license")))
+
+
+def _read(where: str, *args: Any, **settings: Any) -> dict[str, Dataset]:
+    """load_dataset of local files, with its errors in our words."""
+    try:
+        return _plain(load_dataset(*args, **settings))
+    except datasets.exceptions.DatasetGenerationError as error:
+        reason = str(error.__cause__ or error).splitlines()[-1]
+        raise ValueError(
+            f"The files of {where!r} cannot be read as one data set ({reason}). Give the folder of one data set, whose "
+            "files have the same columns."
+        ) from error
+    except datasets.exceptions.DataFilesNotFoundError as error:
+        raise FileNotFoundError(f"{where!r} holds no files that `datasets` reads (Parquet, CSV, images).") from error
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        raise ValueError(f"A split of {where!r} is empty: {error} Remove its files.") from error
+
+
+def _open_hub(path: str, name: str | None, revision: str | None) -> Source:
+    """The commit is looked up first and then asked for, so that the one recorded is the one used."""
+    commit, license_name = None, None
+    if not datasets.config.HF_HUB_OFFLINE:
+        commit, license_name = _hub_facts(path, revision)
+    try:
+        splits = _plain(load_dataset(path, name, revision=commit or revision))
+    except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise FileNotFoundError(
+            f"There is no folder {path!r}, and the Hub gives no data set of that name: {error} "
+            "Check the name; for a private set, log in with `hf auth login`."
+        ) from error
+    return Source(splits, "hub", _untyped(splits), commit, license_name)
+
+
+def _hub_facts(path: str, revision: str | None) -> tuple[str | None, str | None]:
+    """(commit, licence) as the Hub states them; (None, None) if it cannot be reached, since a cached copy may still
+    do.
+    """
+    try:
+        info = HfApi().dataset_info(path, revision=revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise FileNotFoundError(
+            f"There is no folder {path!r} and no data set of that name{at} on the Hub. "
+            "A private or gated one needs `hf auth login`."
+        ) from error
+    except _NO_ANSWER:
+        return None, None
+    return info.sha, _license(info.card_data.get("license") if info.card_data else None)
+
+
+def _license(value: object) -> str | None:
+    if value is None or value == [] or value == "":
+        return None
+    return ", ".join(str(item) for item in value) if isinstance(value, list) else str(value)
+
+
+def _open_sklearn(name: str) -> Source:
+    """One split, "train". digits: 8x8 grey images, 0..16 spread over 0..255; the others: tables."""
+    if name not in SKLEARN_SETS:
+        raise ValueError(
+            f"`sklearn:` knows the sets that come with scikit-learn, {', '.join(SKLEARN_SETS)}, got {name!r}."
+            f"{suggest(name, SKLEARN_SETS)}"
+        )
+    from PIL import Image as PILImage
+    from sklearn import datasets as sklearn_datasets
+
+    bunch = getattr(sklearn_datasets, f"load_{name}")()
+    classes = ClassLabel(names=[str(label) for label in bunch.target_names])
+    if name == "digits":
+        pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+        columns = {"image": [PILImage.fromarray(image) for image in pixels], "label": bunch.target.tolist()}
+        features = Features({"image": datasets.Image(), "label": classes})
+    else:
+        names = [str(column) for column in bunch.feature_names]
+        columns = {column: bunch.data[:, i].tolist() for i, column in enumerate(names)} | {
+            "label": bunch.target.tolist()
+        }
+        features = Features({column: Value("float64") for column in names} | {"label": classes})
+    return Source({"train": Dataset.from_dict(columns, features=features)}, "sklearn", license=SKLEARN_LICENSE)
+
+
+def with_classes(splits: Mapping[str, Dataset], column: str, untyped: bool) -> tuple[dict[str, Dataset], list[str]]:
+    """The splits with a ClassLabel column, and its names in order. Checks every label.
+
+    Numbers and strings become classes (in numeric or alphabetic order of all splits together) only if the format is
+    untyped. Raises ValueError for missing labels, regression targets, several labels per row, and plain numbers in a
+    typed format.
+    """
+    for split, rows in splits.items():
+        _check_labels(split, rows, column)
+    features = {split: rows.features[column] for split, rows in splits.items()}
+    first_split, first = next(iter(features.items()))
+    if isinstance(first, ClassLabel):
+        for split, feature in features.items():
+            if not isinstance(feature, ClassLabel) or feature.names != first.names:
+                raise ValueError(
+                    f"The splits must name the same classes in the same order: {first_split!r} has {first.names}, "
+                    f"{split!r} has {getattr(feature, 'names', feature)}. Cast both to one ClassLabel."
+                )
+        return dict(splits), list(first.names)
+    if not untyped:
+        raise ValueError(
+            f"Column {column!r} holds plain values ({first.dtype}), so nothing names the classes and their order. Cast "
+            f"it and save the set again: `dataset = dataset.class_encode_column({column!r})`, or "
+            f"`dataset.cast_column({column!r}, datasets.ClassLabel(names=[...]))`."
+        )
+    found = {value for rows in splits.values() for value in column_values(rows, column)}
+    ordered = sorted(found) if len({type(value) for value in found}) == 1 else sorted(found, key=str)
+    names = [str(value) for value in ordered]
+    codes = {value: code for code, value in enumerate(ordered)}
+    typed = {}
+    for split, rows in splits.items():
+        place = rows.column_names.index(column)
+        labels = [codes[value] for value in column_values(rows, column)]
+        kept = rows.remove_columns(column).add_column(column, labels).cast_column(column, ClassLabel(names=names))
+        order = [c for c in rows.column_names if c != column]
+        typed[split] = kept.select_columns([*order[:place], column, *order[place:]])
+    return typed, names
+
+
+def _check_labels(split: str, rows: Dataset, column: str) -> None:
+    feature = rows.features[column]
+    if not isinstance(feature, ClassLabel) and not isinstance(feature, Value):
+        raise ValueError(
+            f"Column {column!r} must hold one class per row, got {feature}. Several labels per row are not supported; "
+            "choose another column with `label_column`."
+        )
+    values = column_values(rows, column)
+    missing = [row for row, value in enumerate(values) if value is None or value != value]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(rows)} labels in split {split!r} are missing (first: row {missing[0]}). "
+            f"Remove them: `dataset.filter(lambda r: r[{column!r}] is not None)`."
+        )
+    if isinstance(feature, ClassLabel):
+        odd = sorted({value for value in values if not 0 <= value < len(feature.names)})
+        if odd:
+            raise ValueError(
+                f"Labels of split {split!r} must lie in 0..{len(feature.names) - 1}, got {odd[:5]}. A split with -1 "
+                "was published without labels: choose another one (for GLUE, `test_split: validation`)."
+            )
+    elif "float" in feature.dtype or "decimal" in feature.dtype:
+        raise ValueError(
+            f"Column {column!r} holds real numbers ({feature.dtype}): that is regression, which is not supported. If "
+            "they are classes, cast them to integers."
+        )
+    elif not (feature.dtype.startswith(("int", "uint", "bool")) or "string" in feature.dtype):
+        raise ValueError(
+            f"Column {column!r} must hold classes, got {feature.dtype}. Choose another with `label_column`."
+        )

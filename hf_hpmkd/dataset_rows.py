@@ -1,0 +1,182 @@
+"""Lets `HPMKDTrainer` take somebody's own dataset: adds row ids to its batches and shows it to teachers as `Rows`."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import datasets
+import torch
+from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import pil_to_tensor
+from transformers import PretrainedConfig
+
+from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, UNAUGMENTED, FedDataset, Rows
+
+ROW_KEY, VIEW_KEY = "hpmkd_row", "hpmkd_view"
+_CHUNK = 256
+
+
+class RowIdDataset(Dataset):
+    """A map-style dataset whose samples carry their position as `hpmkd_row`."""
+
+    def __init__(self, dataset: Any) -> None:
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise ValueError(
+                "Teacher outputs belong to rows, so the training dataset must have a length and be indexable, got "
+                f"{type(dataset).__name__}. Use a map-style dataset instead of a streaming one."
+            )
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.dataset[index], ROW_KEY: index}
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        if hasattr(self.dataset, "__getitems__"):
+            samples = self.dataset.__getitems__(indices)
+        else:
+            samples = [self.dataset[index] for index in indices]
+        return [{**sample, ROW_KEY: index} for sample, index in zip(samples, indices, strict=True)]
+
+
+class RowIdCollator:
+    """Takes the row ids off the samples before somebody's collator sees them, and adds them to its batch.
+
+    A batch that is collated already (from a `FedDataset`) passes unchanged.
+    """
+
+    def __init__(self, collate: Callable[[Any], Mapping[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: Any) -> Mapping[str, Any]:
+        if isinstance(samples, Mapping):
+            return samples
+        if ROW_KEY not in samples[0]:
+            return self.collate(samples)
+        ids = [sample[ROW_KEY] for sample in samples]
+        stripped = [{key: value for key, value in sample.items() if key != ROW_KEY} for sample in samples]
+        batch = dict(self.collate(stripped))
+        batch[ROW_KEY] = torch.tensor(ids)
+        batch[VIEW_KEY] = torch.full((len(ids),), UNAUGMENTED)
+        return batch
+
+
+class SharedInputsFeed:
+    """The feed of a teacher that takes exactly the student's inputs."""
+
+    processor = None
+
+    def __call__(self, raw: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return raw["inputs"]
+
+    def describe(self) -> dict[str, Any]:
+        return {"feed": "the student's inputs"}
+
+
+class DatasetRows(Rows):
+    """Any map-style dataset with a collator, seen as `Rows`.
+
+    One pass over it hashes the collated inputs (the fingerprint) and reads the labels. stored: teacher outputs are to
+    be kept for these rows; raises ValueError where the dataset gives different inputs for the same row twice, because
+    they would belong to neither.
+    """
+
+    def __init__(
+        self, dataset: Any, collate: Callable[[Any], Mapping[str, Any]], config: PretrainedConfig, stored: bool = True
+    ) -> None:
+        self.source = RowIdDataset(dataset)
+        self._stored = stored
+        self.collate = RowIdCollator(collate)
+        # Columns that a transform reads, an image or a text, are still in the dataset behind it.
+        columns = dataset.with_format(None) if isinstance(dataset, datasets.Dataset) else None
+        self.task, self.raw_column = _raw_column(columns)
+        fingerprint, labels = self._read()
+        class_names = [config.id2label[label] for label in range(config.num_labels)]
+        super().__init__(self.source if columns is None else columns, labels, class_names)
+        self.fingerprint = fingerprint
+
+    def batch(self, indices: Sequence[int] | torch.Tensor) -> Mapping[str, Any]:
+        """The student's collated batch for these rows, labels and row ids included."""
+        return self.collate(self.source.__getitems__([int(index) for index in indices]))
+
+    def _raw(self, positions: torch.Tensor, views: torch.Tensor | None) -> dict[str, Any]:
+        raw: dict[str, Any] = {"inputs": student_inputs(self.batch(positions))}
+        if self.raw_column is not None:
+            values = self.dataset[positions.tolist()][self.raw_column]
+            if self.task == IMAGE_CLASSIFICATION:
+                raw["image"] = [pil_to_tensor(image) for image in values]
+            else:
+                raw["text"] = list(values)
+        return raw
+
+    def _hash_inputs(self, digest: Any) -> None:
+        digest.update(self.fingerprint.encode())
+
+    def subset(self, indices: Sequence[int] | torch.Tensor) -> "DatasetRows":
+        raise ValueError("Rows of somebody's own dataset are used whole; select rows from the dataset itself.")
+
+    def _read(self) -> tuple[str, torch.Tensor]:
+        digest, labels = hashlib.sha256(), []
+        size = len(self.source)
+        for start in range(0, size, _CHUNK):
+            batch = self.batch(range(start, min(start + _CHUNK, size)))
+            if "labels" not in batch:
+                raise ValueError(
+                    f"Every row needs a label: the collated batch has {', '.join(batch)} but no `labels`. Keep the label "
+                    "column, named `label` or `labels`."
+                )
+            labels.append(torch.as_tensor(batch["labels"]).cpu())
+            hashed = _hash(batch)
+            if self._stored and start == 0 and hashed != _hash(self.batch(range(min(_CHUNK, size)))):
+                raise ValueError(
+                    "The training dataset gives different inputs for the same row twice (random augmentation), so stored "
+                    "teacher outputs would belong to other inputs. Move the augmentation to a FedDataset with views, or "
+                    "set teacher_outputs=live with teachers passed as model objects."
+                )
+            digest.update(hashed)
+        return digest.hexdigest(), torch.cat(labels)
+
+
+def student_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch without labels and row ids."""
+    return {key: value for key, value in batch.items() if key not in ("labels", ROW_KEY, VIEW_KEY)}
+
+
+def as_rows(
+    dataset: Any, collate: Callable[[Any], Mapping[str, Any]], config: PretrainedConfig, stored: bool = True
+) -> tuple[Rows, int]:
+    """The rows behind a training or guide dataset and how many augmented views they have (0: none)."""
+    if isinstance(dataset, FedDataset):
+        return dataset.rows, dataset.num_views
+    return DatasetRows(dataset, collate, config, stored), 0
+
+
+def fetcher(dataset: Any, rows: Rows) -> Callable[[torch.Tensor], dict[str, Any]]:
+    """A function from row positions to the student's collated inputs."""
+    if isinstance(dataset, FedDataset):
+        return lambda chosen: student_inputs(dataset.__getitems__(chosen.tolist()))
+    assert isinstance(rows, DatasetRows)
+    return lambda chosen: student_inputs(rows.batch(chosen))
+
+
+def _hash(batch: Mapping[str, Any]) -> bytes:
+    digest = hashlib.sha256()
+    for key in sorted(student_inputs(batch)):
+        value = torch.as_tensor(batch[key]).cpu().contiguous()
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.view(torch.uint8).numpy() if value.dim() else value.numpy().tobytes())
+    return digest.digest()
+
+
+def _raw_column(dataset: datasets.Dataset | None) -> tuple[str, str | None]:
+    """The task a dataset's raw columns speak of, and the column that holds the image or text."""
+    features = dataset.features if dataset is not None else {}
+    for name, feature in features.items():
+        if isinstance(feature, datasets.Image):
+            return IMAGE_CLASSIFICATION, name
+    for name, feature in features.items():
+        if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
+            return TEXT_CLASSIFICATION, name
+    return "", None

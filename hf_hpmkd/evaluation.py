@@ -1,0 +1,139 @@
+"""Measures teachers and students on the parts of the data and writes the figures into the run record.
+
+Teachers are checked before the student's training starts; the test part is opened by `evaluate_test` alone, once.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from hf_hpmkd.classifiers import Classifier
+from hf_hpmkd.data import DataParts
+from hf_hpmkd.metrics import compute_metrics
+from hf_hpmkd.recipe import Recipe
+from hf_hpmkd.run_record import RunRecord
+from hf_hpmkd.tasks.base import UNAUGMENTED, Rows
+from hf_hpmkd.teacher_cache import TeacherCache
+from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher, check_teacher
+
+_LATENCY_ROUNDS = 30
+
+
+def evaluate_teachers(
+    record: RunRecord,
+    teachers: Sequence[Teacher],
+    parts: DataParts,
+    recipe: Recipe,
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> None:
+    """Computes the teachers' outputs on train, guide and validation (or finds them in the cache) and checks them.
+
+    Raises ValueError on a teacher that gives NaN or the wrong number of classes, before any student is trained.
+    """
+    guide_logits = teacher_logits(teachers, parts.guide, recipe, say)
+    validation_logits = teacher_logits(teachers, parts.validation, recipe, say)
+    train_logits = None
+    if recipe.distillation.teacher_outputs != "live":
+        train_logits = teacher_logits(teachers, parts.train, recipe, say, num_views=parts.num_views)
+    for index, teacher in enumerate(teachers):
+        known = record.teachers[index]
+        known.accuracy["guide"] = _accuracy(guide_logits[index], parts.guide)
+        known.accuracy["validation"] = _accuracy(validation_logits[index], parts.validation)
+        train_accuracy = None
+        if train_logits is not None:
+            train_accuracy = known.accuracy["train"] = _accuracy(train_logits[index], parts.train)
+        known.warnings = check_teacher(teacher, guide_logits[index], parts.guide.labels, train_accuracy)
+        for warning in known.warnings:
+            warn(warning)
+
+
+def evaluate_test(
+    record: RunRecord,
+    teachers: Sequence[Teacher],
+    classifiers: Mapping[str, Classifier],
+    parts: DataParts,
+    recipe: Recipe,
+    say: Callable[[str], None],
+) -> None:
+    """Opens the test part: metrics of teachers and students on it (students on validation too), latency, retention."""
+    test_logits = teacher_logits(teachers, parts.test, recipe, say)
+    validation_logits = teacher_logits(teachers, parts.validation, recipe, say)
+    for index, known in enumerate(record.teachers):
+        known.accuracy["test"] = _accuracy(test_logits[index], parts.test)
+    device = PartialState().device
+    students = {
+        name: TorchTeacher(one.model, one.feed, name=name, data_names=parts.class_names, device=device)
+        for name, one in classifiers.items()
+    }
+    for name, student in students.items():
+        known_student = record.models[name]
+        for part, rows, of_teachers in (
+            ("validation", parts.validation, validation_logits),
+            ("test", parts.test, test_logits),
+        ):
+            logits = student_logits(student, rows, recipe.training.eval_batch_size)
+            known_student.metrics[part] = compute_metrics(
+                recipe.training.metrics,
+                logits.numpy(),
+                rows.labels.numpy(),
+                teacher_logits=of_teachers.softmax(-1).mean(0).log().numpy(),  # agreement is with their plain mean
+            )
+        known_student.retention = record.retention(known_student.accuracy())
+        known_student.compression = record.compression(known_student.num_params)
+    everyone = {**{f"teacher {known.name}": t for known, t in zip(record.teachers, teachers, strict=True)}, **students}
+    latencies = measure_latency(everyone, parts.test)
+    for known in record.teachers:
+        known.latency_ms = latencies[f"teacher {known.name}"]
+    for name in students:
+        record.models[name].latency_ms = latencies[name]
+
+
+def teacher_logits(
+    teachers: Sequence[Teacher], rows: Rows, recipe: Recipe, say: Callable[[str], None], num_views: int = 0
+) -> torch.Tensor:
+    """Logits `(teachers, rows, classes)`, of view 0 where there are views, from the cache or computed now.
+
+    The mode is the recipe's for augmented training rows, full for the others, which are few.
+    """
+    distillation = recipe.distillation
+    compact = distillation.teacher_outputs == "topk" and num_views > 0
+    stored = TeacherCache(distillation.cache_dir).outputs(
+        [teacher.for_rows(rows) for teacher in teachers],
+        rows,
+        num_views,
+        mode="topk" if compact else "full",
+        topk=distillation.topk or 16,
+        batch_size=recipe.training.eval_batch_size,
+        on_message=say,
+    )
+    everything = torch.arange(len(rows))
+    return stored.lookup(everything, torch.full_like(everything, 0 if num_views else UNAUGMENTED))
+
+
+def student_logits(student: Teacher, rows: Rows, batch_size: int) -> torch.Tensor:
+    """Logits `(rows, classes)` on unaugmented rows, on the CPU."""
+    parts = torch.arange(len(rows)).split(batch_size)
+    return torch.cat([student.logits(rows, part, torch.full_like(part, UNAUGMENTED)).cpu() for part in parts])
+
+
+def measure_latency(models: Mapping[str, Teacher], rows: Rows) -> dict[str, float]:
+    """Median milliseconds from one raw row to its logits, preprocessing included; the models take turns."""
+    models = {name: model.for_rows(rows) for name, model in models.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(_LATENCY_ROUNDS + 2):
+        row = torch.tensor([turn % len(rows)])
+        for name, model in models.items():
+            started = time.perf_counter()
+            model.logits(rows, row, torch.full_like(row, UNAUGMENTED)).cpu()
+            if turn >= 2:  # the first turns warm up
+                seconds[name].append(time.perf_counter() - started)
+    return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
+
+
+def _accuracy(logits: torch.Tensor, rows: Rows) -> float:
+    return float(np.mean(logits.argmax(-1).numpy() == rows.labels.numpy()))

@@ -1,0 +1,50 @@
+"""Finds a classifier's last linear layer and reads what goes into it. Knows nothing of distillation."""
+
+import torch
+from torch import nn
+
+
+def find_classifier_head(model: nn.Module, num_classes: int) -> nn.Linear:
+    """The last linear layer with `num_classes` outputs, in the order of registration.
+
+    Raises ValueError where there is none (a 1x1 convolution as head, another number of classes).
+    """
+    heads = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == num_classes]
+    if not heads:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer with {num_classes} outputs, so its penultimate features cannot "
+            "be read. Use gate=label or gate=uniform, a temperature schedule other than learned, and no feature term."
+        )
+    return heads[-1]
+
+
+class FeatureReader:
+    """Keeps the penultimate features `(batch, width)` of a model's latest forward pass, with their gradient.
+
+    It hooks the classifier head's input. Call `close` to take the hook off. `read` raises ValueError if the head is
+    applied to more than one vector per sample (a head on every token), because then "the" features do not exist.
+    """
+
+    def __init__(self, head: nn.Linear) -> None:
+        self.head = head
+        self.width = head.in_features
+        self._features: torch.Tensor | None = None
+        self._handle = head.register_forward_pre_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self._features = args[0]
+
+    def read(self) -> torch.Tensor:
+        """The features of the forward pass just made; reading forgets them."""
+        features, self._features = self._features, None
+        if features is None:
+            raise ValueError("The classifier head has seen no forward pass since the last read.")
+        if features.dim() != 2:
+            raise ValueError(
+                f"The classifier head must see one vector per sample, (batch, width), got shape {tuple(features.shape)}. "
+                "Use gate=label or gate=uniform, a temperature schedule other than learned, and no feature term."
+            )
+        return features
+
+    def close(self) -> None:
+        self._handle.remove()

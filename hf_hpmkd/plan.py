@@ -1,0 +1,288 @@
+"""What a recipe would do, told before anything is trained or downloaded: sizes, parts, disk, steps, memory.
+
+Models are built on the meta device, from names or from configs at hand; data on this disk is opened and cut into its
+parts, data on the Hub is not. What cannot be known without a download is said to be unknown.
+"""
+
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from safetensors import safe_open
+
+from hf_hpmkd.classifiers import Classifier, build_classifier
+from hf_hpmkd.data import PARTS, DataParts, load_parts
+from hf_hpmkd.recipe import Recipe, TeacherConfig
+from hf_hpmkd.recipe_rules import family, is_trained_here, looks_local, teacher_names
+from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, Rows
+from hf_hpmkd.tasks.images import ImageRows
+from hf_hpmkd.tasks.text import TextRows
+from hf_hpmkd.teacher_cache import TeacherCache, estimate, readable_bytes
+
+_STAND_IN_SIDE = 224  # pixels; of images that are not on this disk
+_BATCH = 8  # rows of the forward pass that counts activations
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass
+class _Model:
+    """A line of the table. What is None is not known before the model is trained or downloaded."""
+
+    name: str
+    role: str
+    num_params: int | None
+    activations: int | None = None  # bytes kept per row for the backward pass
+    note: str = ""
+
+
+def plan(recipe: Recipe) -> str:
+    """The plan as text. Trains nothing, downloads nothing. Raises what opening local data raises."""
+    parts = _local_parts(recipe)
+    rows = parts.train if parts else _stand_in_rows(recipe)
+    student = _built("student", "student", recipe.student.model, rows, recipe.student.revision, measure=True)
+    teachers = [
+        _teacher(name, teacher, rows) for name, teacher in zip(teacher_names(recipe), recipe.teachers, strict=True)
+    ]
+    sections = [
+        [f"Plan: {len(teachers)} teachers -> {recipe.student.model} on {recipe.data.path}"],
+        _data_lines(recipe, parts, rows),
+        _model_lines(student, teachers),
+        _cache_lines(recipe, parts, rows),
+        _step_lines(recipe, parts),
+        _memory_lines(recipe, student, teachers),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def _local_parts(recipe: Recipe) -> DataParts | None:
+    path = recipe.data.path
+    local = path.startswith("sklearn:") or looks_local(path) or Path(path).expanduser().exists()
+    if not local:
+        return None
+    saw_train = not all(is_trained_here(teacher.model) for teacher in recipe.teachers)
+    return load_parts(recipe.data, task=recipe.task.type, teachers_saw_train=saw_train)
+
+
+def _stand_in_rows(recipe: Recipe) -> Rows | None:
+    """One empty row with as many classes as a loaded teacher has outputs; None for tables and where none says it."""
+    num_classes = next(filter(None, (_num_outputs(teacher) for teacher in recipe.teachers)), None)
+    families = {family(model) for model in (recipe.student.model, *(teacher.model for teacher in recipe.teachers))}
+    if num_classes is None:
+        return None
+    names = [f"class {index}" for index in range(num_classes)]
+    if recipe.task.type == IMAGE_CLASSIFICATION or families & {"timm", "cifar-resnet", "safetensors"}:
+        pixels = torch.zeros(1, 3, _STAND_IN_SIDE, _STAND_IN_SIDE, dtype=torch.uint8)
+        return ImageRows(Dataset.from_dict({"label": [0]}), "image", [0], names, images=pixels)
+    if recipe.task.type == TEXT_CLASSIFICATION or "bert" in families:
+        return TextRows(Dataset.from_dict({"label": [0]}), ["stand-in"], [0], names)
+    return None
+
+
+def _num_outputs(teacher: TeacherConfig) -> int | None:
+    if teacher.labels:
+        return len(teacher.labels)
+    if family(teacher.model) == "timm":
+        from timm.models import get_pretrained_cfg
+
+        known = get_pretrained_cfg(teacher.model.rsplit("/", 1)[-1], allow_unregistered=True)
+        return known.num_classes if known else None
+    if family(teacher.model) == "hub" and Path(teacher.model).is_dir():
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(teacher.model).num_labels
+    return None
+
+
+def _data_lines(recipe: Recipe, parts: DataParts | None, rows: Rows | None) -> list[str]:
+    if parts is None:
+        classes = f"{len(rows.class_names)} classes (as the teachers have)" if rows else "classes unknown"
+        limit = recipe.data.max_train_rows
+        return [
+            f"Data     {classes}; not on this disk, so not opened",
+            f"         train: {f'at most {limit:,} rows' if limit else 'unknown until the data is loaded'}",
+        ]
+    lines = [f"Data     {parts.task}, {len(parts.class_names)} classes"]
+    for part in PARTS:
+        lines.append(
+            f"         {part:11}{len(getattr(parts, part)):>9,} rows   {parts.provenance['parts'][part]['how']}"
+        )
+    if parts.num_views:
+        lines.append(f"         {parts.num_views} augmented views of each training row")
+    return lines + [f"         warning: {warning}" for warning in parts.provenance["warnings"]]
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def _teacher(name: str, teacher: TeacherConfig, rows: Rows | None) -> _Model:
+    kind, here = family(teacher.model), is_trained_here(teacher.model)
+    if kind == "safetensors":
+        return _Model(name, "teacher", _count_in_file(Path(teacher.model).expanduser()))
+    if kind in ("sklearn", "skops", "column"):
+        notes = {"sklearn": "scikit-learn, trained here", "skops": "scikit-learn", "column": "a column of the data"}
+        return _Model(name, "teacher", None, note=notes[kind])
+    found = _built(name, "teacher", teacher.model, rows, teacher.revision)
+    if here:
+        found.note = "trained here" if found.num_params is not None else f"trained here, {found.note}"
+    return found
+
+
+def _built(
+    name: str, role: str, model: str, rows: Rows | None, revision: str | None = None, measure: bool = False
+) -> _Model:
+    if rows is None:
+        return _Model(name, role, None, note="unknown until the data is loaded")
+    try:
+        built = build_classifier(model, rows, meta=True, revision=revision)
+    except OSError:  # transformers' and huggingface_hub's answer when a config is neither here nor reachable
+        return _Model(name, role, None, note="its config is not at hand")
+    return _Model(name, role, built.num_params, _activations(built, rows) if measure else None)
+
+
+def _count_in_file(path: Path) -> int | None:
+    """Parameters of a safetensors file, from its header."""
+    if not path.exists():
+        return None
+    with safe_open(path, framework="pt") as file:
+        keys = [key for key in file.keys() if not key.endswith(_BUFFERS)]  # noqa: SIM118 - not a dict
+        return sum(math.prod(file.get_slice(key).get_shape()) for key in keys)
+
+
+def _activations(built: Classifier, rows: Rows) -> int | None:
+    """Bytes per row that a forward pass keeps for its backward pass, counted on the meta device."""
+    model = built.model.train()
+    alive: list[torch.Tensor] = []  # keeps storages from being freed, and their addresses from being given twice
+    kept: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()  # the C++ address; data_ptr() is 0 on the meta device
+        return tensor
+
+    inputs = {key: value.to("meta") for key, value in built.feed(rows.raw([0] * _BATCH)).items()}
+    inputs.pop("attention_mask", None)  # transformers looks at its values, and it weighs next to nothing
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            model(**inputs)
+    except (NotImplementedError, RuntimeError):  # a forward pass that looks at values, which meta tensors do not have
+        return None
+    for weight in (*model.parameters(), *model.buffers()):
+        kept.pop(weight.untyped_storage()._cdata, None)
+    return sum(kept.values()) // _BATCH
+
+
+def _model_lines(student: _Model, teachers: list[_Model]) -> list[str]:
+    largest = max((teacher.num_params for teacher in teachers if teacher.num_params is not None), default=None)
+    width = max(len(model.name) for model in [student, *teachers]) + 2
+    lines = [f"Models   {'':{width}}{'role':10}{'parameters':>13}{'fp32':>11}   student is smaller by"]
+    for model in [*teachers, student]:
+        size, in_bytes, ratio = "unknown", "", ""
+        if model.num_params is not None:
+            size, in_bytes = f"{model.num_params:,}", readable_bytes(4 * model.num_params)
+            if model.role == "teacher" and student.num_params:
+                ratio = f"{model.num_params / student.num_params:.1f}x"
+        elif model.note.startswith(("scikit-learn", "a column")):
+            size = "-"
+        line = f"         {model.name:{width}}{model.role:10}{size:>13}{in_bytes:>11}   {ratio:8}{model.note}"
+        lines.append(line.rstrip())
+    if student.num_params and largest and student.num_params > largest:
+        lines.append("         warning: the student is larger than every teacher, so nothing is compressed")
+    return lines
+
+
+# ---- cost ------------------------------------------------------------------------------------------------------------
+
+
+def _cache_lines(recipe: Recipe, parts: DataParts | None, rows: Rows | None) -> list[str]:
+    distillation, teachers = recipe.distillation, len(recipe.teachers)
+    root = TeacherCache(distillation.cache_dir).root
+    room = f"{readable_bytes(_free_bytes(root))} are free where they go"
+    if parts is None:
+        if distillation.teacher_outputs == "live":
+            return [
+                "Cache    the teachers run in the loop (live); the other parts are kept, sizes unknown until loaded"
+            ]
+        if rows is None:
+            return [f"Cache    unknown until the data is loaded; {room}"]
+        row = _outputs_bytes(recipe, 1, 0, len(rows.class_names))
+        return [f"Cache    {readable_bytes(row)} per training row and view, of {teachers} teachers; {room}"]
+    classes, others = len(parts.class_names), sum(len(getattr(parts, part)) for part in PARTS if part != "train")
+    needed = estimate(teachers, others, classes, 0).bytes
+    told = f"{others:,} rows x {teachers} teachers x {classes} classes x 2 bytes"
+    if distillation.teacher_outputs != "live":
+        needed += _outputs_bytes(recipe, len(parts.train), parts.num_views, classes)
+        kept = classes if distillation.topk is None else f"the {distillation.topk} largest of {classes}"
+        views = max(parts.num_views, 1)
+        told = f"{len(parts.train):,} rows x {views} views x {teachers} teachers x {kept} classes, and the other parts"
+    verdict = (
+        "there is room" if needed < _free_bytes(root) else "NOT ENOUGH: set distillation.cache_dir or teacher_outputs"
+    )
+    return [f"Cache    {readable_bytes(needed)} of teacher outputs: {told}", f"         {room}: {verdict}"]
+
+
+def _outputs_bytes(recipe: Recipe, rows: int, views: int, classes: int) -> int:
+    distillation = recipe.distillation
+    if distillation.topk is None:
+        return estimate(len(recipe.teachers), rows, classes, views).bytes
+    return estimate(len(recipe.teachers), rows, classes, views, "topk", distillation.topk).bytes
+
+
+def _free_bytes(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _step_lines(recipe: Recipe, parts: DataParts | None) -> list[str]:
+    training = recipe.training
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    per_step = training.batch_size * training.gradient_accumulation_steps * processes
+    batch = f"{training.batch_size} rows"
+    if per_step != training.batch_size:
+        batch += f" x {training.gradient_accumulation_steps} accumulated x {processes} processes"
+    rows = len(parts.train) if parts else recipe.data.max_train_rows
+    times = "twice (direct, then distilled)" if recipe.distillation.direct else "once (distilled)"
+    if rows is None:
+        return [f"Steps    unknown until the data is loaded; {training.epochs} epochs, {batch} a step, {times}"]
+    per_epoch = math.ceil(rows / per_step)
+    total = training.max_steps if training.max_steps > 0 else per_epoch * training.epochs
+    lines = [f"Steps    {per_epoch:,} per epoch ({batch} a step), {total:,} in total; the student trains {times}"]
+    for name, teacher in zip(teacher_names(recipe), recipe.teachers, strict=True):
+        kind = family(teacher.model)
+        if kind == "sklearn":
+            folds = 5 if teacher.folds is None else teacher.folds
+            lines.append(
+                f"         teacher {name}: fitted once" + (f", and {folds} times for its folds" if folds else "")
+            )
+        elif is_trained_here(teacher.model):
+            steps = math.ceil(rows / (teacher.batch_size or training.batch_size) / processes)
+            folds = f", {1 + teacher.folds} times" if teacher.folds else ""
+            lines.append(f"         teacher {name}: {steps * (teacher.epochs or training.epochs):,} steps{folds}")
+    return lines
+
+
+def _memory_lines(recipe: Recipe, student: _Model, teachers: list[_Model]) -> list[str]:
+    if student.num_params is None:
+        return ["Memory   unknown until the student's size is known"]
+    states = student.num_params * 4 * 4
+    lines = [
+        f"Memory   roughly: {readable_bytes(states)} for the student's weights, gradients and optimizer (AdamW, fp32)"
+    ]
+    if student.activations is not None:
+        half = 0.5 if recipe.training.precision != "fp32" else 1.0
+        batch = recipe.training.batch_size
+        lines.append(
+            f"         {readable_bytes(int(student.activations * batch * half))} for the activations of {batch} rows"
+        )
+    loaded = sum(4 * teacher.num_params for teacher in teachers if teacher.num_params)
+    when = "all the time" if recipe.distillation.teacher_outputs == "live" else "while their outputs are computed"
+    lines.append(f"         {readable_bytes(loaded)} for the teachers' weights, {when}")
+    return lines

@@ -1,0 +1,390 @@
+"""A distillation as one YAML file: its fields, reading it, and every fault of a file told at once.
+
+Opens no data and no model. What the fields do is decided elsewhere; which values go together is in `recipe_rules`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from hf_hpmkd.data import DataConfig
+from hf_hpmkd.recipe_faults import apply_overrides, did_you_mean, dotted, parse_yaml, validate
+from hf_hpmkd.recipe_rules import file_faults, rule_faults
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, validate_assignment=True)
+
+# Where and by how many workers a run is done changes no result, so it stays out of the fingerprint.
+_NOT_IN_FINGERPRINT = {
+    "output": None,
+    "hub": None,
+    "training": ("report_to", "num_workers", "save_total_limit"),
+    "distillation": ("cache_dir",),
+}
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run. `faults` holds one line per fault, the message all of them."""
+
+    def __init__(self, source: str, faults: Sequence[str]) -> None:
+        self.faults = list(faults)
+        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+        super().__init__(f"{source} has {count}:\n" + "\n".join(f"  - {fault}" for fault in self.faults))
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class TaskConfig:
+    """What is classified."""
+
+    type: Literal["auto", "image-classification", "text-classification", "tabular-classification"] = Field(
+        "auto", description="What is classified; auto reads it from the columns of the data."
+    )
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class TeacherConfig:
+    """One teacher: trained on the spot (mlp-..., cifar-resnet-..., bert-..., sklearn:...) or loaded (anything else)."""
+
+    model: str = Field(
+        min_length=1,
+        description="Trained on the spot: mlp-256x256, cifar-resnet-20, bert-2x64, sklearn:RandomForestClassifier. "
+        "Loaded: a Hub id or folder, timm/..., hf-hub:..., local-dir:..., FILE.safetensors (CIFAR ResNet), FILE.skops, "
+        "column:NAME (logits in the data).",
+    )
+    name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name in tables and logs; null takes it from model."
+    )
+    params: dict[str, Any] = Field(
+        default_factory=dict, description="Arguments of the scikit-learn estimator (sklearn: only)."
+    )
+    revision: str | None = Field(None, description="Commit, tag or branch of a Hub repository.")
+    labels: list[str] | None = Field(
+        None, description="Class names in the order of the teacher's outputs, where its config does not say them."
+    )
+    epochs: int | None = Field(
+        None, ge=1, description="Epochs of a network trained on the spot; null takes training.epochs."
+    )
+    learning_rate: float | None = Field(
+        None, gt=0, description="Learning rate of a network trained on the spot; null takes training.learning_rate."
+    )
+    batch_size: int | None = Field(
+        None, ge=1, description="Batch size of a network trained on the spot; null takes training.batch_size."
+    )
+    folds: int | None = Field(
+        None,
+        ge=0,
+        description="Teachers trained on the spot: the training rows are answered by that many models, each trained "
+        "without the rows it answers; 0 uses the one model trained on all. null: 5 for scikit-learn, 0 for networks.",
+    )
+    license: str | None = Field(None, description="Licence of the teacher's weights, for the card.")
+    trusted_types: list[str] = Field(
+        default_factory=list, description="Further types that a .skops file may hold; read them before you list them."
+    )
+    trust_remote_code: bool = Field(False, description="Run code that comes with a Hub model. Read it first.")
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class StudentConfig:
+    """The small model that is trained."""
+
+    model: str = Field(
+        min_length=1, description="cifar-resnet-8, mlp-16, bert-1x64, timm/resnet18, or a Hub id or folder."
+    )
+    pretrained: bool = Field(
+        False, description="Start from the weights of a timm or Hub model; false takes its architecture alone."
+    )
+    revision: str | None = Field(None, description="Commit, tag or branch of a Hub repository.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with a Hub model. Read it first.")
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class DistillationConfig:
+    """How the teachers teach. Needs nothing set; the defaults are plain ones."""
+
+    alpha: float = Field(0.9, ge=0, le=1, description="Weight of the teachers: 0 ignores them, 1 ignores the labels.")
+    kd_kind: Literal["forward_kl", "standardized_kl", "dkd", "dist"] = Field(
+        "forward_kl",
+        description="Distillation loss: forward_kl (Hinton), standardized_kl (z-scored logits), dkd (decoupled), dist "
+        "(correlations).",
+    )
+    temperature: float = Field(4.0, gt=0, description="Softness T of the targets: 1 leaves them, larger flattens.")
+    temperature_schedule: Literal["constant", "cosine", "loss", "convergence", "auto", "learned"] = Field(
+        "constant", description="How T moves during training; constant keeps temperature."
+    )
+    temperature_min: float = Field(2.0, gt=0, description="Lower end of a moving T.")
+    temperature_max: float = Field(6.0, gt=0, description="Upper end of a moving T.")
+    gate: Literal["mixture", "joint", "label", "uniform"] = Field(
+        "mixture",
+        description="How teachers are weighed per row: mixture (the mixture predicts guide labels), joint (the paper's "
+        "way), label (closed form), uniform.",
+    )
+    entropy_weight: float = Field(
+        0.01, ge=0, description="Reward for spread weights; 0 lets the gate settle on one teacher."
+    )
+    calibrate_teachers: bool = Field(
+        True, description="Divide each teacher's logits by one scalar fitted on guide rows."
+    )
+    guide_every: int = Field(10, ge=1, description="Training steps between two looks at guide rows.")
+    guide_batch_size: int = Field(64, ge=1, description="Guide rows per look.")
+    feature_weight: float = Field(
+        0.0, ge=0, description="Weight of matching the teachers' features; above 0 needs teacher_outputs live."
+    )
+    teacher_outputs: Literal["full", "topk", "live"] = Field(
+        "full",
+        description="full: computed once, kept on disk, all classes; topk: the same, largest topk only; live: teachers "
+        "run in the loop.",
+    )
+    topk: int | None = Field(None, ge=1, description="Classes kept per row with teacher_outputs topk.")
+    cache_dir: str | None = Field(
+        None, description="Folder of the teacher outputs; null: $HPMKD_CACHE or a folder in the Hugging Face home."
+    )
+    direct: bool = Field(True, description="Also train the student without teachers, for comparison.")
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class TrainingConfig:
+    """The student's training loop."""
+
+    epochs: int = Field(10, ge=1, description="Passes over the training rows.")
+    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; -1 lets epochs decide.")
+    batch_size: int = Field(128, ge=1, description="Training rows per step and process.")
+    eval_batch_size: int = Field(256, ge=1, description="Rows per step of evaluation and of the teachers.")
+    learning_rate: float = Field(1e-3, gt=0, description="Largest learning rate.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay.")
+    optimizer: str = Field(
+        "adamw_torch", description="Name of an optimizer of TrainingArguments.optim: adamw_torch, sgd."
+    )
+    lr_scheduler: str = Field("cosine", description="Name of a scheduler of TrainingArguments.lr_scheduler_type.")
+    warmup_steps: int | float = Field(0.05, ge=0, description="Steps of rising learning rate; below 1, a share of all.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Batches per optimizer step.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are cut to this norm; 0 does not cut.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of initial weights and of the order of rows.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="Numbers used in training; fp16 needs a GPU."
+    )
+    num_workers: int = Field(0, ge=0, description="Processes that prepare batches; 0 prepares them in the loop.")
+    report_to: list[str] = Field(default_factory=list, description="Trackers, such as tensorboard.")
+    log_every: int | None = Field(None, ge=1, description="Steps between log lines; null chooses.")
+    evaluations: int = Field(10, ge=1, description="How many times the student is evaluated during training.")
+    save_total_limit: int = Field(2, ge=1, description="Checkpoints kept.")
+    metrics: list[str] = Field(
+        default_factory=lambda: ["accuracy", "macro_f1", "calibration_error", "teacher_agreement"],
+        min_length=1,
+        description="Metrics: ours by name, any other id through evaluate.",
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="Which checkpoint becomes the student: the last, or the best by validation accuracy."
+    )
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class OutputConfig:
+    """Where a run goes."""
+
+    dir: str = Field("hpmkd-run", min_length=1, description="Folder of the run; an unfinished run in it is resumed.")
+    overwrite: bool = Field(False, description="Replace a finished or different run in that folder.")
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class HubConfig:
+    """Whether the student is published."""
+
+    push: bool = Field(False, description="Upload the student, its card and records at the end.")
+    repo_id: str | None = Field(None, description="Repository, user/name.")
+    private: bool = Field(True, description="Create the repository as private.")
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class Recipe:
+    """A whole run. Sections without a required key may be left out."""
+
+    data: DataConfig = Field(description="The rows, and how they are cut into train, guide, validation and test.")
+    teachers: list[TeacherConfig] = Field(min_length=1, description="One entry per teacher.")
+    student: StudentConfig = Field(description="The small model that is trained.")
+    task: TaskConfig = Field(default_factory=TaskConfig, description="What is classified.")
+    distillation: DistillationConfig = Field(default_factory=DistillationConfig, description="How the teachers teach.")
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="The student's training loop.")
+    output: OutputConfig = Field(default_factory=OutputConfig, description="Where the run goes.")
+    hub: HubConfig = Field(default_factory=HubConfig, description="Whether the student is published.")
+
+
+_ADAPTER = TypeAdapter(Recipe)
+_SECTION_TYPES: dict[str, Any] = {
+    "data": DataConfig,
+    "teachers": TeacherConfig,
+    "student": StudentConfig,
+    "task": TaskConfig,
+    "distillation": DistillationConfig,
+    "training": TrainingConfig,
+    "output": OutputConfig,
+    "hub": HubConfig,
+}
+# Take the place of what lacks, so that the rest of the file is still checked. No rule says anything about "missing".
+_STAND_INS: dict[str, Any] = {
+    "data": {"path": "missing"},
+    "teachers": [{"model": "missing"}],
+    "student": {"model": "missing"},
+    "path": "missing",
+    "model": "missing",
+}
+
+
+def section_keys() -> dict[str, list[str]]:
+    """The keys of every section, in order; under "" the sections themselves."""
+    keys = {name: [field.name for field in dataclasses.fields(kind)] for name, kind in _SECTION_TYPES.items()}
+    return {"": list(_SECTION_TYPES), **keys}
+
+
+def recipe_folder() -> Path:
+    """The folder of the recipes that come with the package: inside it when installed, beside it in a clone."""
+    package = Path(__file__).resolve().parent
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def bundled_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
+
+
+def find_recipe(path_or_name: str | Path) -> Path:
+    """The file of a recipe given by path or by bundled name. Raises RecipeError naming the bundled ones."""
+    path = Path(path_or_name).expanduser()
+    if path.is_file():
+        return path
+    bundled = bundled_recipes()
+    if str(path_or_name) in bundled:
+        return bundled[str(path_or_name)]
+    near = did_you_mean(path.stem, bundled)
+    raise RecipeError(
+        str(path_or_name), [f"there is no such file.{near} Recipes known by name: {', '.join(bundled) or 'none'}."]
+    )
+
+
+def load_recipe(path_or_name: str | Path, overrides: Iterable[str] = (), check_files: bool = False) -> Recipe:
+    """The recipe in a YAML file or of a bundled name, with `section.key=value` words applied.
+
+    check_files: also look whether the local files it names exist. Raises RecipeError with every fault: unknown keys
+    (with the closest known one), values of a wrong type or range, and combinations that do not go together.
+    """
+    path = find_recipe(path_or_name)
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not YAML, or not UTF-8
+        raise RecipeError(str(path_or_name), [str(error)]) from error
+    return read_recipe(tree, str(path_or_name), overrides, check_files)
+
+
+def read_recipe(tree: Any, source: str, overrides: Iterable[str] = (), check_files: bool = False) -> Recipe:
+    """The recipe in a tree of plain values (from YAML or JSON); `source` names it in messages. Raises RecipeError."""
+    if not isinstance(tree, dict):
+        raise RecipeError(
+            source,
+            [f"must hold sections ({', '.join(_SECTION_TYPES)}), got {type(tree).__name__ if tree else 'nothing'}."],
+        )
+    tree = json.loads(json.dumps(tree, default=str))
+    override_faults = apply_overrides(tree, overrides)
+    recipe, faults = validate(_ADAPTER, tree, section_keys(), _STAND_INS)
+    lines = override_faults + [f"{dotted(path)}: {text}" for path, text in faults.items()]
+    if recipe is not None:
+        told = {dotted(path) for path in faults}
+        lines += [
+            text for keys, text in _all_rules(recipe, check_files) if not any(_touches(key, told) for key in keys)
+        ]
+    if lines:
+        raise RecipeError(source, lines)
+    return recipe
+
+
+def check_recipe(recipe: Recipe, source: str = "the recipe") -> None:
+    """Checks what goes together, and that local files exist. Raises RecipeError with every fault."""
+    faults = [text for _, text in _all_rules(recipe, check_files=True)]
+    if faults:
+        raise RecipeError(source, faults)
+
+
+def _all_rules(recipe: Recipe, check_files: bool) -> list[tuple[tuple[str, ...], str]]:
+    return [*rule_faults(recipe), *(file_faults(recipe) if check_files else [])]
+
+
+def _touches(key: str, told: set[str]) -> bool:
+    return any(key == other or key.startswith(other + ".") for other in told)
+
+
+def recipe_tree(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values, every default filled in; `read_recipe` reads it back."""
+    return _ADAPTER.dump_python(recipe, mode="json")
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """SHA-256 over what decides the result: all but output, hub, trackers, workers and places of caches."""
+    tree = recipe_tree(recipe)
+    for section, keys in _NOT_IN_FINGERPRINT.items():
+        if keys is None:
+            del tree[section]
+        else:
+            tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe file, for editors; `recipes/recipe.schema.json` is this."""
+    schema = _ADAPTER.json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "hf_hpmkd recipe"}
+
+
+def recipe_from_line(
+    teachers: Sequence[str],
+    student: str,
+    dataset: str,
+    output: str | None = None,
+    overrides: Iterable[str] = (),
+    check_files: bool = False,
+) -> Recipe:
+    """The recipe of `--teacher A --teacher B --student S --dataset D [--output DIR]`. Raises RecipeError."""
+    tree: dict[str, Any] = {
+        "data": {"path": dataset},
+        "teachers": [{"model": teacher} for teacher in teachers],
+        "student": {"model": student},
+    }
+    if output is not None:
+        tree["output"] = {"dir": output}
+    return read_recipe(tree, "the command line", overrides, check_files)
+
+
+def recipe_text(recipe: Recipe, header: str = "") -> str:
+    """The recipe as YAML, every field written out under a comment that says what it does. header: comment lines first.
+
+    Of a teacher only the fields that are set are written.
+    """
+    tree = recipe_tree(recipe)
+    lines = [f"# {line}".rstrip() for line in header.splitlines()]
+    for section in dataclasses.fields(Recipe):
+        kind = _SECTION_TYPES[section.name]
+        lines += ["", f"# {_description(section)}", f"{section.name}:"]
+        if section.name == "teachers":
+            for teacher in tree["teachers"]:
+                written = {key: value for key, value in teacher.items() if value not in (None, [], {}, False)}
+                items = [f"{key}: {_yaml(value)}" for key, value in written.items()]
+                lines += [f"  - {items[0]}", *(f"    {item}" for item in items[1:])]
+            continue
+        for field in dataclasses.fields(kind):
+            for line in textwrap.wrap(_description(field), 112):
+                lines.append(f"  # {line}")
+            lines.append(f"  {field.name}: {_yaml(tree[section.name][field.name])}")
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _description(field: Any) -> str:
+    return str(getattr(field.default, "description", None) or "")
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()

@@ -1,0 +1,239 @@
+"""Which values of a recipe go together, and which files it needs. Opens nothing; every fault comes with its keys."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from glob import glob
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_hpmkd.classifiers import parse_name
+from hf_hpmkd.data_source import SKLEARN_SETS
+from hf_hpmkd.losses import LEGAL_SCHEDULES
+from hf_hpmkd.recipe_faults import did_you_mean
+from hf_hpmkd.sklearn_teachers import ESTIMATORS
+from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TEXT_CLASSIFICATION
+
+if TYPE_CHECKING:
+    from hf_hpmkd.recipe import Recipe, TeacherConfig
+
+Fault = tuple[tuple[str, ...], str]  # the keys that are to blame, and the line that says why
+
+_TASK_OF_FAMILY = {
+    "cifar-resnet": IMAGE_CLASSIFICATION,
+    "timm": IMAGE_CLASSIFICATION,
+    "mlp": TABULAR_CLASSIFICATION,
+    "bert": TEXT_CLASSIFICATION,
+}
+# What `classifiers.parse_name` takes for names of its own too; bert needs the number, because of bert-base-cased.
+_BUILT_HERE = re.compile(r"(cifar-resnet|mlp)(?![a-z])|(bert)-(?=\d)")
+_NETWORKS = ("cifar-resnet", "mlp", "bert")
+
+
+def family(model: str) -> str:
+    """What a model name stands for: cifar-resnet, mlp, bert, sklearn, timm, safetensors, skops, column or hub."""
+    if built := _BUILT_HERE.match(model):
+        return built[1] or built[2]
+    if model.startswith(("timm/", "hf-hub:timm/")):
+        return "timm"
+    for prefix in ("sklearn", "column"):
+        if model.startswith(prefix + ":"):
+            return prefix
+    for suffix in ("safetensors", "skops"):
+        if model.endswith("." + suffix):
+            return suffix
+    return "hub"
+
+
+def is_trained_here(model: str) -> bool:
+    """Whether a teacher of that name is trained on the spot; others are loaded."""
+    return family(model) in (*_NETWORKS, "sklearn")
+
+
+def is_sklearn(model: str) -> bool:
+    """Whether a teacher of that name is a scikit-learn estimator trained on the spot."""
+    return family(model) == "sklearn"
+
+
+def teacher_names(recipe: "Recipe") -> list[str]:
+    """One distinct name per teacher: `name` where given, else from `model`, numbered where two would be the same."""
+    names: list[str] = []
+    given = {teacher.name for teacher in recipe.teachers if teacher.name}
+    for teacher in recipe.teachers:
+        stem = re.sub(r"^(sklearn|column|hf-hub|local-dir):", "", teacher.model.rstrip("/")).rsplit("/", 1)[-1]
+        stem = re.sub(r"\.(safetensors|skops)$", "", stem) or "teacher"
+        name, count = teacher.name or stem, 1
+        while not teacher.name and (name in names or name in given):
+            count += 1
+            name = f"{stem}-{count}"
+        names.append(name)
+    return names
+
+
+def rule_faults(recipe: "Recipe") -> Iterator[Fault]:
+    """Values that do not go together."""
+    yield from _task_rules(recipe)
+    for position, teacher in enumerate(recipe.teachers):
+        yield from _teacher_rules(f"teachers.{position}", teacher)
+    yield from _student_rules(recipe)
+    yield from _distillation_rules(recipe)
+    yield from _other_rules(recipe)
+
+
+def _task_rules(recipe: "Recipe") -> Iterator[Fault]:
+    task = recipe.task.type
+    models = {f"teachers.{i}.model": teacher.model for i, teacher in enumerate(recipe.teachers)}
+    models["student.model"] = recipe.student.model
+    tasks = {key: _TASK_OF_FAMILY[family(name)] for key, name in models.items() if family(name) in _TASK_OF_FAMILY}
+    for key, found in tasks.items():
+        if task not in ("auto", found):
+            yield (key, "task.type"), f"{key}: {models[key]!r} is for {found}, but task.type is {task}."
+    if task == "auto" and len(set(tasks.values())) > 1:
+        told = "; ".join(f"{key} {models[key]!r} is for {found}" for key, found in tasks.items())
+        yield tuple(tasks), f"teachers, student: all models must be for one task: {told}."
+    for key, name in models.items():
+        own_task = _TASK_OF_FAMILY.get(family(name), task)
+        if family(name) in (*_NETWORKS, "timm", "hub") and own_task != "auto" and not looks_local(name):
+            try:
+                parse_name(name, own_task)
+            except ValueError as error:
+                yield (key,), f"{key}: {error}"
+
+
+def _teacher_rules(at: str, teacher: "TeacherConfig") -> Iterator[Fault]:
+    kind = family(teacher.model)
+    network_here = kind in _NETWORKS
+    only: list[tuple[str, bool, str]] = [
+        ("params", kind == "sklearn", "is for sklearn: teachers"),
+        ("epochs", network_here, "is for networks trained on the spot"),
+        ("learning_rate", network_here, "is for networks trained on the spot"),
+        ("batch_size", network_here, "is for networks trained on the spot"),
+        ("folds", is_trained_here(teacher.model), "is for teachers trained on the spot"),
+        ("labels", not is_trained_here(teacher.model), "is for teachers that are loaded"),
+        ("revision", kind in ("hub", "timm"), "is for teachers from the Hub"),
+        ("trust_remote_code", kind == "hub", "is for teachers from the Hub"),
+        ("trusted_types", kind == "skops", "is for .skops files"),
+    ]
+    for key, fits, rule in only:
+        value = getattr(teacher, key)
+        if value not in (None, {}, [], False) and not fits:
+            yield (f"{at}.{key}", f"{at}.model"), f"{at}.{key}: {rule}, and {teacher.model!r} is none. Remove the key."
+    if kind == "sklearn" and (name := teacher.model.removeprefix("sklearn:")) not in ESTIMATORS:
+        yield (
+            (f"{at}.model",),
+            f"{at}.model: {name!r} is not among the classifiers that can be trained on the spot."
+            f"{did_you_mean(name, ESTIMATORS)} Possible: {', '.join(ESTIMATORS)}.",
+        )
+    if teacher.folds == 1:
+        yield (f"{at}.folds",), f"{at}.folds: must be 0 (one model for all rows) or at least 2, got 1."
+
+
+def _student_rules(recipe: "Recipe") -> Iterator[Fault]:
+    student, kind = recipe.student, family(recipe.student.model)
+    if kind in ("sklearn", "column", "skops", "safetensors"):
+        yield (
+            ("student.model",),
+            f"student.model: {student.model!r} cannot be a student, which must be a network that learns by gradients. "
+            "Use cifar-resnet-8, mlp-16, bert-1x64, timm/... or a Hub id.",
+        )
+    for key in ("pretrained", "revision", "trust_remote_code"):
+        if getattr(student, key) and kind in _NETWORKS:
+            yield (
+                (f"student.{key}", "student.model"),
+                f"student.{key}: {student.model!r} is built from its name and has nothing to download. Remove the key.",
+            )
+
+
+def _distillation_rules(recipe: "Recipe") -> Iterator[Fault]:
+    it, at = recipe.distillation, "distillation"
+    if it.temperature_schedule not in LEGAL_SCHEDULES[it.kd_kind]:
+        yield (
+            (f"{at}.kd_kind", f"{at}.temperature_schedule"),
+            f"{at}.temperature_schedule: {it.temperature_schedule} does not go with kd_kind {it.kd_kind}, which takes "
+            f"{', '.join(LEGAL_SCHEDULES[it.kd_kind])}.",
+        )
+    ends = (f"{at}.temperature_min", f"{at}.temperature_max", f"{at}.temperature_schedule")
+    if it.temperature_schedule != "constant" and it.temperature_min >= it.temperature_max:
+        yield (
+            ends,
+            f"{at}.temperature_min: must be below temperature_max, got {it.temperature_min:g} and "
+            f"{it.temperature_max:g}. Swap them, or use temperature_schedule constant for a fixed temperature.",
+        )
+    elif it.temperature_schedule == "learned" and not it.temperature_min <= it.temperature <= it.temperature_max:
+        yield (
+            (*ends, f"{at}.temperature"),
+            f"{at}.temperature: the learned schedule starts there, so it must lie between temperature_min and "
+            f"temperature_max ({it.temperature_min:g} to {it.temperature_max:g}), got {it.temperature:g}.",
+        )
+    if it.teacher_outputs == "topk" and it.topk is None:
+        yield (f"{at}.topk",), f"{at}.topk: teacher_outputs topk needs the number of classes to keep, for instance 16."
+    if it.teacher_outputs != "topk" and it.topk is not None:
+        yield (
+            (f"{at}.topk", f"{at}.teacher_outputs"),
+            f"{at}.topk: is for teacher_outputs topk, got teacher_outputs {it.teacher_outputs}. Remove one of the two.",
+        )
+    if it.feature_weight > 0:
+        if it.teacher_outputs != "live":
+            yield (
+                (f"{at}.feature_weight", f"{at}.teacher_outputs"),
+                f"{at}.feature_weight: above 0 needs teacher_outputs live, because features are not stored; got "
+                f"{it.teacher_outputs}.",
+            )
+        if all(family(teacher.model) in ("sklearn", "skops", "column") for teacher in recipe.teachers):
+            yield (
+                (f"{at}.feature_weight", "teachers"),
+                f"{at}.feature_weight: no teacher has features (all are scikit-learn models or columns). Set it to 0.",
+            )
+
+
+def _other_rules(recipe: "Recipe") -> Iterator[Fault]:
+    for name, count in Counter(teacher.name for teacher in recipe.teachers if teacher.name).items():
+        if count > 1:
+            keys = tuple(f"teachers.{i}.name" for i, teacher in enumerate(recipe.teachers) if teacher.name == name)
+            yield keys, f"{', '.join(keys)}: names must differ, {name!r} is given {count} times."
+    training = recipe.training
+    if training.max_steps == 0:
+        yield ("training.max_steps",), "training.max_steps: must be -1 (epochs decide) or at least 1, got 0."
+    if training.warmup_steps >= 1 and training.warmup_steps != int(training.warmup_steps):
+        yield (
+            ("training.warmup_steps",),
+            f"training.warmup_steps: must be a share below 1 or a whole number of steps, got {training.warmup_steps}.",
+        )
+    hub = recipe.hub
+    if hub.push and hub.repo_id is None:
+        yield ("hub.repo_id",), "hub.repo_id: hub.push needs the repository to push to, as user/name."
+    if hub.repo_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", hub.repo_id):
+        yield ("hub.repo_id",), f"hub.repo_id: must have the form user/name, got {hub.repo_id!r}."
+
+
+def file_faults(recipe: "Recipe") -> Iterator[Fault]:
+    """Local files and folders that a recipe names and that are not there. Names of the Hub are not looked up."""
+    path = recipe.data.path
+    if path.startswith("sklearn:"):
+        if (name := path.removeprefix("sklearn:")) not in SKLEARN_SETS:
+            yield ("data.path",), f"data.path: scikit-learn comes with {', '.join(SKLEARN_SETS)}, got {name!r}."
+    # A Hub id has at most one slash.
+    elif (looks_local(path) or path.count("/") > 1) and not glob(str(Path(path).expanduser()), recursive=True):
+        yield ("data.path",), _no_such("data.path", path)
+    for key, model in [
+        *((f"teachers.{i}.model", teacher.model) for i, teacher in enumerate(recipe.teachers)),
+        ("student.model", recipe.student.model),
+    ]:
+        if not looks_local(model):
+            continue
+        file = Path(model.removeprefix("local-dir:")).expanduser()
+        if not file.exists():
+            yield (key,), _no_such(key, model)
+        elif file.suffix == ".safetensors" and not file.with_suffix(".json").exists():
+            yield (key,), f"{key}: {model!r} needs its description beside it, {file.with_suffix('.json').name}."
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name can only mean a file or folder here: ./x, ../x, /x, ~/x, local-dir:x, or a known suffix."""
+    return name.startswith(("./", "../", "/", "~", "local-dir:")) or name.endswith(
+        (".parquet", ".csv", ".safetensors", ".skops")
+    )
+
+
+def _no_such(key: str, path: str) -> str:
+    return f"{key}: there is no {path!r} here. Give the place on your disk: {key}=PATH."

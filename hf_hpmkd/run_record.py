@@ -1,0 +1,308 @@
+"""What a run was and what it gave, as one JSON file. Everything that is printed, drawn or claimed comes from here.
+
+Imports nothing of ours and no model library.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+FORMAT_VERSION = 1
+
+Status = Literal["running", "completed", "failed", "interrupted"]
+Number = int | float
+
+_STRICT = ConfigDict(extra="forbid")
+_PACKAGES = (
+    "hf_hpmkd",
+    "torch",
+    "torchvision",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "evaluate",
+    "huggingface_hub",
+    "timm",
+    "scikit-learn",
+    "numpy",
+)
+
+
+@dataclass
+class TeacherRecord:
+    """One teacher. accuracy: part -> share of rows, 0 to 1. latency_ms: median milliseconds from one raw row to its
+    logits, preprocessing included. mean_weight: mean over the last logged training steps, 0 to 1.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    source: str
+    kind: str
+    num_params: int | None = None
+    trained_here: bool = False
+    license: str | None = None
+    commit: str | None = None
+    accuracy: dict[str, Number] = field(default_factory=dict)
+    calibration_temperature: Number | None = None
+    mean_weight: Number | None = None
+    latency_ms: Number | None = None
+    seconds: Number | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ModelRecord:
+    """The student ("student"), or the same model trained without teachers ("direct").
+
+    metrics: part -> metric -> value. retention: test accuracy over that of the best single teacher on the same rows.
+    compression: parameters of the largest teacher that has a count, over its own. seconds: of training.
+    latency_ms: as in TeacherRecord.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    num_params: int | None = None
+    metrics: dict[str, dict[str, Number]] = field(default_factory=dict)
+    retention: Number | None = None
+    compression: Number | None = None
+    seconds: Number | None = None
+    latency_ms: Number | None = None
+
+    def accuracy(self, part: str = "test") -> float | None:
+        """Accuracy on a part, 0 to 1; None if it was not measured."""
+        return self.metrics.get(part, {}).get("accuracy")
+
+
+@dataclass
+class RunRecord:
+    """One distillation.
+
+    parts: the provenance of the data; parts["parts"][part]["rows"] is a part's size. curves: run name ("student",
+    "direct", a teacher) -> rows of its log, each with `step`. class_weights: `teachers x classes`, mean weight of each
+    teacher on the guide rows of each class; a column of zeros is a class without guide rows. seconds: phase -> seconds.
+    events: {"time", "text"}. Times are UTC, ISO 8601.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    status: Status = "running"
+    recipe: dict[str, Any] = field(default_factory=dict)
+    recipe_fingerprint: str = ""
+    seed: int = 0
+    started: str | None = None
+    finished: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    hardware: dict[str, Any] = field(default_factory=dict)
+    commits: dict[str, str | None] = field(default_factory=dict)
+    parts: dict[str, Any] = field(default_factory=dict)
+    teachers: list[TeacherRecord] = field(default_factory=list)
+    models: dict[str, ModelRecord] = field(default_factory=dict)
+    curves: dict[str, list[dict[str, Number | None]]] = field(default_factory=dict)
+    class_weights: list[list[Number]] | None = None
+    class_names: list[str] = field(default_factory=list)
+    seconds: dict[str, Number] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    events: list[dict[str, str]] = field(default_factory=list)
+    error: str | None = None
+    format_version: int = FORMAT_VERSION
+
+    def num_rows(self, part: str) -> int | None:
+        """Rows of a part; None if the record does not say."""
+        return self.parts.get("parts", {}).get(part, {}).get("rows")
+
+    def best_teacher(self, part: str = "test") -> TeacherRecord | None:
+        """The single teacher with the highest accuracy on a part; None if no teacher was measured on it."""
+        measured = [teacher for teacher in self.teachers if part in teacher.accuracy]
+        return max(measured, key=lambda teacher: teacher.accuracy[part], default=None)
+
+    def retention(self, accuracy: float | None, part: str = "test") -> float | None:
+        """`accuracy` over that of the best single teacher on the same rows; None where either is missing."""
+        best = self.best_teacher(part)
+        if accuracy is None or best is None or not best.accuracy[part]:
+            return None
+        return accuracy / best.accuracy[part]
+
+    def compression(self, num_params: int | None) -> float | None:
+        """Parameters of the largest teacher over `num_params`; None where no teacher, or not the model, has a count."""
+        sizes = [teacher.num_params for teacher in self.teachers if teacher.num_params]
+        return max(sizes) / num_params if sizes and num_params else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; NaN and infinity become the strings "NaN", "Infinity", "-Infinity".
+
+        Raises TypeError, naming the key, for a value that JSON has no form for.
+        """
+        tree = _plain(dataclasses.asdict(self), "record")
+        return {"format_version": tree.pop("format_version"), **tree}
+
+    @classmethod
+    def from_dict(cls, tree: Any, source: str = "the run record") -> "RunRecord":
+        """Reads what `to_dict` gave. Raises ValueError for a newer format, unknown keys and values of a wrong type."""
+        if not isinstance(tree, dict) or not isinstance(tree.get("format_version"), int):
+            raise ValueError(f"A run record is a JSON object with a whole `format_version`; {source} is none.")
+        if tree["format_version"] > FORMAT_VERSION:
+            raise ValueError(
+                f"{source} has format {tree['format_version']}, this version of hf_hpmkd reads up to {FORMAT_VERSION}. "
+                "Update hf_hpmkd."
+            )
+        try:
+            return _ADAPTER.validate_python(tree)
+        except ValidationError as error:
+            faults = error.errors(include_url=False, include_input=False)
+        unknown = [_dotted(fault["loc"]) for fault in faults if fault["type"] == "unexpected_keyword_argument"]
+        if unknown:
+            raise ValueError(
+                f"{source} holds keys that this version of hf_hpmkd does not know: {', '.join(unknown)}. A newer "
+                "version wrote it, or a hand; update hf_hpmkd, or take the keys out."
+            )
+        lines = "; ".join(f"{_dotted(fault['loc'])}: {fault['msg']}" for fault in faults)
+        raise ValueError(f"{source} cannot be read: {lines}. Mend the file, or run again with `output.overwrite=true`.")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the record as a whole or not at all: into a temporary file beside it, then renamed.
+
+        Raises TypeError or ValueError for a record that could not be read back; the old file then stays.
+        """
+        tree = self.to_dict()
+        self.from_dict(tree, "the record to be saved")
+        path = Path(path)
+        text = json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "RunRecord":
+        """Reads a saved record. Raises FileNotFoundError, and ValueError as `from_dict` does or for damaged JSON."""
+        try:
+            tree = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise ValueError(
+                f"The run record {path} must be JSON, but: {error}. Remove the file, or restore it from a copy."
+            ) from error
+        return cls.from_dict(tree, str(path))
+
+    def public(self) -> "RunRecord":
+        """A copy fit to be published: of each local path only the last name is left."""
+        return self.from_dict(_without_paths(self.to_dict()))
+
+
+_ADAPTER = TypeAdapter(RunRecord)
+
+
+def _dotted(location: tuple[Any, ...]) -> str:
+    return ".".join(str(key) for key in location if key not in ("int", "float"))
+
+
+def _plain(value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if hasattr(value, "tolist"):  # scalars and arrays of numpy and torch
+        return _plain(value.tolist(), where)
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(f"`{where}` must be a number, text, list or dict, got {type(value).__name__}. Convert it first.")
+
+
+# ---- paths -----------------------------------------------------------------------------------------------------------
+
+# Where a local path begins in running text: not inside a word, nor at the // of a URL.
+_START = r"(?<![\w/.\\~-])(?:file://)?"
+_NAME = r"[^\s/\\'\"`<>|:;,()\[\]{}]+"
+_QUOTED_PATH = re.compile(r"(?P<quote>['\"`])(?:file://)?(?:~?/|\.\./|[A-Za-z]:[/\\])(?![/\\])[^'\"`\n]*(?P=quote)")
+_PATH = re.compile(
+    rf"{_START}(?:(?:/(?!/)|\\\\|\.\./)(?:{_NAME}[/\\])+|(?:~[\w-]*|[A-Za-z]:)[/\\](?:{_NAME}[/\\])*){_NAME}/?"
+)
+_WHOLE_PATH = re.compile(r"(?:local-dir:)?(?:file://)?(?:~|/(?!/)|\.\.?[/\\]|[A-Za-z]:[/\\]|\\\\)[^\n]*")
+
+
+def last_name(path: str) -> str:
+    """The last component of a POSIX or Windows path, without a trailing slash."""
+    return PurePosixPath(PureWindowsPath(path.rstrip("/\\")).as_posix()).name
+
+
+def hide_paths(text: str) -> str:
+    """The text with each local path (absolute, or from ~ or ..) cut down to its last name. URLs and Hub ids stay."""
+    home = str(Path.home())
+    if len(home) > 1:
+        text = text.replace(home + os.sep, "~" + os.sep)  # also catches a home with spaces in its name
+    text = _QUOTED_PATH.sub(lambda found: found["quote"] + last_name(found[0][1:-1]) + found["quote"], text)
+    return _PATH.sub(lambda found: last_name(found[0]), text)
+
+
+def _without_paths(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: _without_paths(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(item, key) for item in value]
+    if not isinstance(value, str):
+        return value
+    if key in _PATH_KEYS and _WHOLE_PATH.fullmatch(value):
+        return ("local-dir:" if value.startswith("local-dir:") else "") + last_name(value)
+    return hide_paths(value)
+
+
+_PATH_KEYS = ("path", "dir", "cache_dir", "model", "source")  # their whole value may be a path, with spaces
+
+
+# ---- where a run happened --------------------------------------------------------------------------------------------
+
+
+def environment() -> tuple[dict[str, str], dict[str, Any]]:
+    """Versions of Python and the libraries, and the hardware: cpu, cores, gpus, system.
+
+    Nothing that tells which machine, whose account or which folder it was.
+    """
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    hardware = {"cpu": _cpu_name(), "cores": cores, "gpus": _gpu_names(), "system": platform.system()}
+    return versions, hardware
+
+
+def _cpu_name() -> str:
+    if platform.system() == "Linux":
+        cpuinfo = Path("/proc/cpuinfo")
+        if cpuinfo.is_file():
+            found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
+            if found:
+                return found[1].strip()
+    if platform.system() == "Darwin":
+        brand = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(brand, capture_output=True, text=True, check=False).stdout.strip() or platform.machine()
+    return platform.machine()
+
+
+def _gpu_names() -> list[str]:
+    import torch  # here, so that reading a record does not load it
+
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

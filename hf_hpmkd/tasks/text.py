@@ -1,0 +1,200 @@
+"""Texts: rows of strings, a feed that tokenises a part once, and a small tokenizer trained on the spot.
+
+A raw batch is `{"text": list of strings}`.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from hf_hpmkd.tasks.base import TEXT_CLASSIFICATION, Rows, column_values, json_digest
+
+SPECIAL_TOKENS = PAD, UNKNOWN, START, END, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
+MAX_ALPHABET = 1000
+
+
+class TextRows(Rows):
+    """Rows with one text each. Build with `from_dataset`."""
+
+    task = TEXT_CLASSIFICATION
+
+    def __init__(
+        self, dataset: Dataset, texts: Sequence[str], labels: Sequence[int] | Tensor, class_names: Sequence[str]
+    ) -> None:
+        super().__init__(dataset, labels, class_names)
+        self.texts = list(texts)
+        wrong = next((row for row, text in enumerate(self.texts) if not isinstance(text, str)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"Every row needs a text; row {wrong} holds {self.texts[wrong]!r}. "
+                "Remove such rows first: `dataset.filter(lambda r: r[column] is not None)`."
+            )
+
+    @classmethod
+    def from_dataset(
+        cls, dataset: Dataset, text_column: str, label_column: str, class_names: Sequence[str]
+    ) -> "TextRows":
+        """Raises ValueError for a row without a text. An empty text is a text."""
+        texts, labels = column_values(dataset, text_column), column_values(dataset, label_column)
+        return cls(dataset, texts, labels, class_names)
+
+    def _raw(self, positions: Tensor, views: Tensor | None) -> dict[str, Any]:
+        return {"text": [self.texts[position] for position in positions.tolist()]}
+
+    def _hash_inputs(self, digest: Any) -> None:
+        encoded = [text.encode("utf-8", "surrogatepass") for text in self.texts]
+        digest.update(np.asarray([len(text) for text in encoded], dtype="<i8").tobytes())
+        for text in encoded:
+            digest.update(text)
+
+    def subset(self, indices: Sequence[int] | Tensor) -> "TextRows":
+        positions = torch.as_tensor(indices, dtype=torch.long)
+        picked = positions.tolist()
+        texts = [self.texts[position] for position in picked]
+        return TextRows(self.dataset.select(picked), texts, self.labels[positions], self.class_names)
+
+
+class EncodedTexts:
+    """Token ids of a whole part, end to end in one tensor per key; a batch is padded to its own longest row."""
+
+    def __init__(self, rows: dict[str, list[list[int]]], pad_values: dict[str, int], padding_side: str) -> None:
+        lengths = torch.tensor([len(ids) for ids in rows["input_ids"]], dtype=torch.long)
+        self.lengths = lengths
+        self._starts = torch.cumsum(lengths, 0) - lengths
+        # int32 halves the memory; a batch becomes int64, as models expect.
+        self._flat = {
+            key: torch.from_numpy(
+                np.fromiter((i for row in value for i in row), dtype=np.int32, count=int(lengths.sum()))
+            )
+            for key, value in rows.items()
+        }
+        self._pad_values = pad_values
+        self._left = padding_side == "left"
+
+    def take(self, positions: Tensor) -> dict[str, Tensor]:
+        lengths = self.lengths[positions]
+        longest = int(lengths.max()) if len(lengths) else 0
+        offsets = torch.arange(longest)[None, :]
+        if self._left:
+            offsets = offsets - (longest - lengths)[:, None]
+        real = (offsets >= 0) & (offsets < lengths[:, None])
+        places = torch.where(real, self._starts[positions][:, None] + offsets, 0)
+        return {
+            key: torch.where(real, flat[places].long(), self._pad_values[key])
+            if longest
+            else flat.new_zeros(len(positions), 0).long()
+            for key, flat in self._flat.items()
+        }
+
+
+class TextFeed:
+    """Tokenises: `{"input_ids", "attention_mask"}` of `(batch, longest)`, and `token_type_ids` where the model takes
+    them.
+
+    max_length: tokens kept of a text, special tokens included, at least 2. Padding goes to the longest text of the
+    batch, on the tokenizer's side. Raises ValueError if the tokenizer has no padding token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        if max_length < 2:
+            raise ValueError(f"`max_length` must be at least 2 tokens, got {max_length}.")
+        if tokenizer.pad_token_id is None:
+            raise ValueError(
+                "The tokenizer has no padding token. Set one: `tokenizer.pad_token = tokenizer.eos_token`."
+            )
+        self.processor = tokenizer
+        self.max_length = max_length
+
+    def _tokenise(self, texts: list[str]) -> dict[str, list[list[int]]]:
+        encoded = self.processor(texts, truncation=True, max_length=self.max_length, padding=False)
+        return {key: encoded[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in encoded}
+
+    def encode(self, raw: dict[str, Any]) -> EncodedTexts:
+        pad_values = {
+            "input_ids": int(self.processor.pad_token_id),
+            "attention_mask": 0,
+            "token_type_ids": int(self.processor.pad_token_type_id),
+        }
+        return EncodedTexts(self._tokenise(raw["text"]), pad_values, self.processor.padding_side)
+
+    def __call__(self, raw: dict[str, Any]) -> dict[str, Tensor]:
+        return self.encode(raw).take(torch.arange(len(raw["text"])))
+
+    def describe(self) -> dict[str, Any]:
+        tokenizer = self.processor
+        if isinstance(tokenizer, PreTrainedTokenizerFast):
+            # Calls leave their padding and truncation behind in the backend; they are no part of what it is.
+            rules = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+        else:
+            rules = {
+                "vocabulary": tokenizer.get_vocab(),
+                "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
+            }
+        return {
+            "feed": "text",
+            "tokenizer": json_digest(rules),
+            "pad_token_id": int(tokenizer.pad_token_id),
+            "padding_side": tokenizer.padding_side,
+            "truncation_side": tokenizer.truncation_side,
+            "inputs": sorted(tokenizer.model_input_names),
+            "max_length": self.max_length,
+        }
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 8000) -> PreTrainedTokenizerFast:
+    """A lower-case WordPiece tokenizer in BERT's manner ([CLS] text [SEP]), learnt from these texts; the same texts
+    give the same.
+
+    vocab_size: most entries it may have, at least 100; few texts give fewer. At most half of them are single
+    characters; rarer characters become [UNK]. Raises ValueError below 100.
+    """
+    if vocab_size < 100:
+        raise ValueError(f"`vocab_size` must be at least 100, got {vocab_size}.")
+    texts = list(texts)
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    counts = Counter("".join(normalizer.normalize_str(text) for text in texts))
+    common = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
+    alphabet = sorted(common[: min(MAX_ALPHABET, (vocab_size - len(SPECIAL_TOKENS)) // 4)])
+    # Left alone, the trainer numbers characters inside words in the random order of a hash map, and ties between merges
+    # go by number. So these pieces are handed over in order, as special tokens, and only the vocabulary is kept.
+    inner = [f"##{character}" for character in alphabet]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*SPECIAL_TOKENS, *inner],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+    )
+    learner = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+    learner.normalizer, learner.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
+    learner.train_from_iterator(texts, trainer)
+    return _bert_like(learner.get_vocab())
+
+
+def _bert_like(vocab: dict[str, int]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordPiece(vocab=vocab, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}",
+        pair=f"{START} $A {END} $B:1 {END}:1",
+        special_tokens=[(token, vocab[token]) for token in (START, END)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        cls_token=START,
+        sep_token=END,
+        mask_token=MASK,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )

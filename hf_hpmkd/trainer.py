@@ -1,0 +1,316 @@
+"""`HPMKDTrainer`: a `transformers.Trainer` whose loss listens to several teachers.
+
+Drop-in: everything that is not distillation is upstream's. With `alpha=0` (and no feature term) it is plain `Trainer`,
+bit for bit. Private names of `Trainer` that are touched here were read in transformers 5.23; each says why.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from hf_hpmkd.dataset_rows import (
+    ROW_KEY,
+    VIEW_KEY,
+    RowIdCollator,
+    RowIdDataset,
+    as_rows,
+    fetcher,
+)
+from hf_hpmkd.distiller import Distiller, GuideRows, TeacherOutputs
+from hf_hpmkd.tasks.base import UNAUGMENTED, FedDataset
+from hf_hpmkd.teacher_cache import LiveOutputs, TeacherCache
+from hf_hpmkd.teacher_kinds import Teacher
+from hf_hpmkd.teachers import as_teacher
+from hf_hpmkd.training_args import HPMKDTrainingArguments
+
+STATE_FILE = "hpmkd_state.safetensors"
+
+
+class HPMKDTrainer(Trainer):
+    """Trains `model`, the student, on `alpha * KD(teachers) + (1 - alpha) * CE(labels)`.
+
+    teachers: one or several; each a classifier (transformers or timm module that takes the student's inputs), a source
+    as in `load_teacher` (Hub id, folder, `timm/…`, a skops file), or a `Teacher`. None trains without teachers.
+    guide_dataset: labelled rows that no teacher has seen; needed by gate=mixture, calibration and the learned
+    temperature. The other arguments are those of `Trainer`. Before training the teachers' outputs on the training and
+    guide rows are computed once and kept in the teacher cache (`teacher_outputs=live` runs the teachers in the loop).
+    The saved model is the student alone; gate, temperature and their optimizer are kept beside the optimizer's state.
+
+    Raises ValueError where a teacher's classes do not fit the student's, where a teacher needs raw columns that the
+    dataset no longer has, and where settings need guide rows or features that are not there.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        teachers: Sequence[str | nn.Module | Teacher] | str | nn.Module | Teacher | None = None,
+        args: HPMKDTrainingArguments | None = None,
+        *positional: Any,
+        guide_dataset: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            args = HPMKDTrainingArguments("hpmkd_trainer")
+        if not isinstance(args, HPMKDTrainingArguments):
+            raise TypeError(
+                f"`args` must be HPMKDTrainingArguments, got {type(args).__name__}. It takes every field of "
+                "TrainingArguments: replace the class name and keep the fields."
+            )
+        super().__init__(model, args, *positional, **kwargs)
+        if teachers is None:
+            teachers = []
+        elif isinstance(teachers, (str, nn.Module, Teacher)):
+            teachers = [teachers]
+        self.teachers = list(teachers)
+        self.guide_dataset = guide_dataset
+        self.distiller: Distiller | None = None
+        self._metrics: dict[str, dict[str, list[torch.Tensor | float]]] = {"train": defaultdict(list)}
+        self._outputs: TeacherOutputs | None = None
+        self._guide: GuideRows | None = None
+        if self.distills:
+            # The loss is a sum over the samples of a whole optimizer step divided by their number (`get_batch_samples`
+            # counts them), so accumulation steps and processes of any size add up to the same gradient.
+            self.loss_is_scaled_for_ga = True
+        self.add_callback(_DistillationCallback(self))
+
+    @property
+    def distills(self) -> bool:
+        """Whether the teachers have a say: there are some, and alpha or the feature weight is above 0."""
+        return bool(self.teachers) and self.args.distills
+
+    # ---- the loss --------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Training: the distillation loss. Evaluation, and `alpha=0`: upstream's loss; teachers are left out."""
+        rows, views, inputs = _without_row_ids(inputs)
+        if self.distiller is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        losses = self.distiller.batch_losses(logits, labels, rows, views, inputs)
+        if num_items_in_batch is None:
+            num_items_in_batch = len(labels)
+        loss = losses.total.sum() / num_items_in_batch
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            loss = loss * self.args.world_size  # the count is over all processes, and DDP averages
+        self.distiller.add_loss(loss)
+        self._record(losses)
+        return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Also counts the samples for students whose forward takes no loss arguments, which upstream does not count."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.distiller is not None and num_items is None and batches:
+            num_items = torch.tensor(sum(len(batch["labels"]) for batch in batches), device=device)
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                num_items = self.accelerator.gather(num_items).sum()
+        return batches, num_items
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """After the last backward pass of an optimizer step also updates gate and temperature."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.distiller is not None and self.accelerator.sync_gradients:
+            with self.compute_loss_context_manager():
+                guide_loss = self.distiller.finish_step()
+            if guide_loss is not None:
+                self._metrics["train"]["guide_loss"].append(guide_loss)
+        return loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().prediction_step(model, _without_row_ids(inputs)[2], *args, **kwargs)
+
+    # ---- teachers --------------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.distills and self._outputs is None:
+            self._prepare_teachers()
+        return super().train(*args, **kwargs)
+
+    def _prepare_teachers(self) -> None:
+        """Loads the teachers and gets their outputs: from the cache, computed now, or live."""
+        config = self.model.config
+        self._check_guide()
+        live = self.args.teacher_outputs == "live"
+        rows, num_views = as_rows(self.train_dataset, self.data_collator, config, stored=not live)
+        teachers = [as_teacher(teacher, rows, device=self.args.device) for teacher in self.teachers]
+        _name_apart(teachers)
+        self.teachers = teachers
+        cache = TeacherCache(self.args.teacher_cache_dir)
+        capture = {"batch_size": self.args.per_device_eval_batch_size, "progress": not self.args.disable_tqdm}
+        for_train = [teacher.for_rows(rows) for teacher in teachers]
+        if live:
+            feed = self.train_dataset.feed if isinstance(self.train_dataset, FedDataset) else None
+            self._outputs = LiveOutputs(for_train, rows, feed)
+        else:
+            mode, topk = self.args.teacher_outputs, self.args.teacher_outputs_topk
+            self._outputs = cache.outputs(for_train, rows, num_views, mode=mode, topk=topk, **capture)
+        if self.guide_dataset is not None:
+            guide, _ = as_rows(self.guide_dataset, self.data_collator, config)
+            stored = cache.outputs([teacher.for_rows(guide) for teacher in teachers], guide, 0, **capture)
+            everything = torch.arange(len(guide))
+            logits = stored.lookup(everything, torch.full_like(everything, UNAUGMENTED))
+            fetch = fetcher(self.guide_dataset, guide)
+            self._guide = GuideRows(
+                lambda chosen: self._prepare_inputs(fetch(chosen.cpu())),
+                logits.to(self.args.device),
+                guide.labels.to(self.args.device),
+            )
+
+    def _check_guide(self) -> None:
+        if self.args.needs_guide and self.guide_dataset is None:
+            raise ValueError(
+                "gate=mixture, calibrate_teachers and temperature_schedule=learned need guide rows: labelled rows that "
+                "no teacher has seen. Pass `guide_dataset=`, or set gate='label' (or 'uniform'), "
+                "calibrate_teachers=False and another temperature schedule."
+            )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Also makes the distiller, because here the student is in place and the number of steps is known."""
+        if self._outputs is not None:
+            if self.distiller is not None:
+                self.distiller.close()
+            self.distiller = Distiller(self.args, self.model, self._outputs, self._guide, num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # ---- data ------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> Any:
+        """Upstream's, over a dataset that knows its row ids."""
+        if not self.distills or isinstance(self.train_dataset, FedDataset):
+            return super().get_train_dataloader()
+        return self._get_dataloader(  # upstream's own call, transformers 5.23, with the dataset wrapped
+            dataset=RowIdDataset(self.train_dataset),
+            description="Training",
+            batch_size=self._train_batch_size,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # Private, transformers 5.23: the only list of columns that survive `remove_unused_columns`.
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, ROW_KEY, VIEW_KEY])]
+
+    def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
+        # Private, transformers 5.23: the outermost collator. Batches of a FedDataset are collated already, and row ids
+        # must not reach somebody's collator.
+        return RowIdCollator(super()._get_collator_with_removed_columns(data_collator, description))
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # Private, transformers 5.23: called before `trainer_state.json` is written, so that a checkpoint which has that
+        # file has the distillation state too; `on_save` comes after it.
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.distiller is not None and self.args.should_save:
+            tensors, metadata = self.distiller.state_dict()
+            save_file(tensors, Path(output_dir) / STATE_FILE, metadata=metadata)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # Private, transformers 5.23: the counterpart of the above.
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.distiller is None:
+            return
+        path = Path(checkpoint) / STATE_FILE
+        if not path.is_file():
+            raise ValueError(
+                f"The checkpoint {checkpoint} has no {STATE_FILE}, so it was not written by a distillation run. Resume "
+                "from a checkpoint of this run, or start without `resume_from_checkpoint`."
+            )
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        self.distiller.load_state_dict(load_file(path), metadata)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # Private, transformers 5.23: upstream loads hub-format keys into models that rename them (ViT, DeiT, BEiT,
+        # DINOv2, Swin) and only warns. Remove when transformers#43701 is closed and the minimum version has the fix.
+        if model is None and self._reloads_by_class():
+            _load_strictly(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        # Private, transformers 5.23: the same upstream bug as in `_load_from_checkpoint`.
+        if self._reloads_by_class():
+            _load_strictly(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _reloads_by_class(self) -> bool:
+        # peft adapters, FSDP and DeepSpeed have checkpoints of their own kind.
+        plain = isinstance(self.model, PreTrainedModel) and not getattr(self.model, "_hf_peft_config_loaded", False)
+        return plain and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    # ---- what is logged --------------------------------------------------------------------------------------------
+
+    def _record(self, losses: Any) -> None:
+        assert self.distiller is not None
+        metrics = self._metrics["train"]
+        metrics["kd_loss"].append(losses.kd.mean())
+        metrics["ce_loss"].append(losses.ce.mean().detach())
+        metrics["temperature"].append(self.distiller.scheduler.temperature)
+        if losses.feature is not None:
+            metrics["feature_loss"].append(losses.feature.mean().detach())
+        means = losses.weights.mean(0)
+        for index, name in enumerate(self.distiller.outputs.names):
+            metrics[f"weight/{name}"].append(means[index])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means since the last log: kd_loss, ce_loss, temperature, weight/<teacher>, guide_loss."""
+        if "loss" in logs and self.distiller is not None:
+            means = {key: float(sum(values)) / len(values) for key, values in self._metrics["train"].items() if values}
+            logs = {**logs, **means, "alpha": self.args.alpha}
+            self._metrics["train"].clear()
+        super().log(logs, start_time)
+
+
+class _DistillationCallback(TrainerCallback):
+    """Tells the distiller when training begins, and the dataset which epoch it is."""
+
+    def __init__(self, trainer: HPMKDTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.distiller is not None and state.global_step == 0:  # a resumed run has loaded its state
+            self.trainer.distiller.start()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # accelerate 1.15 forwards set_epoch to the dataset on one process only (data_loader.py, `elif` of line 638).
+        if isinstance(self.trainer.train_dataset, FedDataset):
+            self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
+
+
+def _name_apart(teachers: Sequence[Teacher]) -> None:
+    """Numbers teachers of the same name (two modules of one class), because logs and plots go by name."""
+    seen: dict[str, int] = {}
+    for teacher in teachers:
+        count = seen[teacher.name] = seen.get(teacher.name, 0) + 1
+        if count > 1:
+            teacher.name = f"{teacher.name}-{count}"
+
+
+def _without_row_ids(
+    inputs: Mapping[str, Any],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, dict[str, Any]]:
+    inputs = dict(inputs)
+    return inputs.pop(ROW_KEY, None), inputs.pop(VIEW_KEY, None), inputs
+
+
+def _load_strictly(model: PreTrainedModel, folder: str) -> None:
+    model.load_state_dict(type(model).from_pretrained(folder).state_dict(), strict=True)

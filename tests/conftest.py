@@ -1,0 +1,23 @@
+"""Settings that every test shares."""
+
+import os
+import sys
+from pathlib import Path
+
+# Set before anything imports torch or the Hub client.
+sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`, in every import mode
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _same_start(tmp_path, monkeypatch):
+    """Every test starts from the same random state, in a cache and home of its own."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    monkeypatch.setenv("HPMKD_CACHE", str(tmp_path / "hpmkd-cache"))

@@ -1,0 +1,153 @@
+"""Keeps the level rule: imports go downwards only. Reads the source, imports nothing of ours."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "hf_hpmkd"
+
+# From the bottom up; inside a level from left to right. A file may import what stands before it, nothing else. A folder
+# (tasks, models, metrics, components) is one word; what its files do among themselves is their matter, save components.
+LEVELS = (
+    ("losses", "heads", "run_record", "tasks", "models", "metrics"),
+    ("components", "training_args", "dataset_rows", "data_source", "data", "classifiers"),
+    (
+        "teacher_kinds", "sklearn_teachers", "teachers", "teacher_output_file", "teacher_outputs", "teacher_cache",
+        "report", "model_card", "run_folder", "hub_store",
+    ),
+    ("distiller", "trainer"),
+    (
+        "recipe_faults", "recipe_rules", "recipe", "plan", "classifier_training", "teacher_training", "evaluation",
+        "distill", "bench",
+    ),
+    ("cli", "__main__"),
+)  # fmt: skip
+ORDER = [unit for level in LEVELS for unit in level]
+
+# Stricter than the order: these import this much of ours at most.
+ONLY = {
+    "losses": set(),
+    "heads": set(),
+    "run_record": set(),
+    "tasks": set(),
+    "models": set(),
+    "metrics": set(),
+    "components": {"losses"},
+    "report": {"run_record"},
+    "model_card": {"run_record", "report"},
+    "hub_store": {"run_record"},
+    "run_folder": {"run_record"},
+    "recipe_faults": set(),
+    "__main__": {"cli"},
+}
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def dotted_name(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def unit(name: str) -> str:
+    return name.split(".")[0]
+
+
+def our_imports(source: str, name: str = "x") -> set[str]:
+    """Modules of ours, without the package's name, that a source imports anywhere, save for type checkers alone."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name} imports relatively (line {node.lineno}); write the whole name"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {module.removeprefix("hf_hpmkd.") for module in found if module.startswith("hf_hpmkd.")}
+
+
+def imports_of(file: Path) -> set[str]:
+    return our_imports(file.read_text(encoding="utf-8"), dotted_name(file))
+
+
+@pytest.mark.parametrize("file", FILES, ids=dotted_name)
+def test_imports_go_downwards(file: Path) -> None:
+    name = dotted_name(file)
+    if name == "__init__":
+        top = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom)]
+        assert {alias.name for node in top if node.module == "hf_hpmkd" for alias in node.names} <= {"models"}
+        return
+    assert unit(name) in ORDER, f"{name} has no level yet: give it a place in LEVELS"
+    for imported in imports_of(file):
+        if unit(imported) == unit(name):
+            continue
+        assert unit(imported) in ORDER, f"{name} imports {imported}, which has no level"
+        assert ORDER.index(unit(imported)) < ORDER.index(unit(name)), (
+            f"{name} imports {imported}, which stands above it"
+        )
+        if unit(name) in ONLY:
+            assert unit(imported) in ONLY[unit(name)], f"{name} may import {ONLY[unit(name)] or 'nothing'} of ours"
+
+
+def test_components_never_import_each_other() -> None:
+    for file in (PACKAGE / "components").glob("*.py"):
+        assert not [name for name in imports_of(file) if unit(name) == "components"], file.name
+
+
+def test_the_trainer_knows_two_components() -> None:
+    known = {name.split(".")[1] for unit in ("trainer", "distiller", "training_args")
+             for name in imports_of(PACKAGE / f"{unit}.py") if name.startswith("components.")}  # fmt: skip
+    assert known <= {"attention_ensemble", "temperature_scheduler"}
+
+
+def test_model_files_stand_alone() -> None:
+    """They are copied beside a saved model, where nothing of ours is installed."""
+    for file in (PACKAGE / "models").glob("*.py"):
+        if file.name != "__init__.py":
+            assert not imports_of(file), file.name
+
+
+def test_the_command_line_imports_only_python_at_the_top() -> None:
+    for name in ("cli", "recipe_faults"):
+        body = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8")).body
+        modules = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
+        modules |= {str(node.module) for node in body if isinstance(node, ast.ImportFrom)}
+        allowed = set(sys.stdlib_module_names) | ({"yaml", "pydantic"} if name != "cli" else set())
+        assert {module.split(".")[0] for module in modules} <= allowed, name
+
+
+def test_nothing_is_pickled() -> None:
+    for file in FILES:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not names & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}, file.name
+        calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert not calls & {"torch.save", "torch.load"}, file.name
+
+
+def test_files_stay_readable() -> None:
+    """Past about 450 lines a file usually holds two things."""
+    long = {dotted_name(file): count for file in FILES if (count := len(file.read_text().splitlines())) > 480}
+    assert not long
+    assert not list(PACKAGE.rglob("utils.py"))
+
+
+def test_every_file_opens_with_its_job() -> None:
+    for file in FILES:
+        assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))), file
+
+
+def test_the_reader_of_imports_sees_all_kinds() -> None:
+    source = (
+        "import hf_hpmkd.a\nfrom hf_hpmkd import b\nfrom hf_hpmkd.c import d\nimport os\n"
+        "def f():\n    from hf_hpmkd.e import g\n"
+        "if TYPE_CHECKING:\n    from hf_hpmkd.never import h\n"
+    )
+    assert {name.split(".")[0] for name in our_imports(source)} == {"a", "b", "c", "e"}
+    with pytest.raises(AssertionError, match="imports relatively"):
+        our_imports("from . import losses")

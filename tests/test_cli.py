@@ -1,0 +1,262 @@
+"""The command line: what it passes on, how it fails, and that --help stays quick. The jobs themselves are stubs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import yaml
+
+from hf_hpmkd.cli import main
+from hf_hpmkd.recipe import Recipe, load_recipe
+
+LINE = ["--teacher", "cifar-resnet-14", "--teacher", "sklearn:SVC", "--student", "cifar-resnet-8"]
+DIGITS = ["--dataset", "sklearn:digits"]
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch):
+    """Puts a module with these functions in the place of one of ours."""
+
+    def put(name: str, **functions: object) -> None:
+        module = ModuleType(f"hf_hpmkd.{name}")
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, f"hf_hpmkd.{name}", module)
+
+    return put
+
+
+@pytest.fixture
+def runs(stub) -> list[tuple[Recipe, str]]:
+    """Collects what `distill` is called with."""
+    calls: list[tuple[Recipe, str]] = []
+
+    def distill(recipe: Recipe, recipe_source: str) -> Path:
+        calls.append((recipe, recipe_source))
+        return Path(recipe.output.dir)
+
+    stub("distill", distill=distill)
+    return calls
+
+
+# ---- distill ---------------------------------------------------------------------------------------------------------
+
+
+def test_distill_passes_recipe_and_words(runs: list) -> None:
+    assert main(["distill", "quickstart", "training.epochs=2", "output.dir=there"]) == 0
+    recipe, source = runs[0]
+    assert recipe == load_recipe("quickstart", ["training.epochs=2", "output.dir=there"])
+    assert source == "quickstart training.epochs=2 output.dir=there"
+
+
+def test_distill_of_a_line(runs: list) -> None:
+    assert main(["distill", *LINE, *DIGITS, "--output", "a b", "training.epochs=2"]) == 0
+    recipe, source = runs[0]
+    assert [teacher.model for teacher in recipe.teachers] == ["cifar-resnet-14", "sklearn:SVC"]
+    assert (recipe.student.model, recipe.data.path, recipe.output.dir) == ("cifar-resnet-8", "sklearn:digits", "a b")
+    assert recipe.training.epochs == 2
+    assert "--teacher=sklearn:SVC" in source
+
+
+@pytest.mark.parametrize("start", [["quickstart"], [*LINE, *DIGITS]])
+def test_output_and_overwrite_go_into_the_recipe(runs: list, start: list[str]) -> None:
+    assert main(["distill", *start]) == 0
+    assert main(["distill", *start, "--output", "x: y", "--overwrite"]) == 0
+    assert not runs[0][0].output.overwrite
+    assert runs[1][0].output.overwrite
+    assert runs[1][0].output.dir == "x: y"
+
+
+def test_quickstart_is_the_bundled_recipe(runs: list) -> None:
+    assert main(["quickstart", "training.epochs=1"]) == 0
+    assert runs[0][0] == load_recipe("quickstart", ["training.epochs=1"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["distill"], "needs a recipe"),
+        (["distill", "training.epochs=2"], "needs a recipe"),
+        (["distill", "--teacher", "mlp-4"], "also needs --student and --dataset"),
+        (["distill", "quickstart", *LINE, *DIGITS], "give a recipe (quickstart) or --teacher"),
+        (["distill", "quickstrt"], "Did you mean `quickstart`?"),
+        (["distill", *LINE, "--dataset", "./none"], "there is no './none'"),
+        (["quickstart", "training.epoch=1", "student.modl=x"], "has 2 faults"),
+        (["distill", "cifar10_resnet8"], "teachers.3.model: there is no"),
+    ],
+)
+def test_faults_are_one_clean_message(
+    runs: list,
+    capsys: pytest.CaptureFixture,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("hpmkd: error: ")
+    assert message in err
+    assert "Traceback" not in err
+    assert not out
+    assert not runs
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [ValueError("a rule"), FileNotFoundError("a rule"), PermissionError("a rule")])
+def test_errors_of_the_job_exit_with_2_and_debug_shows_where(
+    stub, capsys: pytest.CaptureFixture, error: Exception
+) -> None:
+    def distill(recipe: Recipe, recipe_source: str) -> Path:
+        raise error
+
+    stub("distill", distill=distill)
+    assert main(["quickstart"]) == 2
+    assert capsys.readouterr().err == "hpmkd: error: a rule\n"
+    assert main(["quickstart", "--debug"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.endswith("hpmkd: error: a rule\n")
+
+
+def test_errors_of_ours_are_not_hidden(stub) -> None:
+    def distill(recipe: Recipe, recipe_source: str) -> Path:
+        raise TypeError("a bug")
+
+    stub("distill", distill=distill)
+    with pytest.raises(TypeError, match="a bug"):
+        main(["quickstart"])
+
+
+def test_ctrl_c_exits_130_and_says_how_to_go_on(stub, capsys: pytest.CaptureFixture) -> None:
+    def distill(recipe: Recipe, recipe_source: str) -> Path:
+        raise KeyboardInterrupt
+
+    stub("distill", distill=distill)
+    assert main(["quickstart"]) == 130
+    assert "The same command resumes the run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rank", "prints"), [("0", True), ("1", False)])
+def test_only_rank_0_prints(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, rank: str, prints: bool
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    assert main(["recipe", "check", "quickstart"]) == 0
+    assert main(["recipe", "check", "nothing"]) == 2
+    out, err = capsys.readouterr()
+    assert bool(out) is prints
+    assert bool(err) is prints
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def test_init_writes_a_commented_recipe_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture, runs: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", *LINE, *DIGITS, "--output", "there"]) == 0
+    text = Path("recipe.yaml").read_text(encoding="utf-8")
+    assert "hpmkd distill recipe.yaml" in text
+    assert main(["distill", *LINE, *DIGITS, "--output", "there"]) == 0
+    assert load_recipe("recipe.yaml") == runs[0][0]
+    capsys.readouterr()
+    assert main(["init", *LINE, *DIGITS]) == 2
+    assert "recipe.yaml exists and is not overwritten" in capsys.readouterr().err
+    assert Path("recipe.yaml").read_text(encoding="utf-8") == text
+    assert main(["init", "other.yaml", *LINE, *DIGITS]) == 0
+    assert Path("other.yaml").exists()
+
+
+def test_init_of_a_faulty_line_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "r.yaml"
+    assert main(["init", str(file), "--teacher", "mlp-4", "--student", "cifar-resnet-8", "--dataset", "a/b"]) == 2
+    assert "for one task" in capsys.readouterr().err
+    assert not file.exists()
+
+
+def test_recipe_check_list_schema(capsys: pytest.CaptureFixture) -> None:
+    assert main(["recipe", "check", "quickstart"]) == 0
+    assert "quickstart is sound (3 teachers" in capsys.readouterr().out
+    assert main(["recipe", "list"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == 6
+    assert all(len(line.split()) > 5 for line in listed)
+    assert main(["recipe", "schema"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["title"] == "hf_hpmkd recipe"
+
+
+# ---- the other jobs --------------------------------------------------------------------------------------------------
+
+
+def test_plan_prints_what_plan_says(stub, capsys: pytest.CaptureFixture) -> None:
+    stub("plan", plan=lambda recipe: f"plan of {recipe.student.model} {recipe.training.epochs}")
+    assert main(["plan", "quickstart", "training.epochs=7"]) == 0
+    assert capsys.readouterr().out == "plan of cifar-resnet-8x4 7\n"
+
+
+def test_push_is_private_unless_told(stub) -> None:
+    calls: list[SimpleNamespace] = []
+    stub(
+        "hub_store",
+        push_run=lambda run_dir, repo_id, private: calls.append(
+            SimpleNamespace(dir=run_dir, id=repo_id, private=private)
+        ),
+    )
+    assert main(["push", "run", "me/student"]) == 0
+    assert main(["push", "run", "me/student", "--public"]) == 0
+    assert [call.private for call in calls] == [True, False]
+    assert (calls[0].dir, calls[0].id) == (Path("run"), "me/student")
+
+
+def test_bench_passes_its_options(stub) -> None:
+    calls: list[tuple] = []
+    stub("bench", bench_trainer=lambda output, steps: calls.append((output, steps)))
+    assert main(["bench", "trainer", "--steps", "8", "--output", "b.json"]) == 0
+    assert calls == [(Path("b.json"), 8)]
+
+
+@pytest.mark.parametrize("words", [["recipe"], ["cache"], [], ["nonsense"], ["push", "run"], ["init"]])
+def test_incomplete_commands_exit_with_2_and_usage(words: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert "usage: hpmkd" in capsys.readouterr().err
+
+
+# ---- as a process ----------------------------------------------------------------------------------------------------
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(words, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120)
+
+
+def test_help_loads_nothing_heavy() -> None:
+    """`hpmkd --help` must take less than a second, and torch alone takes longer."""
+    code = (
+        "import sys; sys.argv = ['hpmkd', '--help']\n"
+        "from hf_hpmkd.cli import main\n"
+        "try:\n    main()\n"
+        "except SystemExit:\n"
+        "    heavy = {'torch', 'transformers', 'datasets', 'timm', 'sklearn', 'pandas', 'numpy'} & set(sys.modules)\n"
+        "    sys.exit(f'loaded {sorted(heavy)}' if heavy else 0)\n"
+    )
+    done = run(sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "distill" in done.stdout
+
+
+def test_module_runs_like_the_command_and_reports_codes() -> None:
+    done = run(sys.executable, "-m", "hf_hpmkd", "recipe", "check", "quickstart", "data.path=sklearn:digit")
+    assert done.returncode == 2
+    assert done.stderr.startswith("hpmkd: error: quickstart has 1 fault:")
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = f"{sys.executable} -m hf_hpmkd recipe schema | head -c 1; exit ${{PIPESTATUS[0]}}"
+    done = run("bash", "-c", command)
+    assert done.returncode == 0
+    assert not done.stderr

@@ -1,0 +1,478 @@
+"""From a data section to four parts: sources, splits, columns, labels, draws, and the faults that are named."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image as PILImage
+from pydantic import ValidationError
+
+import hf_hpmkd.data_source as data_source
+from hf_hpmkd.data import PARTS, DataConfig, carve, check_disjoint, load_parts
+from hf_hpmkd.data_source import open_source
+
+NAMES = ["bad", "good", "odd"]
+TEXT = Features({"text": Value("string"), "label": ClassLabel(names=NAMES)})
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+
+
+def texts(rows, prefix="row"):
+    """Classes in shares of about 1/2, 1/3, 1/6, every text different."""
+    labels = [(0, 1, 0, 2, 1, 0)[i % 6] for i in range(rows)]
+    return Dataset.from_dict({"text": [f"{prefix} {i}" for i in range(rows)], "label": labels}, features=TEXT)
+
+
+def saved(folder, **splits):
+    """A folder of Parquet files, one per split, as it would be downloaded."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, dataset in splits.items():
+        dataset.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
+    return str(folder)
+
+
+def sizes(parts):
+    return {part: len(getattr(parts, part)) for part in PARTS}
+
+
+def contents(parts):
+    return {part: set(getattr(parts, part).texts) for part in PARTS}
+
+
+@pytest.fixture
+def two_splits(tmp_path):
+    return saved(tmp_path / "two", train=texts(120), test=texts(60, "test"))
+
+
+@pytest.fixture
+def three_splits(tmp_path):
+    return saved(tmp_path / "three", train=texts(120), validation=texts(60, "val"), test=texts(60, "test"))
+
+
+# --- where parts come from --------------------------------------------------------------------------------------------
+
+
+def test_teachers_from_elsewhere_move_guide_and_validation_off_the_training_split(two_splits, three_splits):
+    parts = load_parts(DataConfig(path=two_splits), teachers_saw_train=True)
+    assert sizes(parts) == {"train": 120, "guide": 6, "validation": 6, "test": 48}
+    found = contents(parts)
+    assert all(text.startswith("test") for text in found["guide"] | found["validation"] | found["test"])
+    parts = load_parts(DataConfig(path=three_splits, guide_size=0.5, validation_size=0.5), teachers_saw_train=True)
+    assert sizes(parts) == {"train": 120, "guide": 30, "validation": 30, "test": 60}
+    assert all(text.startswith("val") for text in contents(parts)["guide"] | contents(parts)["validation"])
+    assert parts.provenance["unused_rows"] == {"train": 0, "validation": 0, "test": 0}
+
+
+def test_teachers_trained_here_leave_the_test_split_whole(two_splits, three_splits):
+    for path in (two_splits, three_splits):
+        parts = load_parts(DataConfig(path=path, guide_size=12, validation_size=0.2), teachers_saw_train=False)
+        assert sizes(parts) == {"train": 84, "guide": 12, "validation": 24, "test": 60}
+        assert set.union(*[contents(parts)[p] for p in ("train", "guide", "validation")]) == set(texts(120)["text"])
+
+
+def test_named_origins_and_splits_win(three_splits):
+    config = DataConfig(path=three_splits, guide_from="test", validation_from="validation", validation_size=60)
+    parts = load_parts(config, teachers_saw_train=False)
+    assert sizes(parts) == {"train": 120, "guide": 6, "validation": 60, "test": 54}
+    config = DataConfig(path=three_splits, test_split="validation", guide_from="train", validation_from="train")
+    parts = load_parts(config)
+    assert {text.split()[0] for text in parts.test.texts} == {"val"} and len(parts.test) == 60
+    config = DataConfig(path=three_splits, train_split="test", test_split="train")
+    assert load_parts(config).train.texts[0] == "test 0"
+
+
+def test_without_a_test_split_the_test_rows_are_drawn_first(tmp_path):
+    path = saved(tmp_path / "one", train=texts(120))
+    here = load_parts(DataConfig(path=path), teachers_saw_train=False)
+    assert sizes(here) == {"train": 72, "guide": 12, "validation": 12, "test": 24}
+    assert here.provenance["warnings"] == []
+    elsewhere = load_parts(DataConfig(path=path, guide_size=0.25, validation_size=0.25), teachers_saw_train=True)
+    assert sizes(elsewhere) == {"train": 96, "guide": 6, "validation": 6, "test": 12}
+    assert "may have seen" in elsewhere.provenance["warnings"][0]
+    for parts in (here, elsewhere):
+        found = contents(parts)
+        assert sum(len(rows) for rows in found.values()) == len(set.union(*found.values())) == 120
+
+
+@pytest.mark.parametrize("saw_train", [True, False])
+@pytest.mark.parametrize("origins", [("auto", "auto"), ("train", "test"), ("validation", "train")])
+def test_no_row_is_in_two_parts(three_splits, origins, saw_train):
+    config = DataConfig(path=three_splits, guide_from=origins[0], validation_from=origins[1], max_train_rows=50)
+    found = list(contents(load_parts(config, teachers_saw_train=saw_train)).values())
+    assert sum(len(rows) for rows in found) == len(set.union(*found))
+
+
+def test_check_disjoint_notices_a_shared_row():
+    check_disjoint({"train": ("train", np.array([0, 1])), "test": ("test", np.array([0, 1]))})
+    with pytest.raises(RuntimeError, match="train split are in two parts"):
+        check_disjoint({"train": ("train", np.array([0, 1])), "guide": ("train", np.array([1, 2]))})
+
+
+def test_the_seed_alone_decides(two_splits, tmp_path):
+    np.random.seed(1)
+    first = load_parts(DataConfig(path=two_splits), teachers_saw_train=False)
+    np.random.seed(2)
+    copy = saved(tmp_path / "copy", train=texts(120), test=texts(60, "test"))
+    again = load_parts(DataConfig(path=copy), teachers_saw_train=False)
+    other = load_parts(DataConfig(path=two_splits, seed=1), teachers_saw_train=False)
+    for part in ("train", "guide", "validation"):
+        assert getattr(first, part).fingerprint == getattr(again, part).fingerprint
+        assert getattr(first, part).fingerprint != getattr(other, part).fingerprint
+    assert first.guide.texts == sorted(first.guide.texts, key=lambda text: int(text.split()[1]))
+
+
+def test_max_train_rows_is_a_stratified_subset(two_splits):
+    parts = load_parts(DataConfig(path=two_splits, max_train_rows=30))
+    assert np.bincount(parts.train.labels).tolist() == [15, 10, 5]
+    assert parts.provenance["unused_rows"]["train"] == 90
+    assert parts.provenance["parts"]["train"]["how"] == "30 of 120 rows, stratified, seed 0"
+    assert len(load_parts(DataConfig(path=two_splits, max_train_rows=500)).train) == 120
+
+
+# --- the draw ---------------------------------------------------------------------------------------------------------
+
+
+def test_draws_keep_the_proportions():
+    labels = np.repeat([0, 1, 2], [500, 300, 200])
+    drawn = carve(labels, {"guide": 100, "test": 55}, 0, keep_one=True)
+    assert np.bincount(labels[drawn["guide"]]).tolist() == [50, 30, 20]
+    counts = np.bincount(labels[drawn["test"]])
+    assert counts.sum() == 55 and np.abs(counts - [27.5, 16.5, 11]).max() <= 0.5
+    assert not set(drawn["guide"]) & set(drawn["test"])
+    # Not the first rows of each class.
+    assert not np.array_equal(drawn["guide"][:50], np.arange(50))
+
+
+def test_tiny_classes_keep_a_row_where_most_rows_are():
+    labels = np.array([0] * 50 + [1] * 2 + [2] * 1 + [3] * 3)
+    for seed in range(5):
+        drawn = carve(labels, {"test": 20, "guide": 15, "validation": 15}, seed, keep_one=True)
+        taken = np.concatenate(list(drawn.values()))
+        left = np.setdiff1d(np.arange(len(labels)), taken)
+        assert len(taken) == len(set(taken)) == 50
+        assert set(labels[left]) == {0, 1, 2, 3}
+
+
+def test_a_draw_of_everything_is_possible_only_if_nothing_must_stay():
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    drawn = carve(labels, {"guide": 3, "validation": 3}, 0, keep_one=False)
+    assert sorted(np.concatenate(list(drawn.values()))) == list(range(6))
+    with pytest.raises(ValueError, match=r"guide 3, validation 3.*allow 4 in all, with a row of every class staying"):
+        carve(labels, {"guide": 3, "validation": 3}, 0, keep_one=True)
+
+
+def test_classes_missing_from_a_part_are_told(tmp_path):
+    dataset = Dataset.from_dict({"text": [str(i) for i in range(41)], "label": [0, 1] * 20 + [2]}, features=TEXT)
+    parts = load_parts(DataConfig(path=saved(tmp_path / "rare", train=dataset)), teachers_saw_train=False)
+    assert parts.provenance["warnings"] == [
+        f"Part {part} has no row of 1 classes: odd." for part in ("guide", "validation", "test")
+    ]
+    assert 2 in parts.train.labels
+
+
+# --- tasks and columns ------------------------------------------------------------------------------------------------
+
+
+def pictures(size, mode, rows=20):
+    shape = (rows, *size) if mode == "L" else (rows, *size, 3)
+    values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    columns = {"image": [PILImage.fromarray(v) for v in values], "label": [0, 1] * (rows // 2)}
+    return Dataset.from_dict(columns, features=features)
+
+
+@pytest.mark.parametrize(
+    ("size", "mode", "expected"),
+    [
+        ((32, 32), "RGB", {"policy": "crop_flip", "padding": 4}),
+        ((28, 28), "L", {"policy": "crop", "padding": 3}),
+        ((8, 8), "RGB", {"policy": "crop", "padding": 1}),
+        ((64, 48), "RGB", {"policy": "crop_flip", "padding": 8}),
+        ((65, 30), "RGB", {"policy": "resized_crop_flip", "size": None}),
+        ((30, 300), "L", {"policy": "resized_crop_flip", "size": 256}),
+    ],
+)
+def test_augmentation_follows_the_images(tmp_path, size, mode, expected):
+    path = saved(tmp_path / "images", train=pictures(size, mode))
+    parts = load_parts(DataConfig(path=path, seed=4, views=3), teachers_saw_train=False)
+    assert parts.task == "image-classification" and parts.num_views == 3
+    assert expected | {"seed": 4} == {k: v for k, v in parts.train.view_key().items() if k != "revision"}
+    assert not any(getattr(parts, part).supports_views for part in ("guide", "validation", "test"))
+    plain = load_parts(DataConfig(path=path, augmentation="none"), teachers_saw_train=False)
+    assert plain.num_views == 0 and plain.train.view_key() == {}
+
+
+def test_digits_come_with_scikit_learn():
+    source = open_source("sklearn:digits")
+    dataset = source.splits["train"]
+    assert dataset.features["label"].names == [str(i) for i in range(10)]
+    image = dataset[0]["image"]
+    assert (image.size, image.mode) == ((8, 8), "L")
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    assert np.array_equal(np.asarray(dataset[7]["image"]), np.rint(bunch.images[7] * 255 / 16))
+    assert dataset["label"][:] == bunch.target.tolist()
+
+
+def test_scikit_learn_tables_load():
+    parts = load_parts(DataConfig(path="sklearn:iris"), teachers_saw_train=False)
+    assert parts.task == "tabular-classification" and parts.class_names == ["setosa", "versicolor", "virginica"]
+    assert sizes(parts) == {"train": 90, "guide": 15, "validation": 15, "test": 30}
+    assert parts.train.table.shape == (90, 4)
+
+
+def test_tables_take_all_usable_columns(tmp_path):
+    features = Features(
+        {"x": Value("float32"), "town": Value("string"), "label": ClassLabel(names=NAMES), "z": List(Value("float32"))}
+    )
+    columns = {"x": list(range(60)), "town": ["a", "b"] * 30, "label": [0, 1, 2] * 20, "z": [[0.0, 1.0]] * 60}
+    path = saved(tmp_path / "table", train=Dataset.from_dict(columns, features=features))
+    parts = load_parts(DataConfig(path=path), teachers_saw_train=False)
+    assert parts.task == "tabular-classification" and parts.train.feature_columns == ["x", "town"]
+    assert parts.provenance["warnings"] == ["Columns left out of the table, by their type: z."]
+    assert "z" in parts.train.dataset.column_names  # teacher columns stay within reach
+    named = load_parts(DataConfig(path=path, input_column=["town"]), teachers_saw_train=False)
+    assert named.task == "tabular-classification"
+    assert named.train.feature_columns == ["town"]
+    text = load_parts(DataConfig(path=path, input_column="town"), teachers_saw_train=False)
+    assert text.task == "text-classification"
+    with pytest.raises(ValueError, match=r"numbers, truth values or strings, got z"):
+        load_parts(DataConfig(path=path, input_column=["x", "z"]))
+
+
+def test_text_columns_are_found_by_name_or_alone(tmp_path):
+    base = texts(30)
+    several = base.rename_column("text", "sentence").add_column("idx", list(range(30))).add_column("note", ["n"] * 30)
+    parts = load_parts(DataConfig(path=saved(tmp_path / "a", train=several)), teachers_saw_train=False)
+    assert parts.task == "text-classification" and parts.provenance["input_columns"] == ["sentence"]
+    alone = saved(tmp_path / "b", train=base.rename_column("text", "utterance"))
+    assert load_parts(DataConfig(path=alone), teachers_saw_train=False).task == "text-classification"
+    two = saved(tmp_path / "c", train=base.rename_column("text", "question").add_column("answer", ["x"] * 30))
+    assert load_parts(DataConfig(path=two), teachers_saw_train=False).task == "tabular-classification"
+    with pytest.raises(ValueError, match="exactly one string column, got question .*Name it with `input_column`"):
+        load_parts(DataConfig(path=two), task="text-classification")
+    named = load_parts(DataConfig(path=two, input_column="question"), teachers_saw_train=False)
+    assert named.train.texts[0].startswith("row")
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+def csv(folder, name, labels):
+    folder.mkdir(exist_ok=True)
+    pd.DataFrame({"text": [f"{name} {i}" for i in range(len(labels))], "label": labels}).to_csv(
+        folder / f"{name}.csv", index=False
+    )
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "names"),
+    [
+        (["spam", "ham"] * 15, ["ham", "eggs"] * 5, ["eggs", "ham", "spam"]),
+        ([10, 9] * 15, [2, 9] * 5, ["2", "9", "10"]),
+        ([True, False] * 15, [False, True] * 5, ["False", "True"]),
+    ],
+)
+def test_csv_labels_become_classes_of_all_splits(tmp_path, train, test, names):
+    csv(tmp_path / "set", "train", train)
+    path = csv(tmp_path / "set", "test", test)
+    parts = load_parts(DataConfig(path=path, guide_size=2, validation_size=2))
+    assert parts.class_names == names
+    assert [names[label] for label in parts.train.labels] == [str(label) for label in train]
+    assert parts.train.dataset.column_names == ["text", "label"]
+
+
+def test_a_single_csv_file_is_a_training_split(tmp_path):
+    path = csv(tmp_path / "set", "reviews", ["yes", "no"] * 30)
+    parts = load_parts(DataConfig(path=f"{path}/reviews.csv"), teachers_saw_train=False)
+    assert sizes(parts) == {"train": 36, "guide": 6, "validation": 6, "test": 12}
+    assert parts.provenance["kind"] == "file"
+
+
+def plain(labels, feature):
+    return Dataset.from_dict(
+        {"text": [str(i) for i in range(len(labels))], "label": labels},
+        features=Features({"text": Value("string"), "label": feature}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("dataset", "match"),
+    [
+        (plain([0, 1] * 10, Value("int64")), "class_encode_column"),
+        (plain(["a", "b"] * 10, Value("string")), "class_encode_column"),
+        (plain([0.5, 1.5] * 10, Value("float32")), "regression, which is not supported"),
+        (
+            plain([0, None] * 10, ClassLabel(names=["a", "b"])),
+            "10 of 20 labels in split 'train' are missing .first: row 1",
+        ),
+        (plain([-1, -1] * 10, ClassLabel(names=["a", "b"])), "published without labels"),
+        (plain([[0], [1]] * 10, List(ClassLabel(names=["a", "b"]))), "Several labels per row"),
+        (plain([0] * 20, ClassLabel(names=["a"])), "at least two classes"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(tmp_path, dataset, match):
+    path = tmp_path / "set"
+    DatasetDict({"train": dataset}).save_to_disk(str(path))
+    with pytest.raises(ValueError, match=match):
+        load_parts(DataConfig(path=str(path)), teachers_saw_train=False)
+
+
+def test_an_empty_split_is_refused(tmp_path):
+    path = saved(tmp_path / "set", train=texts(30), test=texts(0))
+    with pytest.raises(ValueError, match="A split of .* is empty"):
+        load_parts(DataConfig(path=path))
+
+
+def test_an_empty_split_of_a_saved_set_is_refused(monkeypatch):
+    splits = {"train": texts(30), "test": texts(30).select([])}
+    monkeypatch.setattr("hf_hpmkd.data.open_source", lambda *_: data_source.Source(splits, "folder"))
+    with pytest.raises(ValueError, match="Split 'test' of 'x' is empty"):
+        load_parts(DataConfig(path="x"))
+
+
+def test_splits_must_agree_on_the_classes(tmp_path):
+    path = tmp_path / "set"
+    other = plain([0, 1] * 10, ClassLabel(names=["b", "a"]))
+    DatasetDict({"train": plain([0, 1] * 10, ClassLabel(names=["a", "b"])), "test": other}).save_to_disk(str(path))
+    with pytest.raises(ValueError, match="same classes in the same order: 'train' has"):
+        load_parts(DataConfig(path=str(path)))
+
+
+# --- faults that are named before any work ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"label_column": "lable"}, "has text, label; got 'lable'. Did you mean 'label'"),
+        ({"input_column": "txt"}, "got 'txt'. Did you mean 'text'"),
+        ({"input_column": "label"}, "must not be the label"),
+        ({"train_split": "trian"}, "which has train, test; got 'trian'. Did you mean 'train'"),
+        ({"validation_split": "dev"}, "`validation_split` must be a split of"),
+        ({"test_split": "train"}, "must be different splits"),
+        ({"guide_from": "validation"}, "`guide_from` is validation, but there is no validation split"),
+        ({"guide_size": 61}, "`guide_size` must give between 1 and 60 rows"),
+        ({"guide_size": 0.001}, r"got 0.001 \(0 rows\)"),
+        ({"guide_size": 40, "validation_size": 20}, "Too many rows are asked for .guide 40, validation 20"),
+        ({"augmentation": "crop"}, "`augmentation` is for images, got 'crop' for text-classification"),
+    ],
+)
+def test_settings_that_do_not_fit_the_data_are_refused(two_splits, settings, match):
+    with pytest.raises(ValueError, match=match):
+        load_parts(DataConfig(path=two_splits, **settings))
+
+
+def test_the_task_is_checked(two_splits):
+    with pytest.raises(ValueError, match="Did you mean 'image-classification'"):
+        load_parts(DataConfig(path=two_splits), task="image-clasification")
+    with pytest.raises(ValueError, match="exactly one image column, got text"):
+        load_parts(DataConfig(path=two_splits), task="image-classification")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"guide_size": 1.0},
+        {"guide_size": 0},
+        {"test_size": -3},
+        {"validation_size": True},
+        {"views": 0},
+        {"guide_from": "somewhere"},
+        {"augmentation": "mixup"},
+        {"trust_remote_code": True},
+        {"gide_size": 0.1},
+        {"path": ""},
+        {"max_train_rows": 1},
+    ],
+)
+def test_the_config_refuses(settings):
+    with pytest.raises(ValidationError, match=next(iter(settings))):
+        DataConfig(**{"path": "x", **settings})
+
+
+def test_sizes_stay_whole_numbers_or_shares():
+    config = DataConfig(path="x", guide_size=50, validation_size=0.5)
+    assert isinstance(config.guide_size, int) and isinstance(config.validation_size, float)
+
+
+def test_missing_sources_are_named(tmp_path, two_splits):
+    for path in (f"{tmp_path}/twoo", "./nowhere.csv"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            open_source(path)
+    with pytest.raises(FileNotFoundError, match="Did you mean 'two'"):
+        open_source(f"{tmp_path}/twoo")
+    with pytest.raises(FileNotFoundError, match="No file matches"):
+        open_source(f"{tmp_path}/*.parquet")
+    with pytest.raises(FileNotFoundError, match="no folder 'user/nothing', and the Hub gives no data set"):
+        open_source("user/nothing")
+    with pytest.raises(ValueError, match="several splits .test, train., which would become one"):
+        open_source(f"{two_splits}/*.parquet")
+    (tmp_path / "notes.txt").write_text("no data")
+    with pytest.raises(ValueError, match="all end in .parquet or all in .csv"):
+        open_source(str(tmp_path / "notes.txt"))
+    with pytest.raises(ValueError, match="Did you mean 'digits'"):
+        open_source("sklearn:digit")
+
+
+def test_a_glob_of_one_split_is_read_whole(tmp_path):
+    saved(tmp_path / "shards", **{"train_a": texts(12), "train_b": texts(6, "more")})
+    splits = open_source(f"{tmp_path}/shards/train*.parquet").splits
+    assert list(splits) == ["train"] and len(splits["train"]) == 18
+
+
+# --- what is recorded -------------------------------------------------------------------------------------------------
+
+
+def test_provenance_tells_how_each_part_was_drawn(two_splits):
+    (data_source.Path(two_splits) / "README.md").write_text("---\nlicense: cc-by-4.0\n---\nA set.\n")
+    provenance = load_parts(DataConfig(path=two_splits, seed=3)).provenance
+    assert provenance["license"] == "cc-by-4.0" and provenance["commit"] is None and provenance["kind"] == "folder"
+    assert provenance["splits"] == {"train": 120, "test": 60}
+    assert provenance["parts"] == {
+        "train": {"split": "train", "rows": 120, "how": "the whole split"},
+        "guide": {"split": "test", "rows": 6, "how": "6 of 60 rows, stratified, seed 3"},
+        "validation": {"split": "test", "rows": 6, "how": "6 of 60 rows, stratified, seed 3"},
+        "test": {"split": "test", "rows": 48, "how": "what guide and validation left"},
+    }
+
+
+class Hub:
+    """Stands for the Hub client and for load_dataset: one data set at one commit."""
+
+    def __init__(self, monkeypatch, answer):
+        self.answer, self.loaded = answer, None
+        monkeypatch.setattr(data_source.datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(data_source, "HfApi", lambda: self)
+        monkeypatch.setattr(data_source, "load_dataset", self.load_dataset)
+
+    def dataset_info(self, path, revision=None):
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+    def load_dataset(self, path, name, revision):
+        self.loaded = (path, name, revision)
+        return DatasetDict({"train": texts(60)})
+
+
+def test_the_commit_that_is_recorded_is_the_one_that_is_loaded(monkeypatch):
+    hub = Hub(monkeypatch, SimpleNamespace(sha="abc123", card_data={"license": ["mit", "cc0-1.0"]}))
+    source = open_source("user/set", "plain", "main")
+    assert hub.loaded == ("user/set", "plain", "abc123")
+    assert (source.commit, source.license, source.kind) == ("abc123", "mit, cc0-1.0", "hub")
+
+
+@pytest.mark.parametrize("error", [ConnectionError("offline"), HfHubHTTPError.__bases__[0]("no answer")])
+def test_without_the_hub_a_cached_copy_has_no_commit(monkeypatch, error):
+    hub = Hub(monkeypatch, error)
+    source = open_source("user/set", None, "v1")
+    assert hub.loaded == ("user/set", None, "v1") and source.commit is None and source.license is None

@@ -1,0 +1,349 @@
+"""Reading recipes: every fault at once, nothing quietly replaced, and the shipped files sound."""
+
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from hf_hpmkd import losses
+from hf_hpmkd.recipe import (
+    Recipe,
+    RecipeError,
+    bundled_recipes,
+    check_recipe,
+    fingerprint,
+    load_recipe,
+    read_recipe,
+    recipe_folder,
+    recipe_from_line,
+    recipe_schema,
+    recipe_text,
+    recipe_tree,
+    section_keys,
+)
+from hf_hpmkd.recipe_rules import family, is_trained_here, teacher_names
+
+SOUND = {
+    "data": {"path": "sklearn:digits"},
+    "teachers": [{"model": "cifar-resnet-14"}, {"model": "sklearn:RandomForestClassifier"}],
+    "student": {"model": "cifar-resnet-8"},
+}
+
+
+def faults(*overrides: str, **sections: object) -> list[str]:
+    """The faults of the sound recipe with sections replaced and overrides applied."""
+    with pytest.raises(RecipeError) as caught:
+        read_recipe({**SOUND, **sections}, "test", overrides, check_files=True)
+    return caught.value.faults
+
+
+def only_fault(*overrides: str, **sections: object) -> str:
+    found = faults(*overrides, **sections)
+    assert len(found) == 1, found
+    return found[0]
+
+
+# ---- the files that ship ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", bundled_recipes())
+def test_bundled_recipe_is_sound_by_name_and_by_path(name: str) -> None:
+    assert load_recipe(name) == load_recipe(recipe_folder() / f"{name}.yaml")
+
+
+def test_the_six_recipes_ship() -> None:
+    assert set(bundled_recipes()) == {
+        "adult", "cifar10_resnet8", "fashion_mnist", "imagenet_timm", "quickstart", "trec6"
+    }  # fmt: skip
+
+
+def test_every_yaml_below_recipes_is_a_recipe() -> None:
+    assert {path.stem for path in recipe_folder().rglob("*.y*ml")} == set(bundled_recipes())
+
+
+@pytest.mark.parametrize("name", bundled_recipes())
+def test_header_says_command_hardware_minutes_and_metric(name: str) -> None:
+    text = bundled_recipes()[name].read_text(encoding="utf-8")
+    header = text[: text.index("\ndata:") if "\ntask:" not in text else text.index("\ntask:")]
+    for word in ("Command:", "Hardware:", "Minutes:", "Expected:"):
+        assert re.search(rf"^# {word} +\S", header, re.MULTILINE), word
+    commands = re.findall(r"hpmkd (?:distill|plan) (\w+)", header) + re.findall(r"hpmkd (quickstart)\b", header)
+    assert name in commands
+    assert set(commands) <= set(bundled_recipes())
+
+
+@pytest.mark.parametrize("name", bundled_recipes())
+def test_overrides_in_headers_are_understood(name: str) -> None:
+    header = "\n".join(
+        line for line in bundled_recipes()[name].read_text(encoding="utf-8").splitlines() if line.startswith("#")
+    )
+    quoted = re.findall(r"'(\w+(?:\.\w+)+=[^']*)'", header)
+    plain = re.findall(r"(?<!')\b[a-z]+(?:\.\w+)+=[^\s,']+", header)
+    load_recipe(name, [word.rstrip(".") for word in quoted + plain])
+
+
+def test_quickstart_needs_no_files_and_no_network() -> None:
+    recipe = load_recipe("quickstart", check_files=True)
+    assert recipe.data.path.startswith("sklearn:")
+    assert all(is_trained_here(teacher.model) for teacher in recipe.teachers)
+    assert recipe.distillation.direct
+
+
+def test_shipped_schema_is_current() -> None:
+    shipped = json.loads((recipe_folder() / "recipe.schema.json").read_text(encoding="utf-8"))
+    assert shipped == recipe_schema(), "run: hpmkd recipe schema > recipes/recipe.schema.json"
+
+
+@pytest.mark.parametrize("name", bundled_recipes())
+def test_schema_accepts_bundled_recipes(name: str) -> None:
+    jsonschema.validate(yaml.safe_load(bundled_recipes()[name].read_text(encoding="utf-8")), recipe_schema())
+
+
+def test_schema_refuses_what_the_reader_refuses() -> None:
+    validator = jsonschema.Draft202012Validator(recipe_schema())
+    validator.check_schema(recipe_schema())
+    assert not list(validator.iter_errors(SOUND))
+    for broken in ({**SOUND, "trainig": {}}, {**SOUND, "training": {"epochs": 0}}, {"data": {"path": "x"}}):
+        assert list(validator.iter_errors(broken))
+
+
+def test_every_field_has_a_description() -> None:
+    schema = recipe_schema()
+    for kind in [schema, *schema["$defs"].values()]:
+        for key, field in kind["properties"].items():
+            referred = schema["$defs"].get(field.get("$ref", "").rsplit("/", 1)[-1], {})  # may carry it instead
+            assert (field.get("description") or referred.get("description") or "").strip(), key
+
+
+def test_choices_are_those_of_the_losses() -> None:
+    properties = recipe_schema()["$defs"]["DistillationConfig"]["properties"]
+    assert tuple(properties["kd_kind"]["enum"]) == losses.KD_KINDS
+    assert tuple(properties["temperature_schedule"]["enum"]) == losses.TEMPERATURE_SCHEDULES
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------------
+
+
+def test_all_faults_of_all_kinds_are_told_at_once() -> None:
+    found = faults(
+        "training.lr=1",
+        "nonsense",
+        dta={},
+        data={"path": "./nowhere", "views": "6"},
+        teachers=[{"modl": "mlp-4"}, {"model": "sklearn:SVC", "folds": 1}, {"model": "nowhere.skops"}],
+        distillation={"alpha": 1.5, "kd_kind": "dst", "temperature_schedule": "cosine", "temperature_min": 7},
+        hub={"push": True},
+    )
+    text = "\n".join(found)
+    for part in (
+        "nonsense: an override has the form",
+        "training.lr: is not a known key",
+        "dta: is not a known key. Did you mean `data`?",
+        'data.views: must be an integer, got "6"',
+        "data.path: there is no './nowhere'",
+        "teachers.0.modl: is not a known key. Did you mean `model`?",
+        "teachers.0.model: is missing",
+        "teachers.1.folds: must be 0 (one model for all rows) or at least 2, got 1",
+        "teachers.2.model: there is no 'nowhere.skops'",
+        "distillation.alpha: must be less than or equal to 1, got 1.5",
+        'got "dst". Did you mean `dist`?',
+        "distillation.temperature_min: must be below temperature_max, got 7 and 6",
+        "hub.repo_id: hub.push needs",
+    ):
+        assert part in text, part
+    assert len(found) == 13
+
+
+def test_message_counts_the_faults_and_names_the_source() -> None:
+    with pytest.raises(RecipeError, match=r"(?s)^my.yaml has 2 faults:\n  - .*\n  - "):
+        read_recipe({**SOUND, "task": {"type": "x"}, "data": {}}, "my.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.epochs=true", "training.epochs: must be an integer, got true"),
+        ("training.epochs='3'", 'training.epochs: must be an integer, got "3"'),
+        ("training.epochs=2.5", "training.epochs: must be an integer, got 2.5"),
+        ("training.learning_rate=.inf", "training.learning_rate: must be a finite number"),
+        ("training.batch_size=0", "training.batch_size: must be greater than or equal to 1, got 0"),
+        ("training.warmup_steps=1.5", "training.warmup_steps: must be a share below 1 or a whole number"),
+        ("training.max_steps=0", "training.max_steps: must be -1"),
+        ("training.metrics=[]", "training.metrics: must be a list of at least one, got []"),
+        ("training=3", "training: must be a mapping of keys to values, got 3"),
+        ("training=", r"training: must be a mapping of keys to values, got nothing (null)"),
+        ("distillation.epochs=3", "Did you mean `teachers.0.epochs` or `training.epochs`?"),
+        ("distillation.topk=5", "distillation.topk: is for teacher_outputs topk, got teacher_outputs full"),
+        ("distillation.teacher_outputs=topk", "distillation.topk: teacher_outputs topk needs the number"),
+        ("distillation.feature_weight=1", "distillation.feature_weight: above 0 needs teacher_outputs live"),
+        ("task.type=text-classification", "is for image-classification, but task.type is text-classification"),
+        ("student.model=mlp-16", "all models must be for one task"),
+        ("student.model=sklearn:SVC", "cannot be a student"),
+        ("student.pretrained=true", "student.pretrained: 'cifar-resnet-8' is built from its name"),
+        ("student.model=cifar-resnet-9", "student.model: "),
+        ("teachers.0.params={a: 1}", "teachers.0.params: is for sklearn: teachers"),
+        ("teachers.1.model=sklearn:RandomForest", "Did you mean `RandomForestClassifier`?"),
+        ("teachers.1.epochs=3", "teachers.1.epochs: is for networks trained on the spot"),
+        ("teachers.0.labels=[a]", "teachers.0.labels: is for teachers that are loaded"),
+        ("teachers.0.name=a/b", "teachers.0.name: must be text of the form"),
+        ("teachers.5.name=a", "`teachers` is a list of 2, so the next word must be a position from 0 to 1, got '5'"),
+        ("student.model.width=3", "`student.model` holds one value ('cifar-resnet-8'), it has no key 'width'"),
+        ("hub.repo_id=alone", "hub.repo_id: must have the form user/name, got 'alone'"),
+        ("training.epochs=[1", "not valid YAML"),
+        ("training.epochs", "an override has the form section.key=value"),
+    ],
+)
+def test_one_bad_value_is_one_fault(override: str, message: str) -> None:
+    assert message in "\n".join(faults(override))
+
+
+def test_same_name_twice() -> None:
+    assert "names must differ, 'a' is given 2 times" in only_fault("teachers.0.name=a", "teachers.1.name=a")
+
+
+def test_schedule_that_the_kind_does_not_take() -> None:
+    told = only_fault("distillation.kd_kind=dist", "distillation.temperature_schedule=cosine")
+    assert "cosine does not go with kd_kind dist, which takes constant" in told
+    for kind, schedules in losses.LEGAL_SCHEDULES.items():
+        for schedule in schedules:
+            read_recipe(SOUND, "x", [f"distillation.kd_kind={kind}", f"distillation.temperature_schedule={schedule}"])
+
+
+def test_moving_temperature_has_ordered_ends_and_learned_starts_between_them() -> None:
+    ends = ["distillation.temperature_min=6", "distillation.temperature_max=2"]
+    read_recipe(SOUND, "a constant temperature does not use them", ends)
+    assert "Swap them" in only_fault("distillation.temperature_schedule=cosine", *ends)
+    told = only_fault("distillation.temperature_schedule=learned", "distillation.temperature=8")
+    assert "must lie between temperature_min and temperature_max (2 to 6), got 8" in told
+
+
+def test_features_need_a_teacher_that_has_some() -> None:
+    told = only_fault(
+        "distillation.feature_weight=1", "distillation.teacher_outputs=live", teachers=[{"model": "sklearn:SVC"}]
+    )
+    assert "no teacher has features" in told
+
+
+def test_files_are_looked_for_only_when_asked(tmp_path: Path) -> None:
+    tree = {**SOUND, "data": {"path": str(tmp_path / "none")}}
+    recipe = read_recipe(tree, "x")
+    with pytest.raises(RecipeError, match=r"data.path: there is no .*none.* here"):
+        check_recipe(recipe)
+    (tmp_path / "none").mkdir()
+    check_recipe(recipe)
+
+
+def test_safetensors_teacher_needs_its_description(tmp_path: Path) -> None:
+    weights = tmp_path / "net.safetensors"
+    weights.touch()
+    override = f"teachers.0.model={weights}"
+    assert "needs its description beside it, net.json" in only_fault(override)
+    weights.with_suffix(".json").touch()
+    read_recipe(SOUND, "x", [override], check_files=True)
+
+
+def test_yaml_faults_name_the_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("data:\n  path: [x\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match="line 3, column 1: not valid YAML"):
+        load_recipe(file)
+    file.write_text("data: {path: x}\nstudent: {model: mlp-4}\ndata: {path: y}\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match="line 3.*key 'data' is given twice"):
+        load_recipe(file)
+    for text, got in (("", "nothing"), ("- a", "list")):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(RecipeError, match=f"must hold sections .*got {got}"):
+            load_recipe(file)
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="has 1 fault"):
+        load_recipe(file)
+
+
+def test_unknown_name_suggests_a_bundled_one() -> None:
+    with pytest.raises(RecipeError, match=r"there is no such file\. Did you mean `quickstart`\?.*adult"):
+        load_recipe("quikstart")
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_set_values_and_list_items() -> None:
+    words = ["training.learning_rate=1e-3", "teachers.1.params={n_estimators: 7}", "data.max_train_rows=null"]
+    recipe = read_recipe(SOUND, "x", words)
+    assert recipe.training.learning_rate == 1e-3
+    assert recipe.teachers[1].params == {"n_estimators": 7}
+    assert "training" not in SOUND, "the tree that was given is left alone"
+
+
+def test_later_override_wins() -> None:
+    assert read_recipe(SOUND, "x", ["training.epochs=1", "training.epochs=2"]).training.epochs == 2
+
+
+def test_the_tree_of_a_recipe_reads_back() -> None:
+    recipe = load_recipe("quickstart")
+    assert read_recipe(recipe_tree(recipe), "x") == recipe
+    assert read_recipe(json.loads(json.dumps(recipe_tree(recipe))), "x") == recipe
+
+
+def test_fingerprint_ignores_where_and_sees_what() -> None:
+    def of(*words: str) -> str:
+        return fingerprint(read_recipe(SOUND, "x", words))
+
+    for word in (
+        "output.dir=elsewhere", "output.overwrite=true", "hub.repo_id=a/b", "training.report_to=[tensorboard]",
+        "training.num_workers=2", "distillation.cache_dir=cache",
+    ):  # fmt: skip
+        assert of(word) == of(), word
+    for word in ("training.seed=1", "data.seed=1", "distillation.alpha=0.5", "teachers.0.name=a", "data.views=2"):
+        assert of(word) != of(), word
+    assert of("training.epochs=10") == of(), "a default written out is the same recipe"
+
+
+def test_line_is_the_recipe_of_the_same_models() -> None:
+    recipe = recipe_from_line(["cifar-resnet-14", "sklearn:RandomForestClassifier"], "cifar-resnet-8", "sklearn:digits")
+    assert fingerprint(recipe) == fingerprint(read_recipe(SOUND, "x"))
+    assert recipe_from_line(["mlp-4"], "mlp-2", "a/b", "there").output.dir == "there"
+
+
+def test_written_recipe_reads_back_and_explains_every_key(tmp_path: Path) -> None:
+    recipe = load_recipe("quickstart", ["training.learning_rate=1e-5", "hub.repo_id=a/b", "data.path='a: #b'"])
+    text = recipe_text(recipe, "one\ntwo")
+    file = tmp_path / "r.yaml"
+    file.write_text(text, encoding="utf-8")
+    assert load_recipe(file) == recipe
+    assert text.startswith("# one\n# two\n")
+    for section, keys in section_keys().items():
+        for key in keys if section not in ("", "teachers") else ():
+            assert re.search(rf"^  # .*\n  {key}: ", text, re.MULTILINE), f"{section}.{key}"
+
+
+def test_teacher_names_are_distinct_and_usable_as_file_names() -> None:
+    models = ["a/b/net.safetensors", "mlp-4", "mlp-4", "sklearn:SVC", "column:logits", "./dir/", "mlp-4"]
+    sections = {**SOUND, "teachers": [{"model": m} for m in models], "student": {"model": "mlp-2"}}
+    assert teacher_names(read_recipe(sections, "x")) == ["net", "mlp-4", "mlp-4-2", "SVC", "logits", "dir", "mlp-4-3"]
+    assert teacher_names(read_recipe(sections, "x", ["teachers.6.name=mlp-4-2"]))[1:3] == ["mlp-4", "mlp-4-3"]
+
+
+@pytest.mark.parametrize(
+    ("model", "expected", "here"),
+    [
+        ("cifar-resnet-20", "cifar-resnet", True), ("mlp-64x32", "mlp", True), ("bert-2x64", "bert", True),
+        ("sklearn:SVC", "sklearn", True), ("bert-base-uncased", "hub", False), ("google/vit-base", "hub", False),
+        ("timm/resnet18", "timm", False), ("hf-hub:timm/resnet18", "timm", False), ("mlp", "mlp", True),
+        ("a.skops", "skops", False),
+        ("x/a.safetensors", "safetensors", False), ("column:logits", "column", False),
+    ],
+)  # fmt: skip
+def test_families(model: str, expected: str, here: bool) -> None:
+    assert family(model) == expected
+    assert is_trained_here(model) is here
+
+
+def test_recipe_can_be_made_in_python() -> None:
+    recipe = read_recipe(SOUND, "x")
+    assert isinstance(recipe, Recipe)
+    with pytest.raises(ValueError, match="alpha"):
+        recipe.distillation.alpha = 2.0

@@ -1,0 +1,306 @@
+"""HPMKDTrainer: equal to plain Trainer and plain KD in the limits, the same however a step is cut, bitwise resume."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback
+
+from hf_hpmkd.trainer import STATE_FILE, HPMKDTrainer
+
+
+@pytest.fixture(scope="module")
+def teachers():
+    return tiny.tiny_teachers(2)
+
+
+def train(folder, teachers, model=None, resume=None, train_dataset=None, callbacks=(), **settings):
+    trainer = HPMKDTrainer(
+        model or tiny.tiny_vit(),
+        teachers,
+        tiny.arguments(folder, **settings),
+        train_dataset=train_dataset or tiny.TinyImages(),
+        eval_dataset=tiny.TinyImages(20, seed=5),
+        guide_dataset=tiny.TinyImages(40, seed=3),
+        callbacks=list(callbacks),
+        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+# ---- limits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_alpha_zero_is_plain_trainer_bit_for_bit(tmp_path, teachers, steps):
+    settings = {"optim": "adamw_torch", "gradient_accumulation_steps": steps}
+    ours = train(tmp_path, teachers, alpha=0.0, **settings)
+    plain = Trainer(tiny.tiny_vit(), tiny.arguments(tmp_path, **settings), train_dataset=tiny.TinyImages())
+    plain.train()
+    assert torch.equal(tiny.weights_of(ours.model), tiny.weights_of(plain.model))
+    losses = [[row["loss"] for row in one.state.log_history if "loss" in row] for one in (ours, plain)]
+    assert losses[0] == losses[1]
+
+
+def test_no_teachers_is_plain_trainer_and_some_are_not(tmp_path, teachers):
+    alone, taught = train(tmp_path, None), train(tmp_path, teachers)
+    plain = Trainer(tiny.tiny_vit(), tiny.arguments(tmp_path), train_dataset=tiny.TinyImages())
+    plain.train()
+    assert torch.equal(tiny.weights_of(alone.model), tiny.weights_of(plain.model))
+    assert not torch.allclose(tiny.weights_of(taught.model), tiny.weights_of(plain.model), atol=1e-3)
+
+
+def test_one_uniform_teacher_is_plain_kd_written_by_hand(tmp_path, teachers):
+    rows = tiny.TinyImages(32)
+    settings = {"per_device_train_batch_size": 32, "num_train_epochs": 3, "alpha": 0.7, "temperature": 3.0}
+    trainer = train(
+        tmp_path, teachers[0], train_dataset=rows, gate="uniform", calibrate_teachers=False,
+        temperature_schedule="constant", **settings,
+    )  # fmt: skip
+    student = tiny.tiny_vit()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    with torch.no_grad():
+        soft = F.softmax(teachers[0](pixel_values=rows.pixels).logits / 3.0, -1)
+    for _ in range(3):
+        logits = student(pixel_values=rows.pixels).logits
+        kd = F.kl_div(F.log_softmax(logits / 3.0, -1), soft, reduction="batchmean") * 9.0
+        loss = 0.7 * kd + 0.3 * F.cross_entropy(logits, rows.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    # Stored outputs are half precision, so equal to about three digits of the change.
+    assert torch.allclose(tiny.weights_of(trainer.model), tiny.weights_of(student), atol=3e-4)
+
+
+def test_identical_teachers_get_equal_weights(tmp_path, teachers):
+    trainer = train(tmp_path, [teachers[0], teachers[0]], num_train_epochs=4)
+    assert torch.tensor(trainer.distiller.class_weights()).sub(0.5).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "standardized_kl", "dkd", "dist"])
+@pytest.mark.parametrize("gate", ["mixture", "joint", "label", "uniform"])
+def test_every_kind_and_gate_trains_and_logs(tmp_path, teachers, kind, gate):
+    trainer = train(tmp_path, teachers, kd_kind=kind, gate=gate, temperature_schedule="constant", learning_rate=0.01)
+    row = next(row for row in trainer.state.log_history if "kd_loss" in row)
+    names = [f"weight/{name}" for name in trainer.distiller.outputs.names]
+    assert sum(row[name] for name in names) == pytest.approx(1.0, abs=1e-5)
+    assert {"loss", "ce_loss", "temperature", "alpha"} <= set(row)
+    assert torch.isfinite(tiny.weights_of(trainer.model)).all()
+
+
+# ---- the same however a step is cut ----------------------------------------------------------------------------------
+
+
+def test_accumulation_does_not_change_the_result(tmp_path, teachers):
+    """44 rows in steps of 16: the last step is ragged for every way to cut it."""
+    whole = train(tmp_path, teachers)
+    for batch, steps in ((4, 4), (2, 8)):
+        cut = train(tmp_path, teachers, per_device_train_batch_size=batch, gradient_accumulation_steps=steps)
+        assert cut.state.global_step == whole.state.global_step
+        assert torch.allclose(tiny.weights_of(cut.model), tiny.weights_of(whole.model), atol=2e-6)
+        assert cut.distiller.scheduler.temperature == pytest.approx(whole.distiller.scheduler.temperature, rel=1e-4)
+
+
+_TWO_PROCESSES = """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, {tests!r})
+import tiny
+from hf_hpmkd.trainer import HPMKDTrainer
+torch.set_num_threads(1)
+folder = Path({folder!r})
+trainer = HPMKDTrainer(
+    tiny.tiny_vit(), tiny.tiny_teachers(2), tiny.arguments(folder, per_device_train_batch_size=8, **{settings!r}),
+    train_dataset=tiny.TinyImages(48), guide_dataset=tiny.TinyImages(40, seed=3),
+)
+trainer.train()
+assert trainer.args.world_size == 2, trainer.args.world_size
+gate = trainer.distiller.ensemble.gate
+flat = torch.cat([p.detach().flatten() for p in gate.parameters()])
+both = [torch.empty_like(flat) for _ in range(2)]
+torch.distributed.all_gather(both, flat)
+assert torch.equal(*both)
+torch.save([tiny.weights_of(trainer.model), trainer.distiller.scheduler.temperature], folder / f"rank{{trainer.args.process_index}}.pt")
+"""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"gate": "joint", "temperature_schedule": "loss", "gate_dropout": 0.0}],  # dropout is drawn per process
+    ids=["default", "joint"],
+)
+def test_two_processes_equal_one(tmp_path, settings):
+    script = tmp_path / "two.py"
+    tests = str(Path(__file__).parent)
+    script.write_text(_TWO_PROCESSES.format(tests=tests, folder=str(tmp_path), settings=settings))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(tests).parent)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = train(tmp_path, tiny.tiny_teachers(2), train_dataset=tiny.TinyImages(48), **settings)
+    for rank in range(2):
+        weights, temperature = torch.load(tmp_path / f"rank{rank}.pt")
+        assert torch.allclose(weights, tiny.weights_of(one.model), atol=2e-6)
+        assert temperature == pytest.approx(one.distiller.scheduler.temperature, rel=1e-3)
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+class _StopAfter(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_training_stop = True
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gate": "joint", "temperature_schedule": "loss"},
+        {"temperature_schedule": "auto", "gate": "label"},
+        {"teacher_outputs": "live", "feature_weight": 0.5},
+    ],
+    ids=["default", "joint", "auto", "features"],
+)
+def test_resume_is_bitwise(tmp_path, teachers, settings):
+    settings = {"optim": "adamw_torch", "num_train_epochs": 4, "save_strategy": "steps", "save_steps": 4, **settings}
+    whole = train(tmp_path / "whole", teachers, **settings)
+    train(tmp_path / "cut", teachers, callbacks=[_StopAfter(5)], **settings)
+    checkpoint = tmp_path / "cut" / "run" / "checkpoint-4"
+    resumed = train(tmp_path / "cut", teachers, model=tiny.tiny_vit(seed=9), resume=str(checkpoint), **settings)
+    assert resumed.state.global_step == whole.state.global_step == 12
+    assert torch.equal(tiny.weights_of(resumed.model), tiny.weights_of(whole.model))
+    (one, one_meta), (two, two_meta) = whole.distiller.state_dict(), resumed.distiller.state_dict()
+    assert json.loads(one_meta["hpmkd"]) == json.loads(two_meta["hpmkd"])
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+def test_checkpoint_holds_the_student_alone_and_the_rest_beside_it(tmp_path, teachers):
+    train(tmp_path, teachers, save_strategy="steps", save_steps=3)
+    folder = tmp_path / "run" / "checkpoint-3"
+    keys = load_file(folder / "model.safetensors").keys()
+    assert keys and all(key.startswith(("vit.", "classifier.")) for key in keys)
+    assert any(key.startswith("ensemble.gate.") for key in load_file(folder / STATE_FILE))
+
+
+def test_best_model_is_really_loaded(tmp_path, teachers):
+    """Upstream leaves most of a ViT's weights as they were (STATE: transformers#43701)."""
+    trainer = train(
+        tmp_path, teachers, num_train_epochs=4, learning_rate=0.5, load_best_model_at_end=True, save_strategy="steps",
+        save_steps=3, eval_strategy="steps", eval_steps=3, metric_for_best_model="eval_loss",
+    )  # fmt: skip
+    losses = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
+    best = min(losses, key=losses.get)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
+    saved = type(trainer.model).from_pretrained(tmp_path / "run" / f"checkpoint-{best}")
+    assert torch.equal(tiny.weights_of(trainer.model), tiny.weights_of(saved))
+
+
+def test_checkpoint_of_a_run_without_teachers_is_refused(tmp_path, teachers):
+    train(tmp_path, None, save_strategy="steps", save_steps=3)
+    with pytest.raises(ValueError, match="no hpmkd_state.safetensors"):
+        train(tmp_path, teachers, resume=str(tmp_path / "run" / "checkpoint-3"))
+
+
+# ---- a drop-in for Trainer -------------------------------------------------------------------------------------------
+
+
+def test_evaluate_and_predict_leave_the_teachers_out(tmp_path, teachers):
+    trainer = train(tmp_path, teachers)
+    plain = Trainer(trainer.model, tiny.arguments(tmp_path), eval_dataset=trainer.eval_dataset)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
+    ours, theirs = trainer.predict(trainer.eval_dataset), plain.predict(trainer.eval_dataset)
+    assert np.array_equal(ours.predictions, theirs.predictions)
+
+
+def test_live_teachers_give_what_stored_outputs_give(tmp_path, teachers):
+    stored, live = train(tmp_path, teachers), train(tmp_path, teachers, teacher_outputs="live")
+    topk = train(tmp_path, teachers, teacher_outputs="topk", teacher_outputs_topk=2)
+    assert torch.allclose(tiny.weights_of(stored.model), tiny.weights_of(live.model), atol=1e-3)
+    assert torch.allclose(tiny.weights_of(stored.model), tiny.weights_of(topk.model), atol=1e-3)
+
+
+def image_dataset(rows=24):
+    pixels = (tiny.TinyImages(rows).pixels.clamp(-2, 2).add(2).mul(60)).to(torch.uint8).squeeze(1).numpy()
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(tiny.NAMES.values()))}
+    )
+    labels = tiny.TinyImages(rows).labels.tolist()
+    return datasets.Dataset.from_dict({"image": list(pixels), "label": labels}, features=features)
+
+
+def to_pixels(batch):
+    arrays = [torch.tensor(np.array(image), dtype=torch.float32)[None] / 60 - 2 for image in batch["image"]]
+    return {"pixel_values": arrays, "labels": batch["label"]}
+
+
+def test_a_hub_dataset_with_a_transform_and_somebodys_collator(tmp_path, teachers):
+    """`remove_unused_columns` is left at its default, and the collator fails on keys that it does not know."""
+
+    def collate(samples):
+        assert all(set(sample) <= {"pixel_values", "labels"} for sample in samples)
+        return {key: torch.stack([torch.as_tensor(s[key]) for s in samples]) for key in samples[0]}
+
+    data = image_dataset().with_transform(to_pixels)
+    trainer = HPMKDTrainer(
+        tiny.tiny_vit(), teachers, tiny.arguments(tmp_path), data_collator=collate,
+        train_dataset=data, guide_dataset=data,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_random_inputs_cannot_have_stored_outputs(tmp_path, teachers):
+    class Noisy(tiny.TinyImages):
+        def __getitem__(self, index):
+            return {**super().__getitem__(index), "pixel_values": torch.randn(1, 8, 8)}
+
+    with pytest.raises(ValueError, match="different inputs for the same row twice"):
+        train(tmp_path, teachers, train_dataset=Noisy())
+
+
+def test_settings_that_need_guide_rows_say_so_before_training(tmp_path, teachers):
+    trainer = HPMKDTrainer(tiny.tiny_vit(), teachers, tiny.arguments(tmp_path), train_dataset=tiny.TinyImages())
+    with pytest.raises(ValueError, match="guide_dataset="):
+        trainer.train()
+
+
+def test_teacher_with_other_classes_is_refused(tmp_path):
+    stranger = tiny.tiny_vit(id2label={0: "cat", 1: "dog", 2: "fox"})
+    with pytest.raises(ValueError, match=r"emu[\s\S]*fox|fox[\s\S]*emu"):
+        train(tmp_path, [stranger])
+
+
+def test_permuted_teacher_classes_are_put_right(tmp_path, teachers):
+    permuted = tiny.tiny_vit(width=24, id2label={0: "emu", 1: "cat", 2: "dog"})
+    permuted.load_state_dict(teachers[0].state_dict())
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            part = getattr(teachers[0].classifier, name)
+            getattr(permuted.classifier, name).copy_(part[[2, 0, 1]])
+    straight, turned = train(tmp_path, [teachers[0]]), train(tmp_path, [permuted])
+    assert torch.equal(tiny.weights_of(straight.model), tiny.weights_of(turned.model))
+
+
+def test_foreign_arguments_are_refused(tmp_path, teachers):
+    from transformers import TrainingArguments
+
+    with pytest.raises(TypeError, match="must be HPMKDTrainingArguments, got TrainingArguments"):
+        HPMKDTrainer(tiny.tiny_vit(), teachers, TrainingArguments(str(tmp_path), report_to="none"))
