@@ -29,7 +29,11 @@ from hf_hpmkd.teacher_kinds import TorchTeacher
 from hf_hpmkd.trainer import HPMKDTrainer
 from hf_hpmkd.training_args import HPMKDTrainingArguments
 
-STUDENT, TEACHERS, BATCH = "cifar-resnet-8", ("cifar-resnet-20", "cifar-resnet-32", "cifar-resnet-44", "cifar-resnet-56"), 128
+STUDENT, TEACHERS, BATCH = (
+    "cifar-resnet-8",
+    ("cifar-resnet-20", "cifar-resnet-32", "cifar-resnet-44", "cifar-resnet-56"),
+    128,
+)
 _VIEWS, _GUIDE_ROWS, _ROUNDS, _WARM_STEPS = 6, 2_500, 4, 5
 LIMITS = {
     "hpmkd_step_over_plain_trainer_step": 1.10,
@@ -39,7 +43,9 @@ LIMITS = {
 }
 
 
-def bench_trainer(output: Path | None = None, steps: int = 200, live_steps: int = 40, rows: int = 12_800) -> dict[str, Any]:
+def bench_trainer(
+    output: Path | None = None, steps: int = 200, live_steps: int = 40, rows: int = 12_800
+) -> dict[str, Any]:
     """All comparisons of the trainer; prints them and writes them to `output` (JSON) where given.
 
     steps: optimizer steps per side, in four turns. live_steps: the same with teachers in the loop, which are slow.
@@ -68,8 +74,8 @@ def bench_trainer(output: Path | None = None, steps: int = 200, live_steps: int 
         for name, limit in LIMITS.items():
             record["comparisons"][name]["limit"] = limit
     for name, found in record["comparisons"].items():
-        limit = f" (limit {found['limit']:.2f})" if "limit" in found else ""
-        print(f"{name}: {found['ratio']:.3f}{limit}")
+        beside = f" (limit {found['limit']:.2f})" if "limit" in found else ""
+        print(f"{name}: {found['ratio']:.3f}{beside}")
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -79,7 +85,8 @@ def bench_trainer(output: Path | None = None, steps: int = 200, live_steps: int 
 def compare(a: Callable[[int], float], b: Callable[[int], float], steps: int) -> dict[str, Any]:
     """Seconds of `a(n)` over those of `b(n)`, in turns a b b a ...; the median of the turns' ratios is the figure."""
     per_turn = max(steps // _ROUNDS, 1)
-    a_seconds, b_seconds = [], []
+    a_seconds: list[float] = []
+    b_seconds: list[float] = []
     for turn in range(_ROUNDS):
         order = ((a, a_seconds), (b, b_seconds))
         for side, seconds in order if turn % 2 == 0 else reversed(order):

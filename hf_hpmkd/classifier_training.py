@@ -25,7 +25,6 @@ from hf_hpmkd.teacher_kinds import Teacher
 from hf_hpmkd.trainer import STATE_FILE, HPMKDTrainer
 from hf_hpmkd.training_args import HPMKDTrainingArguments
 
-_DONE = "trained.json"
 
 
 @dataclass
@@ -137,10 +136,10 @@ def train_or_load(
     trains on labels alone. on_log: gets the log history at every evaluation.
     """
     classifier = build()
-    done = folder / _DONE
+    done = folder.with_name(f"{folder.name}.trained.json")  # beside the folder, which holds the model alone
     if done.is_file():
         saved = json.loads(done.read_text(encoding="utf-8"))
-        classifier.model = type(classifier.model).from_pretrained(folder)  # type: ignore[union-attr]
+        classifier.model = type(classifier.model).from_pretrained(folder)
         return Trained(classifier, **saved, resumed=True)
     checkpoint = _last_complete_checkpoint(folder / "checkpoints", distills=bool(teachers))
     args = training_arguments(recipe, schedule, folder, len(train), distills=bool(teachers))

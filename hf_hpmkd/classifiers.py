@@ -33,8 +33,6 @@ from hf_hpmkd.models import (
     TabularConfig,
     TabularForClassification,
     TabularProcessor,
-    load_cifar_resnet_file,
-    read_cifar_resnet_card,
 )
 from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TASKS, TEXT_CLASSIFICATION, Feed, Rows
 from hf_hpmkd.tasks.images import ImageFeed, ProcessorFeed
@@ -194,22 +192,6 @@ def build_classifier(
 def count_parameters(name: str, rows: Rows, **options: Any) -> int:
     """Number of parameters of `build_classifier(name, rows, ...)`, without its weights."""
     return build_classifier(name, rows, **options, meta=True).num_params
-
-
-def load_cifar_resnet_classifier(path: str | Path) -> Classifier:
-    """A pre-trained CIFAR ResNet from a .safetensors file with its JSON, with the preprocessing that the JSON names.
-
-    Raises what `load_cifar_resnet_file` does, and ValueError if the JSON lacks `input.mean` or `input.std`.
-    """
-    told = read_cifar_resnet_card(path).get("input", {})
-    if not told.get("mean") or not told.get("std"):
-        raise ValueError(
-            f'The JSON beside {path} must hold {{"input": {{"mean": [...], "std": [...]}}}} of pixels in 0..1.'
-        )
-    model = load_cifar_resnet_file(path)
-    height, width = told.get("size", (3, 32, 32))[-2:]
-    feed = ImageFeed((height, width), told["mean"], told["std"], channels=model.config.num_channels)
-    return Classifier(model, feed, "cifar-resnet", sum(p.numel() for p in model.parameters()))
 
 
 # ---- built from numbers ----------------------------------------------------------------------------------------------

@@ -108,6 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--output", type=Path, metavar="FILE", help="also write the figures to this JSON file")
     one.add_argument("--steps", type=int, default=200, help="optimizer steps per side (default: 200)")
 
+    one = command(commands, "report", "One Markdown table of finished runs, seeds of a recipe together.", _report)
+    one.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or a run record (JSON)")
+
     one = command(commands, "push", "Publish a finished run: student, card, records.", _push)
     one.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     one.add_argument("repo_id", metavar="REPO_ID", help="user/name")
@@ -233,6 +236,14 @@ def _bench_trainer(args: argparse.Namespace) -> None:
     from hf_hpmkd.bench import bench_trainer
 
     bench_trainer(args.output, steps=args.steps)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from hf_hpmkd.run_record import RunRecord
+    from hf_hpmkd.run_summary import summary
+
+    files = [run / "run_record.json" if run.is_dir() else run for run in args.runs]
+    _say(summary([RunRecord.load(file) for file in files]))
 
 
 def _push(args: argparse.Namespace) -> None:

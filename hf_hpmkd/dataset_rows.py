@@ -93,7 +93,8 @@ class DatasetRows(Rows):
         columns = dataset.with_format(None) if isinstance(dataset, datasets.Dataset) else None
         self.task, self.raw_column = _raw_column(columns)
         fingerprint, labels = self._read()
-        class_names = [config.id2label[label] for label in range(config.num_labels)]
+        names: Any = config.id2label
+        class_names = [names[label] for label in range(len(names))]
         super().__init__(self.source if columns is None else columns, labels, class_names)
         self.fingerprint = fingerprint
 
@@ -124,16 +125,16 @@ class DatasetRows(Rows):
             batch = self.batch(range(start, min(start + _CHUNK, size)))
             if "labels" not in batch:
                 raise ValueError(
-                    f"Every row needs a label: the collated batch has {', '.join(batch)} but no `labels`. Keep the label "
-                    "column, named `label` or `labels`."
+                    f"Every row needs a label: the collated batch has {', '.join(batch)} but no `labels`. Keep the "
+                    "label column, named `label` or `labels`."
                 )
             labels.append(torch.as_tensor(batch["labels"]).cpu())
             hashed = _hash(batch)
             if self._stored and start == 0 and hashed != _hash(self.batch(range(min(_CHUNK, size)))):
                 raise ValueError(
-                    "The training dataset gives different inputs for the same row twice (random augmentation), so stored "
-                    "teacher outputs would belong to other inputs. Move the augmentation to a FedDataset with views, or "
-                    "set teacher_outputs=live with teachers passed as model objects."
+                    "The training dataset gives different inputs for the same row twice (random augmentation), so "
+                    "stored teacher outputs would belong to other inputs. Move the augmentation to a FedDataset with "
+                    "views, or set teacher_outputs=live with teachers passed as model objects."
                 )
             digest.update(hashed)
         return digest.hexdigest(), torch.cat(labels)
@@ -166,7 +167,7 @@ def _hash(batch: Mapping[str, Any]) -> bytes:
     for key in sorted(student_inputs(batch)):
         value = torch.as_tensor(batch[key]).cpu().contiguous()
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.view(torch.uint8).numpy() if value.dim() else value.numpy().tobytes())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()
 
 

@@ -23,11 +23,12 @@ from hf_hpmkd.classifier_training import Schedule, Trained, student_schedule, tr
 from hf_hpmkd.classifiers import Classifier, build_classifier
 from hf_hpmkd.data import DataParts, load_parts
 from hf_hpmkd.evaluation import evaluate_teachers, evaluate_test
+from hf_hpmkd.hub_store import check_can_push, push_run
 from hf_hpmkd.model_card import write_card
 from hf_hpmkd.recipe import Recipe, TeacherConfig, fingerprint, recipe_tree
 from hf_hpmkd.recipe_rules import is_sklearn, is_trained_here, teacher_names
 from hf_hpmkd.run_folder import RECORD_FILE, claim
-from hf_hpmkd.run_record import ModelRecord, RunRecord, TeacherRecord, environment
+from hf_hpmkd.run_record import ModelRecord, RunRecord, Status, TeacherRecord, code_commit, environment
 from hf_hpmkd.teacher_kinds import Teacher
 from hf_hpmkd.teacher_training import train_teacher
 from hf_hpmkd.teachers import load_teacher
@@ -40,6 +41,8 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
     arrived and the way out) on anything that cannot work, before the long work starts.
     """
     folder = Path(recipe.output.dir)
+    if recipe.hub.push and recipe.hub.repo_id is not None:
+        check_can_push(recipe.hub.repo_id)
     state = PartialState()
     disable_progress_bar()  # transformers draws one for every checkpoint it writes
     with state.main_process_first():
@@ -58,6 +61,8 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
         _run(run)
     run.say("\n" + report.result_table(record))
     run.say(f"\nThe student is in {folder / 'student'}, its card in {folder / 'README.md'}.")
+    if recipe.hub.push and recipe.hub.repo_id is not None and state.is_main_process:
+        run.say(f"Published as {push_run(folder, recipe.hub.repo_id, recipe.hub.private)}.")
     return folder
 
 
@@ -68,6 +73,7 @@ def _run(run: "_Run") -> None:
         parts = load_parts(recipe.data, task=recipe.task.type, teachers_saw_train=not all_trained_here)
         record.class_names = parts.class_names
         record.parts = parts.provenance
+        record.commits |= {"hf_hpmkd": code_commit(), "data": parts.provenance.get("commit")}
         run.describe_data(parts)
         build_student = student_builder(recipe, parts)
         num_params = build_student(meta=True).num_params
@@ -105,6 +111,8 @@ def _run(run: "_Run") -> None:
 
     with run.phase("report"):
         classifiers = {name: one.classifier for name, one in trained.items()}
+        if recipe.student.pretrained:
+            record.commits["student"] = getattr(trained["student"].classifier.model.config, "_commit_hash", None)
         evaluate_test(record, teachers, classifiers, parts, recipe, say=run.say)
         run.write_report()
 
@@ -156,6 +164,7 @@ def get_teacher(run: "_Run", name: str, config: TeacherConfig, parts: DataParts)
     teacher.to(run.device)
     if config.license is not None:
         teacher.license = config.license
+    run.record.commits[name] = teacher.commit
     known = next((one for one in run.record.teachers if one.name == name), None)
     if known is None:
         known = TeacherRecord(name=name, source=config.model, kind=teacher.kind)
@@ -206,7 +215,7 @@ class _Run:
             raise
         self._end("completed")
 
-    def _end(self, status: str, error: str | None = None) -> None:
+    def _end(self, status: Status, error: str | None = None) -> None:
         self.record.status, self.record.error = status, error
         self.record.finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self.save()
@@ -226,7 +235,7 @@ class _Run:
             )
 
     def keep_curve(self, name: str, history: list[dict[str, float]]) -> None:
-        self.record.curves[name] = history
+        self.record.curves[name] = [dict(row) for row in history]
         self.save()
 
     def keep_weights(self, student: Trained, teachers: list[Teacher]) -> None:
@@ -256,5 +265,3 @@ def _new_record(recipe: Recipe) -> RunRecord:
         versions=versions,
         hardware=hardware,
     )
-
-

@@ -204,7 +204,7 @@ class Distiller:
         """One linear map from the student's features to each teacher's; made when the widths are first seen."""
         assert self.reader is not None
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.args.seed)
+            torch.default_generator.manual_seed(self.args.seed)  # torch.manual_seed would reach the GPU's too
             maps = [nn.Linear(self.reader.width, width) for width in widths]
         self.projections = nn.ModuleList(maps).to(next(self.student.parameters()).device)
         self._projection_optimizer = torch.optim.AdamW(self.projections.parameters(), lr=self.args.learning_rate)
@@ -212,7 +212,7 @@ class Distiller:
     # ---- after a step's last backward ------------------------------------------------------------------------------
 
     def finish_step(self) -> torch.Tensor | None:
-        """Updates gate, projections and temperature; returns the mixture's loss on a guide batch where one was looked at."""
+        """Updates gate, projections and temperature; returns the mixture's loss on guide rows where some were seen."""
         self.ensemble.joint_step(_average_gradients)
         if self.projections is not None and self._projection_optimizer is not None:
             _average_gradients(self.projections)
@@ -279,7 +279,7 @@ class Distiller:
         return torch.cat(features), torch.cat(logits)
 
     def class_weights(self) -> list[list[float]]:
-        """Mean weight of each teacher on the guide rows of each class, `teachers x classes`; NaN-free, 0 for no rows."""
+        """Mean weight of each teacher on the guide rows of each class, `teachers x classes`; 0 for no rows."""
         if self.guide is None or self.reader is None:
             return []
         features, _ = self._guide_forward(torch.arange(len(self.guide.labels)))
@@ -331,7 +331,7 @@ def _without_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[st
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-# ---- several processes: gate, projections and temperature are the same on each -----------------------------------------
+# ---- several processes: gate, projections and temperature are the same on each ---------------------------------------
 
 
 def _world_size() -> int:

@@ -4,16 +4,21 @@ import torch
 from torch import nn
 
 
+_WAY_OUT = "Use gate=label or gate=uniform, a temperature schedule other than learned, and no feature term."
+
+
 def find_classifier_head(model: nn.Module, num_classes: int) -> nn.Linear:
     """The last linear layer with `num_classes` outputs, in the order of registration.
 
     Raises ValueError where there is none (a 1x1 convolution as head, another number of classes).
     """
-    heads = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == num_classes]
+    heads = [
+        module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == num_classes
+    ]
     if not heads:
         raise ValueError(
-            f"{type(model).__name__} has no linear layer with {num_classes} outputs, so its penultimate features cannot "
-            "be read. Use gate=label or gate=uniform, a temperature schedule other than learned, and no feature term."
+            f"{type(model).__name__} has no linear layer with {num_classes} outputs, so its penultimate features "
+            f"cannot be read. {_WAY_OUT}"
         )
     return heads[-1]
 
@@ -41,8 +46,8 @@ class FeatureReader:
             raise ValueError("The classifier head has seen no forward pass since the last read.")
         if features.dim() != 2:
             raise ValueError(
-                f"The classifier head must see one vector per sample, (batch, width), got shape {tuple(features.shape)}. "
-                "Use gate=label or gate=uniform, a temperature schedule other than learned, and no feature term."
+                "The classifier head must see one vector per sample, (batch, width), got shape "
+                f"{tuple(features.shape)}. {_WAY_OUT}"
             )
         return features
 

@@ -5,6 +5,7 @@ Imports run_record alone. Trains nothing, changes nothing in the run's folder.
 
 import hashlib
 import json
+import re
 import shlex
 import traceback
 from collections.abc import Iterator
@@ -81,6 +82,16 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"A repository's id has the form user/name, got {repo_id!r}. Name the user or organization.")
 
 
+def check_can_push(repo_id: str) -> None:
+    """What can be known before a long run: ValueError for a repo_id of another form, HubPushError without a token."""
+    check_repo_id(repo_id)
+    if not get_token():
+        raise HubPushError(
+            f"Publishing {repo_id} at the end needs a Hub token: set HF_TOKEN, or `hf auth login`; or leave `hub.push` out "
+            "and publish later with `hpmkd push`."
+        )
+
+
 # ---- what is published -----------------------------------------------------------------------------------------------
 
 
@@ -128,8 +139,8 @@ def _published_files(run_dir: Path) -> list[_File]:
         )
     if missing := [str(path.relative_to(run_dir)) for path in (student / "config.json", card) if not path.is_file()]:
         raise FileNotFoundError(
-            f"The run in {run_dir} is recorded as completed but lacks {' and '.join(missing)}. Restore it from a copy, or "
-            "run again with `output.overwrite=true`."
+            f"The run in {run_dir} is recorded as completed but lacks {' and '.join(missing)}. Restore it from a copy, "
+            "or run again with `output.overwrite=true`."
         )
     public = json.dumps(record.public().to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     files = [_File(path, local) for path, local in _files_below(student) if path not in _NOT_PUBLISHED]
@@ -212,7 +223,9 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__  # the client wraps a failed large file in a RuntimeError
     if isinstance(error, OfflineModeIsEnabled):
         return "the client is offline, because HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set. Unset it."
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r"For more information check: \S+", "", str(error))  # httpx's pointer to what a status code is
+    text = " ".join(text.split()) or type(error).__name__
+    text = text if text.endswith((".", "!")) else f"{text}."
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status in (401, 403):
         return f"the Hub refused the token ({status}): it must be valid and allowed to write there. {text}"
@@ -224,4 +237,4 @@ def _reason(error: BaseException) -> str:
         return f"no answer within {TIMEOUT_SECONDS:g} s ({type(error).__name__}). {text}"
     if isinstance(error, HTTPError) and status is None:
         return f"no connection ({type(error).__name__}). {text}"
-    return text if text.endswith((".", "!")) else f"{text}."
+    return text

@@ -28,9 +28,7 @@ def check_kind_and_schedule(kind: str, schedule: str) -> None:
     if kind not in KD_KINDS:
         raise ValueError(f"`kd_kind` must be one of {', '.join(KD_KINDS)}, got {kind!r}.")
     if schedule not in TEMPERATURE_SCHEDULES:
-        raise ValueError(
-            f"`temperature_schedule` must be one of {', '.join(TEMPERATURE_SCHEDULES)}, got {schedule!r}."
-        )
+        raise ValueError(f"`temperature_schedule` must be one of {', '.join(TEMPERATURE_SCHEDULES)}, got {schedule!r}.")
     if schedule not in LEGAL_SCHEDULES[kind]:
         pairs = "; ".join(f"{name}: {', '.join(legal)}" for name, legal in LEGAL_SCHEDULES.items())
         raise ValueError(
@@ -71,8 +69,8 @@ def kd_loss(
 ) -> torch.Tensor:
     """The distillation loss named `kind`, per sample.
 
-    student_logits: `(batch, classes)`, unscaled. target_log_probs: `(batch, classes)`, the (mixture of the) teachers at
-    `temperature`, from `log_mixture`; for `standardized_kl` with `standardized=True`. labels: `(batch,)`, used by `dkd`.
+    student_logits: `(batch, classes)`, unscaled. target_log_probs: `(batch, classes)`, the teachers' mixture at
+    `temperature`, from `log_mixture`; for `standardized_kl` with `standardized=True`. labels: `(batch,)`, for `dkd`.
     Returns `(batch,)`. Raises ValueError on an unknown kind or differing shapes.
     """
     if student_logits.shape != target_log_probs.shape:

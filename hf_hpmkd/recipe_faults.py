@@ -50,7 +50,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> list[str]:
-    """Sets `section.key=value` words in `tree`, in place; the value is YAML, list items go by position: teachers.0.name.
+    """Sets `section.key=value` words in `tree`, in place: the value is YAML; list items go by position.
 
     Returns the faults. Whether a key exists is left to `validate`, which knows the fields.
     """

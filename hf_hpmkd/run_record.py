@@ -287,6 +287,23 @@ def environment() -> tuple[dict[str, str], dict[str, Any]]:
     return versions, hardware
 
 
+def code_commit() -> str | None:
+    """The git commit of this package where it lies in a clone, with "+changes" if files differ from it; else None."""
+    folder = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
+        except FileNotFoundError:  # no git here
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", "hf_hpmkd/run_record.py") is None:  # installed, or copied without its history
+        return None
+    commit = git("rev-parse", "HEAD")
+    return f"{commit}+changes" if git("status", "--porcelain", "--untracked-files=no") else commit
+
+
 def _cpu_name() -> str:
     if platform.system() == "Linux":
         cpuinfo = Path("/proc/cpuinfo")

@@ -117,7 +117,11 @@ def sklearn_inputs(raw: Mapping[str, Any]) -> Any:
 
 
 def _column(values: pd.Series) -> pd.Series:
+    """Numbers and truth values as floats, all else as strings; gaps as NaN."""
     if values.dtype.kind in "biuf":
+        return values.astype(np.float64)
+    there = values.dropna()
+    if len(there) and all(isinstance(value, bool) for value in there):  # pandas holds truth values with gaps as objects
         return values.astype(np.float64)
     return values.astype(object).map(str, na_action="ignore").where(values.notna(), np.nan)
 

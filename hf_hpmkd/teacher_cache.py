@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size  # type: ignore[import-untyped]
+from accelerate.utils.memory import should_reduce_batch_size
 from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor
@@ -265,9 +265,9 @@ class TeacherCache:
                 continue
             lock = path.with_name(path.name.split(".")[0] + ".lock")
             try:
-                with FileLock(lock, timeout=0):  # which deletes its file itself when released
-                    if path != lock:
-                        path.unlink(missing_ok=True)
+                with FileLock(lock, timeout=0):
+                    path.unlink(missing_ok=True)
+                    lock.unlink(missing_ok=True)
             except Timeout:
                 continue
             count += path.suffix == SUFFIX
@@ -304,7 +304,7 @@ def _open(file: Wanted, warn: bool = True) -> Stored | None:
 
 
 def _print_to_stderr(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    tqdm.write(message, file=sys.stderr)  # which leaves the progress bar in one piece
 
 
 def _say_nothing(message: str) -> None:

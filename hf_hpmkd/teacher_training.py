@@ -8,7 +8,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from hf_hpmkd.classifier_training import Schedule, train_or_load
@@ -70,8 +69,9 @@ def _network(
             parts.validation,
             num_views=parts.num_views,
         )
-        teacher = as_torch_teacher(trained.classifier, name, config.model, parts.train)
-        return teacher, trained.seconds
+        model, feed = trained.classifier.model, trained.classifier.feed
+        names = parts.class_names
+        return TorchTeacher(model, feed, name=name, data_names=names, source=config.model), trained.seconds
 
     full, seconds = train(name, parts.train, folder)
     if not folds:
@@ -79,16 +79,11 @@ def _network(
     fold_of_row = _fold_of_row(parts.train, folds, schedule.seed)
     teachers: list[Teacher] = []
     for fold in range(folds):
-        rows = parts.train.subset(np.flatnonzero(fold_of_row.numpy() != fold))
+        rows = parts.train.subset((fold_of_row != fold).nonzero()[:, 0])
         teacher, more = train(f"{name} without fold {fold + 1} of {folds}", rows, folder / f"fold{fold}")
         teachers.append(teacher)
         seconds += more
     return FoldedTeacher(full, teachers, fold_of_row, parts.train), seconds
-
-
-def as_torch_teacher(classifier, name: str, source: str, rows: Rows) -> TorchTeacher:  # type: ignore[no-untyped-def]
-    """A trained classifier of ours as a teacher of the rows' classes."""
-    return TorchTeacher(classifier.model, classifier.feed, name=name, data_names=rows.class_names, source=source)
 
 
 def _fold_of_row(rows: Rows, folds: int, seed: int) -> torch.Tensor:

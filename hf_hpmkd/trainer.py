@@ -47,6 +47,9 @@ class HPMKDTrainer(Trainer):
     dataset no longer has, and where settings need guide rows or features that are not there.
     """
 
+    args: HPMKDTrainingArguments
+    model: Any  # upstream's own type allows None, which it never is here
+
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | None = None,
@@ -68,7 +71,7 @@ class HPMKDTrainer(Trainer):
             teachers = []
         elif isinstance(teachers, (str, nn.Module, Teacher)):
             teachers = [teachers]
-        self.teachers = list(teachers)
+        self.teachers: list[Any] = list(teachers)
         self.guide_dataset = guide_dataset
         self.distiller: Distiller | None = None
         self._metrics: dict[str, dict[str, list[torch.Tensor | float]]] = {"train": defaultdict(list)}
@@ -98,6 +101,7 @@ class HPMKDTrainer(Trainer):
         rows, views, inputs = _without_row_ids(inputs)
         if self.distiller is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        assert rows is not None and views is not None
         labels = inputs.pop("labels")
         outputs = model(**inputs)
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
@@ -152,14 +156,20 @@ class HPMKDTrainer(Trainer):
         _name_apart(teachers)
         self.teachers = teachers
         cache = TeacherCache(self.args.teacher_cache_dir)
-        capture = {"batch_size": self.args.per_device_eval_batch_size, "progress": not self.args.disable_tqdm}
+        capture: dict[str, Any] = {
+            "batch_size": self.args.per_device_eval_batch_size,
+            "progress": not self.args.disable_tqdm,
+        }
         for_train = [teacher.for_rows(rows) for teacher in teachers]
         if live:
             feed = self.train_dataset.feed if isinstance(self.train_dataset, FedDataset) else None
             self._outputs = LiveOutputs(for_train, rows, feed)
         else:
             mode, topk = self.args.teacher_outputs, self.args.teacher_outputs_topk
-            self._outputs = cache.outputs(for_train, rows, num_views, mode=mode, topk=topk, **capture)
+            stored_outputs = cache.outputs(for_train, rows, num_views, mode=mode, topk=topk, **capture)
+            if self.args.device.type != "cpu":
+                stored_outputs.to(self.args.device)  # else every lookup waits for the device
+            self._outputs = stored_outputs
         if self.guide_dataset is not None:
             guide, _ = as_rows(self.guide_dataset, self.data_collator, config)
             stored = cache.outputs([teacher.for_rows(guide) for teacher in teachers], guide, 0, **capture)
@@ -198,14 +208,15 @@ class HPMKDTrainer(Trainer):
             dataset=RowIdDataset(self.train_dataset),
             description="Training",
             batch_size=self._train_batch_size,
-            sampler_fn=self._get_train_sampler,
+            sampler_fn=self._get_train_sampler,  # type: ignore[arg-type]
             is_training=True,
         )
 
     def _set_signature_columns_if_needed(self) -> None:
         # Private, transformers 5.23: the only list of columns that survive `remove_unused_columns`.
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*dict.fromkeys([*self._signature_columns, ROW_KEY, VIEW_KEY])]
+        columns: list[str] = self._signature_columns or []
+        self._signature_columns = [*dict.fromkeys([*columns, ROW_KEY, VIEW_KEY])]  # type: ignore[assignment]
 
     def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
         # Private, transformers 5.23: the outermost collator. Batches of a FedDataset are collated already, and row ids
@@ -248,7 +259,7 @@ class HPMKDTrainer(Trainer):
     def _load_best_model(self) -> None:
         # Private, transformers 5.23: the same upstream bug as in `_load_from_checkpoint`.
         if self._reloads_by_class():
-            _load_strictly(self.model, self.state.best_model_checkpoint)
+            _load_strictly(self.model, self.state.best_model_checkpoint or "")
         else:
             super()._load_best_model()
 

@@ -116,9 +116,7 @@ class HPMKDTrainingArguments(TrainingArguments):
     @property
     def needs_features(self) -> bool:
         """Whether the student's penultimate features are needed."""
-        return (
-            self.gate in ("mixture", "joint") or self.temperature_schedule == "learned" or self.feature_weight > 0
-        )
+        return self.gate in ("mixture", "joint") or self.temperature_schedule == "learned" or self.feature_weight > 0
 
 
 def _check(holds: bool, rule: str, value: object, way_out: str | None = None) -> None:

@@ -17,6 +17,7 @@ TOKEN = "hf_test"
 USER = "tester"
 LARGE = (".safetensors", ".bin", ".png", ".parquet", ".arrow")
 TYPES = "models|datasets"
+DATE = "2026-01-01T00:00:00.000Z"
 
 
 @dataclass
@@ -146,18 +147,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         try:
-            body = self._body()
-            address = urlsplit(self.path)
-            query = {key: values[-1] for key, values in parse_qs(address.query).items()}
-            self.hub.requests.append(Request(self.command, self.path, body, dict(self.headers)))
+            self._send(self._reply(self._body()))
+        except (BrokenPipeError, ConnectionResetError):  # the client has given up
+            self.close_connection = True
+
+    def _reply(self, body: bytes) -> Reply:
+        address = urlsplit(self.path)
+        query = {key: values[-1] for key, values in parse_qs(address.query).items()}
+        self.hub.requests.append(Request(self.command, self.path, body, dict(self.headers)))
+        try:
             self._fall_ill(address.path)
             with self.hub.lock:
                 self._route(unquote(address.path), query, body)
-            raise Reply(404, {"error": f"no route for {self.command} {self.path}"})
         except Reply as reply:
-            self._send(reply)
-        except (BrokenPipeError, ConnectionResetError):  # the client has given up
-            self.close_connection = True
+            return reply
+        return Reply(404, {"error": f"no route for {self.command} {self.path}"})
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 
@@ -251,7 +255,7 @@ class _Handler(BaseHTTPRequestHandler):
         commit = self._revision(repo, revision or "main")
         if verb in ("", "revision"):
             raise Reply(200, {"_id": repo_id, "id": repo_id, "modelId": repo_id, "sha": commit.oid, "tags": [],
-                              "private": repo.private, "downloads": 0, "likes": 0, "lastModified": "2026-01-01T00:00:00.000Z",
+                              "private": repo.private, "downloads": 0, "likes": 0, "lastModified": DATE,
                               "siblings": [{"rfilename": path} for path in commit.files]})  # fmt: skip
         if verb == "tree":
             raise Reply(200, _listing(commit, folder, query.get("recursive", "").lower() in ("1", "true")))
@@ -259,7 +263,7 @@ class _Handler(BaseHTTPRequestHandler):
             asked = parse_qs(body.decode()).get("paths", [])
             raise Reply(200, [_entry(path, commit.files[path]) for path in asked if path in commit.files])
         if verb == "commits":
-            raise Reply(200, [{"id": one.oid, "title": one.title, "message": "", "date": "2026-01-01T00:00:00.000Z",
+            raise Reply(200, [{"id": one.oid, "title": one.title, "message": "", "date": DATE,
                                "authors": [{"user": USER}]} for one in reversed(repo.commits)])  # fmt: skip
         if verb == "preupload":
             asked = json.loads(body)["files"]

@@ -15,7 +15,7 @@ LEVELS = (
     ("components", "training_args", "dataset_rows", "data_source", "data", "classifiers"),
     (
         "teacher_kinds", "sklearn_teachers", "teachers", "teacher_output_file", "teacher_outputs", "teacher_cache",
-        "report", "model_card", "run_folder", "hub_store",
+        "report", "run_summary", "model_card", "run_folder", "hub_store",
     ),
     ("distiller", "trainer"),
     (
@@ -36,6 +36,7 @@ ONLY = {
     "metrics": set(),
     "components": {"losses"},
     "report": {"run_record"},
+    "run_summary": {"run_record", "report"},
     "model_card": {"run_record", "report"},
     "hub_store": {"run_record"},
     "run_folder": {"run_record"},

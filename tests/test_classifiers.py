@@ -4,7 +4,6 @@ import json
 
 import huggingface_hub.constants
 import numpy as np
-import pandas as pd
 import PIL.Image
 import pytest
 import timm
@@ -26,7 +25,6 @@ from hf_hpmkd.classifiers import (
     attention_heads,
     build_classifier,
     count_parameters,
-    load_cifar_resnet_classifier,
     parse_name,
     pixel_statistics,
 )
@@ -412,24 +410,3 @@ def test_decoders_pad_with_their_end_token(tmp_path):
     assert built.model.config.pad_token_id == tokenizer.eos_token_id
     assert type(built.model) is AutoModelForSequenceClassification._model_mapping[GPT2Config]
     assert logits(built, text_rows()).shape == (12, 2)
-
-
-# ---- weight files ----------------------------------------------------------------------------------------------------
-
-
-def test_weight_file_brings_its_preprocessing(tmp_path):
-    rows, pixels = image_rows()
-    model = build_classifier("cifar-resnet-8x4", rows).model.eval()
-    save_file(model.state_dict(), tmp_path / "net.safetensors")
-    card = {"architecture": {"depth": 8}, "classes": ANIMALS}
-    told = {"input": {"size": [3, 8, 8], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
-    (tmp_path / "net.json").write_text(json.dumps(card | told))
-    built = load_cifar_resnet_classifier(tmp_path / "net.safetensors")
-    by_hand = (pixels / 255 - np.array([0.1, 0.2, 0.3])) / np.array([0.4, 0.5, 0.6])
-    with torch.no_grad():
-        expected = model(torch.from_numpy(by_hand).permute(0, 3, 1, 2).float()).logits
-    torch.testing.assert_close(logits(built, rows), expected, atol=1e-5, rtol=1e-4)
-    assert not pd.isna(built.num_params) and built.num_params == model.num_parameters()
-    (tmp_path / "net.json").write_text(json.dumps(card))
-    with pytest.raises(ValueError, match=r'"input": \{"mean"'):
-        load_cifar_resnet_classifier(tmp_path / "net.safetensors")

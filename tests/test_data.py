@@ -114,6 +114,12 @@ def test_check_disjoint_notices_a_shared_row():
         check_disjoint({"train": ("train", np.array([0, 1])), "guide": ("train", np.array([1, 2]))})
 
 
+def test_a_faulty_draw_stops_the_run(two_splits, monkeypatch):
+    monkeypatch.setattr("hf_hpmkd.data.carve", lambda labels, sizes, *_, **__: {part: np.arange(3) for part in sizes})
+    with pytest.raises(RuntimeError, match="in two parts"):
+        load_parts(DataConfig(path=two_splits))
+
+
 def test_the_seed_alone_decides(two_splits, tmp_path):
     np.random.seed(1)
     first = load_parts(DataConfig(path=two_splits), teachers_saw_train=False)

@@ -1,4 +1,4 @@
-"""hub_store: one private commit that from_pretrained opens, nothing sent twice, and failures that leave the run whole."""
+"""hub_store: one private commit that from_pretrained opens, nothing sent twice, failures that leave the run whole."""
 
 import json
 import os
@@ -16,6 +16,9 @@ from hf_hpmkd import hub_store
 from hf_hpmkd.hub_store import HubPushError, push_run
 from hf_hpmkd.run_record import ModelRecord, RunRecord, TeacherRecord
 
+# huggingface_hub 2.4 sends large files by LFS with a parameter that httpx2 calls deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
+
 REPO = "tester/small-student"
 CARD = "---\nlibrary_name: transformers\n---\n\n# A student\n\n![curves](plots/learning_curves.png)\n"
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
@@ -29,7 +32,7 @@ def hub():
 
 @pytest.fixture
 def client(hub, monkeypatch, tmp_path):
-    """This process's client talks to the server. It reads its settings at import, so they are set where it keeps them."""
+    """This process's client talks to the server. It read its settings at import, so they are set where it has them."""
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -80,6 +83,7 @@ def refused(run_dir, repo_id=REPO, command=None, **settings):
     assert state(run_dir) == before
     message = str(caught.value)
     assert f"stays in {run_dir} in full" in message
+    assert "mozilla" not in message and ".." not in message
     assert message.endswith(command or f"hpmkd push '{run_dir}' {repo_id}")
     assert (settings.get("token") or TOKEN) not in message
     return message
@@ -145,21 +149,22 @@ def test_what_an_earlier_run_left_is_deleted_in_the_same_commit(client, run_dir)
 
 def test_the_command_publishes_and_a_fresh_process_loads_the_student(hub, run_dir, tmp_path):
     """With nothing set but the environment, as a user would: the client's own reading of it is tested too."""
+    code = f"""if True:
+        import json
+        from transformers import AutoImageProcessor, AutoModelForImageClassification
+        from hf_hpmkd.cli import main
+        assert main(["push", {str(run_dir)!r}, {REPO!r}]) == 0
+        model, told = AutoModelForImageClassification.from_pretrained({REPO!r}, output_loading_info=True)
+        assert not told["missing_keys"] and not told["unexpected_keys"], told
+        processor = AutoImageProcessor.from_pretrained({REPO!r}, backend="pil")
+        assert processor.size["height"] == 8, processor
+        print(json.dumps([float(parameter.detach().sum()) for parameter in model.parameters()]))
+    """
     environment = {**os.environ, **hub.environment(tmp_path / "home")}
-    push = [sys.executable, "-m", "hf_hpmkd", "push", str(run_dir), REPO]
-    done = subprocess.run(push, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
-    assert f"{hub.url}/{REPO}" in done.stdout and TOKEN not in done.stdout + done.stderr
-    code = (
-        "import sys, json\n"
-        "from transformers import AutoImageProcessor, AutoModelForImageClassification\n"
-        f"model, told = AutoModelForImageClassification.from_pretrained({REPO!r}, output_loading_info=True)\n"
-        "assert not told['missing_keys'] and not told['unexpected_keys'], told\n"
-        f"AutoImageProcessor.from_pretrained({REPO!r}, backend='pil')\n"
-        "print(json.dumps([float(p.detach().sum()) for p in model.parameters()]))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
+    assert f"Published as {hub.url}/{REPO}." in done.stdout
+    assert TOKEN not in done.stdout + done.stderr
     sums = [float(parameter.detach().sum()) for parameter in tiny.tiny_vit().parameters()]
     assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(sums, rel=1e-5)
 
@@ -185,7 +190,7 @@ def test_a_folder_that_is_no_run_or_lacks_a_part_is_told(client, run_dir, tmp_pa
     assert not client.requests
 
 
-@pytest.mark.parametrize("repo_id", ["small", "a/b/c", "tester/", "tester/a b", "tester/a--b", "../x", "tester/x.git", ""])
+@pytest.mark.parametrize("repo_id", ["", "small", "a/b/c", "tester/", "tester/a b", "tester/a--b", "../x", "a/x.git"])
 def test_a_wrong_repository_id_is_told(client, run_dir, repo_id):
     with pytest.raises(ValueError, match=f"form user/name, got {re.escape(repr(repo_id))}"):
         push_run(run_dir, repo_id)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -114,6 +115,7 @@ def test_accumulation_does_not_change_the_result(tmp_path, teachers):
 _TWO_PROCESSES = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 import torch
 sys.path.insert(0, {tests!r})
 import tiny
@@ -131,7 +133,8 @@ flat = torch.cat([p.detach().flatten() for p in gate.parameters()])
 both = [torch.empty_like(flat) for _ in range(2)]
 torch.distributed.all_gather(both, flat)
 assert torch.equal(*both)
-torch.save([tiny.weights_of(trainer.model), trainer.distiller.scheduler.temperature], folder / f"rank{{trainer.args.process_index}}.pt")
+result = [tiny.weights_of(trainer.model), trainer.distiller.scheduler.temperature]
+torch.save(result, folder / f"rank{{trainer.args.process_index}}.pt")
 """
 
 
@@ -217,6 +220,90 @@ def test_checkpoint_of_a_run_without_teachers_is_refused(tmp_path, teachers):
     train(tmp_path, None, save_strategy="steps", save_steps=3)
     with pytest.raises(ValueError, match="no hpmkd_state.safetensors"):
         train(tmp_path, teachers, resume=str(tmp_path / "run" / "checkpoint-3"))
+
+
+# ---- teachers that deserve different weights -------------------------------------------------------------------------
+
+
+class _Specialist(torch.nn.Module):
+    """Right wherever the label is one of `knows`, certain of a wrong class elsewhere. Reads the label off the image."""
+
+    def __init__(self, knows, seed):
+        super().__init__()
+        self.knows = torch.tensor(knows)
+        self.config = SimpleNamespace(id2label={label: f"class {label}" for label in range(4)})
+        self.seed = torch.nn.Parameter(torch.tensor(float(seed)), requires_grad=False)
+
+    def forward(self, pixel_values):
+        corners = pixel_values.unfold(2, 4, 4).unfold(3, 4, 4).mean((1, 4, 5)).flatten(1)[:, :4]
+        label = corners.argmax(-1)
+        wrong = (label + 1 + (pixel_values.flatten(1)[:, 0] * 1e4).long().abs() % 3) % 4
+        said = torch.where(torch.isin(label, self.knows), label, wrong)
+        return {"logits": 8.0 * F.one_hot(said, 4).float()}
+
+
+def four_classes(rows, seed):
+    data = tiny.TinyImages(rows, seed=seed, classes=4)
+    data.pixels[torch.arange(rows), 0, 4 * (data.labels // 2) + 1, 4 * (data.labels % 2) + 1] += 12.0
+    return data
+
+
+def specialists_student(tmp_path, gate):
+    names = {label: f"class {label}" for label in range(4)}
+    trainer = HPMKDTrainer(
+        tiny.tiny_vit(id2label=names),
+        [_Specialist([0, 1], 0), _Specialist([2, 3], 1)],
+        tiny.arguments(
+            tmp_path, gate=gate, num_train_epochs=6, optim="adamw_torch", learning_rate=3e-3, alpha=1.0,
+            temperature_schedule="constant", temperature=2.0, gate_warmup_steps=200, logging_steps=100,
+        ),
+        train_dataset=four_classes(400, 0), guide_dataset=four_classes(200, 1), eval_dataset=four_classes(400, 2),
+        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+def test_the_gate_gives_specialists_their_classes_and_the_student_gains(tmp_path):
+    """alpha = 1: all the student knows comes from the teachers, each of which is wrong on half of the classes."""
+    gated, uniform = specialists_student(tmp_path, "mixture"), specialists_student(tmp_path, "uniform")
+    weights = torch.tensor(gated.distiller.class_weights())
+    assert weights[0, :2].mean() > 0.8 and weights[1, 2:].mean() > 0.8
+    assert gated.evaluate()["eval_accuracy"] > uniform.evaluate()["eval_accuracy"] + 0.02
+
+
+class _Constant(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(id2label=tiny.NAMES)
+        self.row = torch.nn.Parameter(torch.tensor([2.0, -1.0, 0.5]), requires_grad=False)
+
+    def forward(self, pixel_values):
+        return {"logits": self.row.expand(len(pixel_values), 3)}
+
+
+class _Shuffled(torch.nn.Module):
+    """Another teacher's answers to other rows of the batch."""
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.config = SimpleNamespace(id2label=tiny.NAMES)
+        self.teacher = teacher
+
+    def forward(self, pixel_values):
+        return {"logits": self.teacher(pixel_values=pixel_values).logits.roll(7, 0)}
+
+
+def test_constant_and_shuffled_teachers_get_no_weight_and_cost_nothing(tmp_path, teachers):
+    settings = {"num_train_epochs": 8, "gate_warmup_steps": 200, "optim": "adamw_torch", "learning_rate": 3e-3}
+    rows = tiny.TinyImages(300)
+    clean = train(tmp_path, teachers, train_dataset=rows, **settings)
+    spoilt = train(tmp_path, [*teachers, _Constant(), _Shuffled(teachers[0])], train_dataset=rows, **settings)
+    last = [row for row in spoilt.state.log_history if "kd_loss" in row][-20:]
+    for name in ("_Constant", "_Shuffled"):
+        assert sum(row[f"weight/{name}"] for row in last) / len(last) < 0.05
+    accuracies = [one.evaluate(tiny.TinyImages(600, seed=11))["eval_accuracy"] for one in (clean, spoilt)]
+    assert accuracies[1] > accuracies[0] - 0.02
 
 
 # ---- a drop-in for Trainer -------------------------------------------------------------------------------------------

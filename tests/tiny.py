@@ -12,9 +12,9 @@ NAMES = {0: "cat", 1: "dog", 2: "emu"}
 class TinyImages(torch.utils.data.Dataset):
     """Rows of 8x8 grey images whose class decides which corner is bright."""
 
-    def __init__(self, rows=44, seed=0):
+    def __init__(self, rows=44, seed=0, classes=CLASSES):
         generator = torch.Generator().manual_seed(seed)
-        self.labels = torch.randint(CLASSES, (rows,), generator=generator)
+        self.labels = torch.randint(classes, (rows,), generator=generator)
         self.pixels = torch.randn(rows, 1, 8, 8, generator=generator)
         for row, label in enumerate(self.labels.tolist()):
             top, left = divmod(label, 2)
@@ -31,6 +31,7 @@ def tiny_vit(seed=0, width=16, **settings):
     """A vision transformer without dropout: LayerNorm only, and one of the models upstream resumes wrongly."""
     state = torch.get_rng_state()
     torch.manual_seed(seed)
+    id2label = settings.pop("id2label", NAMES)
     config = ViTConfig(
         hidden_size=width,
         num_hidden_layers=1,
@@ -41,8 +42,8 @@ def tiny_vit(seed=0, width=16, **settings):
         num_channels=1,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        id2label=settings.pop("id2label", NAMES),
-        label2id={name: label for label, name in NAMES.items()},
+        id2label=id2label,
+        label2id={name: label for label, name in id2label.items()},
         **settings,
     )
     model = ViTForImageClassification(config)

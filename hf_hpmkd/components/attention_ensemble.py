@@ -5,6 +5,7 @@ Pure functions first (`label_weights`, `fit_calibration`, `teacher_statistics`),
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,9 +50,9 @@ def label_weights(teacher_logits: torch.Tensor, labels: torch.Tensor) -> torch.T
     num_teachers, batch, _ = teacher_logits.shape
     if num_teachers == 1:
         return teacher_logits.new_ones(batch, 1)
-    losses = F.cross_entropy(
-        teacher_logits.flatten(0, 1), labels.repeat(num_teachers), reduction="none"
-    ).view(num_teachers, batch)
+    losses = F.cross_entropy(teacher_logits.flatten(0, 1), labels.repeat(num_teachers), reduction="none").view(
+        num_teachers, batch
+    )
     return ((1.0 - F.softmax(losses, dim=0)) / (num_teachers - 1)).transpose(0, 1)
 
 
@@ -161,7 +162,7 @@ class AttentionEnsemble:
         self.optimizer: torch.optim.Optimizer | None = None
         if objective in TRAINED_OBJECTIVES and num_teachers > 1:
             with torch.random.fork_rng(devices=[]):  # initial weights depend on `seed`, not on the caller's state
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)
                 self.gate = AttentionGate(num_teachers, num_classes, feature_size, hidden_size, dropout).to(device)
             self.optimizer = _gate_optimizer(self.gate, learning_rate)
 
@@ -220,7 +221,7 @@ class AttentionEnsemble:
     def warm_up(
         self, features: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor, steps: int, batch_size: int
     ) -> None:
-        """Fits the `mixture` gate on all guide rows before the student's first step, so that a bad teacher never counts.
+        """Fits the `mixture` gate on guide rows before the student's first step, so that a bad teacher never counts.
 
         features `(rows, feature_size)`, teacher_logits `(teachers, rows, classes)` calibrated, labels `(rows,)`.
         """
@@ -260,7 +261,7 @@ def _gate_optimizer(gate: AttentionGate, learning_rate: float) -> torch.optim.Op
     trust = [gate.class_trust]
     others = [parameter for parameter in gate.parameters() if parameter is not gate.class_trust]
     # Trust enters the scores directly, in the scores' own units, and has to cross several of them.
-    groups = [{"params": others}, {"params": trust, "lr": 10 * learning_rate}]
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": trust, "lr": 10 * learning_rate}]
     # A large eps: between identical teachers the gradient is rounding error, which Adam must not blow up into a step.
     return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0.01, eps=1e-6)
 

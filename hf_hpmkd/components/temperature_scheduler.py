@@ -151,7 +151,7 @@ class TemperatureScheduler:
         self._update()
 
     def learn(self, gradient: float) -> None:
-        """One move of a `learned` temperature against `gradient` (of the guide loss), Adam on log T, cut to the range."""
+        """One move of a `learned` temperature against the guide loss's `gradient`: Adam on log T, within the range."""
         mean, square, count = self._gradient_moments
         gradient *= self.temperature  # d/d(log T)
         mean, square, count = 0.9 * mean + 0.1 * gradient, 0.99 * square + 0.01 * gradient**2, count + 1

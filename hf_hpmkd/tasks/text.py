@@ -6,6 +6,7 @@ A raw batch is `{"text": list of strings}`.
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -71,9 +72,7 @@ class EncodedTexts:
         self._starts = torch.cumsum(lengths, 0) - lengths
         # int32 halves the memory; a batch becomes int64, as models expect.
         self._flat = {
-            key: torch.from_numpy(
-                np.fromiter((i for row in value for i in row), dtype=np.int32, count=int(lengths.sum()))
-            )
+            key: torch.from_numpy(np.fromiter(chain.from_iterable(value), dtype=np.int32, count=int(lengths.sum())))
             for key, value in rows.items()
         }
         self._pad_values = pad_values

@@ -1,0 +1,186 @@
+"""The main job end to end, small: outputs, resume, refusal, and students that predict names from raw input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from hf_hpmkd import classifier_training
+from hf_hpmkd.cli import main
+from hf_hpmkd.models.tabular import TabularForClassification
+from hf_hpmkd.run_record import RunRecord
+
+ROOT = Path(__file__).parents[1]
+
+
+def table_recipe(folder, **training):
+    """Wine: 178 rows of 13 numbers, bundled with scikit-learn."""
+    recipe = {
+        "data": {"path": "sklearn:wine"},
+        "teachers": [
+            {"model": "mlp-32", "epochs": 4},
+            {"model": "sklearn:LogisticRegression"},
+            {"model": "sklearn:RandomForestClassifier", "params": {"n_estimators": 10}, "folds": 0},
+        ],
+        "student": {"model": "mlp-2"},
+        "distillation": {"temperature_schedule": "learned", "guide_every": 2},
+        "training": {"epochs": 4, "batch_size": 16, "learning_rate": 0.01, "evaluations": 4, **training},
+        "output": {"dir": str(folder / "run")},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished run on a table."""
+    folder = tmp_path_factory.mktemp("finished")
+    os.environ["HPMKD_CACHE"] = str(folder / "cache")
+    assert main(["distill", str(table_recipe(folder))]) == 0
+    return folder
+
+
+def test_everything_is_left_in_the_output_folder(finished):
+    run = finished / "run"
+    record = RunRecord.load(run / "run_record.json")
+    assert record.status == "completed"
+    assert set(record.models) == {"direct", "student"}
+    assert [teacher.name for teacher in record.teachers] == ["mlp-32", "LogisticRegression", "RandomForestClassifier"]
+    for part in ("train", "guide", "validation", "test"):
+        assert all(0 <= teacher.accuracy[part] <= 1 for teacher in record.teachers)
+    for model in record.models.values():
+        assert model.metrics["test"].keys() >= {"accuracy", "macro_f1", "calibration_error", "teacher_agreement"}
+        assert model.latency_ms > 0 and model.seconds > 0 and model.compression > 10
+    assert {"temperature", "kd_loss", "weight/mlp-32"} <= set(record.curves["student"][0])
+    assert "kd_loss" not in record.curves["direct"][0]
+    assert sum(row[0] for row in record.class_weights) == pytest.approx(1, abs=1e-4)
+    for name in ("learning_curves", "temperature", "teacher_weights", "class_weights"):
+        assert (run / "plots" / f"{name}.png").stat().st_size > 5000
+    assert (run / "README.md").read_text().startswith("---")
+    assert {path.name for path in (run / "student").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "tabular.py",
+    }
+
+
+def test_test_metrics_are_those_of_the_saved_student(finished):
+    """Recomputed from the folder alone, on the test rows that the record's seed draws."""
+    from hf_hpmkd.data import DataConfig, load_parts
+
+    record = RunRecord.load(finished / "run" / "run_record.json")
+    test = load_parts(DataConfig(path="sklearn:wine"), teachers_saw_train=False).test
+    student = TabularForClassification.from_pretrained(finished / "run" / "student")
+    predicted = student.predict(test.raw(range(len(test)))["table"])
+    names = [test.class_names[label] for label in test.labels.tolist()]
+    accuracy = sum(a == b for a, b in zip(predicted, names, strict=True)) / len(test)
+    assert accuracy == pytest.approx(record.models["student"].accuracy())
+
+
+def test_a_finished_run_is_shown_again_and_not_touched(finished, capsys):
+    before = (finished / "run" / "run_record.json").read_bytes()
+    assert main(["distill", str(finished / "recipe.yaml")]) == 0
+    shown = capsys.readouterr().out
+    assert "finished run" in shown and "retention" in shown
+    assert (finished / "run" / "run_record.json").read_bytes() == before
+
+
+def test_a_folder_of_another_recipe_is_refused_and_kept(finished, capsys):
+    assert main(["distill", str(finished / "recipe.yaml"), "training.seed=5"]) == 2
+    assert "holds a run of another recipe" in capsys.readouterr().err
+    assert RunRecord.load(finished / "run" / "run_record.json").seed == 0
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path, capsys):
+    recipe = table_recipe(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    assert main(["distill", str(recipe), "--overwrite"]) == 2
+    assert "holds thesis.txt" in capsys.readouterr().err
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["distill", str(table_recipe(tmp_path)), f"output.dir={tmp_path / 'file' / 'run'}"]) == 2
+    assert "must be one that can be made" in capsys.readouterr().err
+
+
+class _Killed(Exception):
+    pass
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(tmp_path, monkeypatch, finished):
+    """Stopped in the middle of the student's training; the resumed student is bitwise that of the run never stopped."""
+    monkeypatch.setenv("HPMKD_CACHE", str(tmp_path / "cache"))
+    recipe = table_recipe(tmp_path)
+    keep_curve = classifier_training._Curve.on_evaluate
+
+    def stop_at_third(self, args, state, control, **kwargs):
+        keep_curve(self, args, state, control, **kwargs)
+        if "student" in args.output_dir and state.global_step >= 14:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(classifier_training._Curve, "on_evaluate", stop_at_third)
+    assert main(["distill", str(recipe)]) == 130
+    assert RunRecord.load(tmp_path / "run" / "run_record.json").status == "interrupted"
+    assert any((tmp_path / "run" / "student" / "checkpoints").glob("checkpoint-*"))
+    direct = (tmp_path / "run" / "direct" / "model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(classifier_training._Curve, "on_evaluate", keep_curve)
+    assert main(["distill", str(recipe)]) == 0
+    assert (tmp_path / "run" / "direct" / "model.safetensors").stat().st_mtime_ns == direct
+    one, two = (load_file(path / "run" / "student" / "model.safetensors") for path in (tmp_path, finished))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    record = RunRecord.load(tmp_path / "run" / "run_record.json")
+    assert record.status == "completed" and record.error is None
+
+
+def test_the_record_of_a_failed_run_says_what_failed(tmp_path, capsys):
+    recipe = table_recipe(tmp_path)
+    assert main(["distill", str(recipe), "teachers.2.params={n_estimators: -3}"]) == 2
+    record = RunRecord.load(tmp_path / "run" / "run_record.json")
+    assert record.status == "failed" and "n_estimators" in record.error
+
+
+def test_a_student_larger_than_its_teachers_is_warned_of(tmp_path):
+    recipe = table_recipe(tmp_path)
+    words = ["student.model=mlp-64x64", "training.epochs=1", "teachers=[{model: mlp-2, epochs: 1}]"]
+    assert main(["distill", str(recipe), *words]) == 0
+    record = RunRecord.load(tmp_path / "run" / "run_record.json")
+    assert any("larger than every teacher" in warning for warning in record.warnings)
+
+
+@pytest.mark.parametrize("task", ["image", "text"])
+def test_the_student_predicts_names_from_raw_input_in_a_fresh_process(tmp_path, task):
+    if task == "image":
+        words = ["quickstart", "data.max_train_rows=100", "student.model=cifar-resnet-8x4"]
+        raw = "__import__('PIL.Image').Image.new('RGB', (40, 30))"
+        names = {str(digit) for digit in range(10)}
+    else:
+        rows = [{"text": f"{word} number {i}", "label": word} for i in range(20) for word in ("cat", "dog")]
+        pd.DataFrame(rows).to_csv(tmp_path / "texts.csv", index=False)
+        recipe = {"data": {"path": str(tmp_path / "texts.csv")}, "student": {"model": "bert-1x16"}}
+        (tmp_path / "text.yaml").write_text(yaml.safe_dump({**recipe, "teachers": [{"model": "bert-1x32"}]}))
+        words, raw, names = [str(tmp_path / "text.yaml")], "'a dog and a cat'", {"cat", "dog"}
+    words += ["teachers=[{model: sklearn:LogisticRegression, folds: 2}]", "training.epochs=1"]
+    assert main(["distill", *words, f"output.dir={tmp_path / 'run'}", "distillation.direct=false"]) == 0
+    code = (
+        "import sys, json, hf_hpmkd\n"
+        "from transformers import pipeline\n"
+        f"print(json.dumps(pipeline('{task}-classification', model=sys.argv[1])({raw})))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, str(tmp_path / "run" / "student")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    predictions = json.loads(done.stdout.splitlines()[-1])
+    assert predictions and {one["label"] for one in predictions} <= names
