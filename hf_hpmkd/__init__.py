@@ -4,12 +4,22 @@ Importing the package registers its two model families with the Auto classes of 
 `AutoModelForImageClassification.from_pretrained` and `pipeline` open a saved student.
 """
 
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from hf_hpmkd import models as models  # registers CifarResNet and TabularMLP with the Auto classes
-
 __version__ = "0.1.0"
+
+
+def _started_as_command() -> bool:
+    """Whether this process is `hpmkd ...` or `python -m hf_hpmkd ...`."""
+    return Path(sys.argv[0]).name == "hpmkd" or ("-m" in sys.orig_argv and __name__ in sys.orig_argv)
+
+
+# The command line registers the families once a command needs models; `hpmkd --help` should not wait for torch.
+if not _started_as_command():
+    import_module("hf_hpmkd.models")
 
 # Looked up on first use, so that opening a saved student does not import scikit-learn, datasets and the Trainer.
 _LAZY = {
@@ -17,7 +27,6 @@ _LAZY = {
     "HPMKDTrainingArguments": "hf_hpmkd.training_args",
     "RunRecord": "hf_hpmkd.run_record",
     "TeacherCache": "hf_hpmkd.teacher_cache",
-    "distill": "hf_hpmkd.distill",
     "load_recipe": "hf_hpmkd.recipe",
     "load_teacher": "hf_hpmkd.teachers",
 }

@@ -26,7 +26,6 @@ from hf_hpmkd.trainer import STATE_FILE, HPMKDTrainer
 from hf_hpmkd.training_args import HPMKDTrainingArguments
 
 
-
 @dataclass
 class Trained:
     """A trained classifier and what its training was."""
@@ -97,6 +96,7 @@ def training_arguments(
         load_best_model_at_end=schedule.keep == "best",
         metric_for_best_model="accuracy",
         remove_unused_columns=False,
+        use_cpu=not torch.accelerator.is_available(),  # see `distill`
         disable_tqdm=True,  # upstream's bar prints every log line; `_Bar` replaces it
         alpha=distillation.alpha if distills else 0.0,
         kd_kind=distillation.kd_kind,

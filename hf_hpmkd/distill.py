@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import torch
 import yaml
 from accelerate import PartialState
 from transformers.utils.logging import disable_progress_bar
@@ -43,7 +44,8 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
     folder = Path(recipe.output.dir)
     if recipe.hub.push and recipe.hub.repo_id is not None:
         check_can_push(recipe.hub.repo_id)
-    state = PartialState()
+    # Several processes without a GPU find each other (gloo) only where the CPU is asked for in so many words.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     disable_progress_bar()  # transformers draws one for every checkpoint it writes
     with state.main_process_first():
         known = claim(folder, fingerprint(recipe), recipe.output.overwrite and state.is_main_process)

@@ -109,6 +109,7 @@ def teacher_logits(
         mode="topk" if compact else "full",
         topk=distillation.topk or 16,
         batch_size=recipe.training.eval_batch_size,
+        progress=PartialState().is_main_process,
         on_message=say,
     )
     everything = torch.arange(len(rows))

@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-
 _WAY_OUT = "Use gate=label or gate=uniform, a temperature schedule other than learned, and no feature term."
 
 

@@ -87,8 +87,8 @@ def check_can_push(repo_id: str) -> None:
     check_repo_id(repo_id)
     if not get_token():
         raise HubPushError(
-            f"Publishing {repo_id} at the end needs a Hub token: set HF_TOKEN, or `hf auth login`; or leave `hub.push` out "
-            "and publish later with `hpmkd push`."
+            f"Publishing {repo_id} at the end needs a Hub token: set HF_TOKEN, or `hf auth login`; or leave `hub.push` "
+            "out and publish later with `hpmkd push`."
         )
 
 

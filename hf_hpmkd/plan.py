@@ -264,8 +264,8 @@ def _step_lines(recipe: Recipe, parts: DataParts | None) -> list[str]:
             )
         elif is_trained_here(teacher.model):
             steps = math.ceil(rows / (teacher.batch_size or training.batch_size) / processes)
-            folds = f", {1 + teacher.folds} times" if teacher.folds else ""
-            lines.append(f"         teacher {name}: {steps * (teacher.epochs or training.epochs):,} steps{folds}")
+            times = f", {1 + teacher.folds} times" if teacher.folds else ""
+            lines.append(f"         teacher {name}: {steps * (teacher.epochs or training.epochs):,} steps{times}")
     return lines
 
 

@@ -31,7 +31,9 @@ def summary(records: Sequence[RunRecord]) -> str:
     groups: dict[str, list[RunRecord]] = {}
     for record in records:
         if record.status != "completed":
-            raise ValueError(f"A summary is made of completed runs, got one with status {record.status}. Resume it first.")
+            raise ValueError(
+                f"A summary is made of completed runs, got one with status {record.status}. Resume it first."
+            )
         groups.setdefault(_recipe_key(record), []).append(record)
     return markdown(HEADER, [_line(group) for group in groups.values()], left=2)
 
@@ -55,16 +57,18 @@ def _line(group: Sequence[RunRecord]) -> list[str]:
         for student, record in zip(students, group, strict=True)
         if (direct := record.models.get("direct")) is not None
     ]
-    direct = [base for _, base in pairs if base is not None]
+    bases = [base for _, base in pairs if base is not None]
     gains = [mine - base for mine, base in pairs if mine is not None and base is not None]
-    retention = [value for record, one in zip(group, students, strict=True) if (value := record.retention(one.accuracy()))]
+    retention = [
+        value for record, one in zip(group, students, strict=True) if (value := record.retention(one.accuracy()))
+    ]
     compression = first.compression(students[0].num_params)
     return [
         last_name(first.recipe["data"]["path"]),
         f"{first.recipe['student']['model']} ({students[0].num_params:,} parameters)",
         "-" if compression is None else f"{compression:.1f}x",
         _spread(best),
-        _spread(direct),
+        _spread(bases),
         _spread(distilled),
         _spread(gains, sign="+"),
         "-" if not retention else f"{statistics.mean(retention):.1%}",

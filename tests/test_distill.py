@@ -159,6 +159,22 @@ def test_a_student_larger_than_its_teachers_is_warned_of(tmp_path):
     assert any("larger than every teacher" in warning for warning in record.warnings)
 
 
+@pytest.mark.slow
+def test_two_launched_processes_share_one_run(tmp_path):
+    """Rows are shared out: half the steps of one process, one record, one table."""
+    recipe = table_recipe(tmp_path, batch_size=8)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # `--cpu --num_processes 2` would silently start one process.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    command = [*launch, "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "-m", "hf_hpmkd", "distill"]
+    done = subprocess.run([*command, str(recipe)], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("teacher LogisticRegression ") == 1
+    rows = len(RunRecord.load(tmp_path / "run" / "run_record.json").curves["student"])
+    steps = json.loads((tmp_path / "run" / "student.trained.json").read_text())["steps"]
+    assert rows > 0 and steps == 4 * -(-109 // 16)
+
+
 @pytest.mark.parametrize("task", ["image", "text"])
 def test_the_student_predicts_names_from_raw_input_in_a_fresh_process(tmp_path, task):
     if task == "image":
