@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from hf_hpmkd.classifiers import build_classifier
-from hf_hpmkd.run_record import environment
+from hf_hpmkd.report import markdown
+from hf_hpmkd.run_record import code_commit, environment
 from hf_hpmkd.tasks.base import UNAUGMENTED, FedDataset
 from hf_hpmkd.tasks.images import Augmentation, ImageRows
 from hf_hpmkd.teacher_cache import TeacherCache
@@ -35,6 +36,7 @@ STUDENT, TEACHERS, BATCH = (
     128,
 )
 _VIEWS, _GUIDE_ROWS, _ROUNDS, _WARM_STEPS = 6, 1_280, 4, 5
+_CAPTURE_BATCH = 50
 LIMITS = {
     "hpmkd_step_over_plain_trainer_step": 1.10,
     "trainer_step_over_handwritten_step": 1.15,
@@ -51,12 +53,16 @@ def bench_trainer(
     steps: optimizer steps per side, in four turns. live_steps: the same with teachers in the loop, which are slow.
     rows: training rows. Returns the record: per comparison the ratio of each turn and their median, and its limit.
     """
+    if torch.cuda.is_available():
+        raise ValueError("This benchmark measures the CPU, its memory included. Hide the GPU: CUDA_VISIBLE_DEVICES= ")
     with tempfile.TemporaryDirectory() as folder:
         bench = _Bench(Path(folder), rows)
         versions, hardware = environment()
         record: dict[str, Any] = {
             "format_version": 1,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "commit": code_commit(),
+            "seed": 0,
             "versions": versions,
             "hardware": hardware,
             "threads": torch.get_num_threads(),
@@ -68,18 +74,29 @@ def bench_trainer(
             "hpmkd_step_over_plain_trainer_step": compare(bench.stepper(bench.hpmkd_trainer("full")), plain, steps),
             "live_step_over_plain_trainer_step": compare(bench.stepper(bench.hpmkd_trainer("live")), plain, live_steps),
             "trainer_step_over_handwritten_step": compare(plain, bench.handwritten, steps),
-            "capture_over_bare_no_grad_loop": compare(bench.capture, bench.bare_forward, rows // 256 * _ROUNDS),
+            "capture_over_bare_no_grad_loop": compare(
+                bench.capture, bench.bare_forward, rows // _CAPTURE_BATCH * _ROUNDS
+            ),
             "peak_memory_over_plain_plus_mapped_file": bench.memory(),
         }
         for name, limit in LIMITS.items():
             record["comparisons"][name]["limit"] = limit
-    for name, found in record["comparisons"].items():
-        beside = f" (limit {found['limit']:.2f})" if "limit" in found else ""
-        print(f"{name}: {found['ratio']:.3f}{beside}")
+    print(bench_table(record))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
+
+
+def bench_table(record: dict[str, Any]) -> str:
+    """A record of `bench_trainer` as a Markdown table: the median ratio, the span of the turns, the limit we set."""
+    lines = []
+    for name, found in record["comparisons"].items():
+        turns = found.get("ratios")
+        span = f"{min(turns):.2f} to {max(turns):.2f}" if turns else "-"
+        limit = f"{found['limit']:.2f}" if "limit" in found else "-"
+        lines.append([name.replace("_over_", " ÷ ").replace("_", " "), f"{found['ratio']:.2f}", span, limit])
+    return markdown(("ratio", "median", "turns", "limit"), lines, left=1)
 
 
 def compare(a: Callable[[int], float], b: Callable[[int], float], steps: int) -> dict[str, Any]:
@@ -133,7 +150,7 @@ class _Bench:
     def plain_trainer(self) -> Callable[[int], Trainer]:
         def make(steps: int) -> Trainer:
             built = build_classifier(STUDENT, self.rows, seed=0)
-            return HPMKDTrainer(built.model, None, self.arguments(max_steps=steps), **self.data(built.feed))
+            return Trainer(built.model, self.arguments(max_steps=steps), **self.data(built.feed))
 
         return make
 
@@ -184,20 +201,20 @@ class _Bench:
         return time.perf_counter() - started
 
     def capture(self, batches: int) -> float:
-        """Seconds to fill a new cache with one teacher's outputs on this many batches of 256 rows."""
-        rows = self.rows.subset(range(min(256 * batches, len(self.rows))))
+        """Seconds to fill a new cache with one teacher's outputs on this many batches of `_CAPTURE_BATCH` rows."""
+        rows = self.rows.subset(range(min(_CAPTURE_BATCH * batches, len(self.rows))))
         with tempfile.TemporaryDirectory() as empty:
             started = time.perf_counter()
-            TeacherCache(Path(empty)).outputs(self.teachers[:1], rows, 0, batch_size=256, progress=False)
+            TeacherCache(Path(empty)).outputs(self.teachers[:1], rows, 0, batch_size=_CAPTURE_BATCH, progress=False)
             return time.perf_counter() - started
 
     def bare_forward(self, batches: int) -> float:
         """The same forward passes with nothing kept."""
-        rows = self.rows.subset(range(min(256 * batches, len(self.rows))))
+        rows = self.rows.subset(range(min(_CAPTURE_BATCH * batches, len(self.rows))))
         teacher = self.teachers[0]
         started = time.perf_counter()
         with torch.no_grad():
-            for part in torch.arange(len(rows)).split(256):
+            for part in torch.arange(len(rows)).split(_CAPTURE_BATCH):
                 teacher.model(**teacher.feed(rows.raw(part, torch.full_like(part, UNAUGMENTED))))
         return time.perf_counter() - started
 
@@ -235,7 +252,7 @@ def _random_images(count: int, seed: int) -> ImageRows:
 
 
 def _peak_of_process(folder: Path, rows: int, cached: bool) -> int:
-    """Peak resident bytes of a process of its own that trains 30 steps."""
+    """Peak resident bytes of a process of its own that trains 200 steps."""
     command = [sys.executable, "-m", "hf_hpmkd.bench", str(folder), str(rows), str(int(cached))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.strip().splitlines()[-1])

@@ -1,0 +1,65 @@
+"""The README tells the truth: its tables are those of the records, its commands, recipes and links exist."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_hpmkd.bench import bench_table
+from hf_hpmkd.cli import build_parser
+from hf_hpmkd.recipe import load_recipe
+from hf_hpmkd.run_record import RunRecord
+from hf_hpmkd.run_summary import summary
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECORDS = sorted((ROOT / "model_cards" / "runs").glob("*.json"))
+
+
+def block(name):
+    found = re.search(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", README, re.DOTALL)
+    assert found, f"README has no block {name}"
+    return found[1]
+
+
+def test_the_results_are_those_of_the_run_records():
+    assert RECORDS
+    assert block("results") == summary([RunRecord.load(path) for path in RECORDS])
+
+
+def test_the_costs_are_those_of_the_bench_record():
+    record = json.loads((ROOT / "model_cards" / "bench_trainer.json").read_text(encoding="utf-8"))
+    assert block("bench") == bench_table(record)
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_published_records_tell_no_paths(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"[\"' ]/(?:work|home|root|tmp|mnt)/", text)
+    assert RunRecord.load(path).commits["hf_hpmkd"]
+
+
+def test_links_lead_to_files():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_commands_parse_and_name_recipes_that_exist():
+    lines = [line.split("   #")[0] for line in re.findall(r"^(?:.* && )?(hpmkd [^\n]+)$", README, re.MULTILINE)]
+    assert len(lines) >= 6
+    parser = build_parser()
+    for line in lines:
+        parser.parse_args(line.split()[1:])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_parses_and_begins_with_its_header(path):
+    load_recipe(path)
+    text = path.read_text(encoding="utf-8")
+    assert isinstance(yaml.safe_load(text), dict)
+    for word in ("# Command:", "# Hardware:", "# Minutes:", "# Expected:"):
+        assert word in text
+    for name in re.findall(r"hpmkd (?:distill|plan) (\w+)", text):
+        assert (ROOT / "recipes" / f"{name}.yaml").is_file()
