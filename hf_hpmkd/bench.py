@@ -263,7 +263,7 @@ def _train_and_report_peak(folder: Path, rows: int, cached: bool) -> None:
     bench.folder, bench.rows, bench.guide = folder, _random_images(rows, 0), _random_images(_GUIDE_ROWS, 1)
     if cached:
         bench.__init__(folder, rows)  # type: ignore[misc]
-    bench.stepper(bench.hpmkd_trainer("full") if cached else bench.plain_trainer())(30)
+    bench.stepper(bench.hpmkd_trainer("full") if cached else bench.plain_trainer())(200)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
