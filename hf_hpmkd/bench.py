@@ -150,7 +150,8 @@ class _Bench:
     def plain_trainer(self) -> Callable[[int], Trainer]:
         def make(steps: int) -> Trainer:
             built = build_classifier(STUDENT, self.rows, seed=0)
-            return Trainer(built.model, self.arguments(max_steps=steps), **self.data(built.feed))
+            data = self.data(built.feed) | {"data_collator": _without_row_ids}
+            return Trainer(built.model, self.arguments(max_steps=steps), **data)
 
         return make
 
@@ -240,6 +241,10 @@ class _Clock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds = time.perf_counter() - self._started
+
+
+def _without_row_ids(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: batch[key] for key in ("pixel_values", "labels")}
 
 
 def _random_images(count: int, seed: int) -> ImageRows:

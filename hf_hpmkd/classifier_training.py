@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -64,7 +65,8 @@ def training_arguments(
 ) -> HPMKDTrainingArguments:
     """The recipe's sections `training` and `distillation` as arguments. distills: False leaves the teachers out."""
     training, distillation = recipe.training, recipe.distillation
-    per_epoch = math.ceil(math.ceil(num_rows / schedule.batch_size) / training.gradient_accumulation_steps)
+    rows_per_step = schedule.batch_size * training.gradient_accumulation_steps * PartialState().num_processes
+    per_epoch = math.ceil(num_rows / rows_per_step)
     total = schedule.max_steps if schedule.max_steps > 0 else per_epoch * schedule.epochs
     every = max(1, math.ceil(total / training.evaluations))
     return HPMKDTrainingArguments(
@@ -171,7 +173,9 @@ def train_or_load(
         if classifier.feed.processor is not None:
             classifier.feed.processor.save_pretrained(folder)
         saved = {key: getattr(trained, key) for key in ("seconds", "steps", "curve", "calibration", "class_weights")}
-        _write_json(done, saved)
+        write_json(done, saved)
+        if (trackers := folder / "checkpoints" / "runs").is_dir():  # what report_to wrote
+            shutil.move(trackers, folder.with_name(f"{folder.name}.runs"))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return trained
@@ -199,7 +203,7 @@ def _numbers(history: list[dict[str, Any]]) -> list[dict[str, float]]:
     return [{key: float(value) for key, value in row.items() if isinstance(value, (int, float))} for row in history]
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value), encoding="utf-8")
     temporary.replace(path)
@@ -217,11 +221,12 @@ class _Curve(TrainerCallback):
 
 
 class _Bar(TrainerCallback):
-    """One progress bar per classifier: steps, loss, temperature, validation accuracy."""
+    """A progress bar per classifier (steps, loss, temperature, validation accuracy), one more while it is evaluated."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.bar: tqdm | None = None
+        self.evaluation: tqdm | None = None
         self.shown: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -239,6 +244,22 @@ class _Bar(TrainerCallback):
                 self.shown[shown] = f"{logs[key]:.3f}"
         if self.bar is not None:
             self.bar.set_postfix(self.shown, refresh=False)
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if self.bar is None:
+            return
+        if self.evaluation is None:
+            self.evaluation = tqdm(
+                total=len(eval_dataloader), desc=f"{self.name}: validation", unit="batch", leave=False
+            )
+        self.evaluation.update()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.evaluation is not None:
+            self.evaluation.close()
+            self.evaluation = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:

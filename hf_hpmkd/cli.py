@@ -22,7 +22,13 @@ _LINE = ("teacher", "student", "dataset")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. Under `accelerate launch` only rank 0 prints."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    args = build_parser().parse_args(arguments)
+    parser = build_parser()
+    # argparse wants all positional words in one place; overrides may also stand behind an option.
+    args, late = parser.parse_known_args(arguments)
+    if strays := [word for word in late if word.startswith("-") or "=" not in word or not hasattr(args, "words")]:
+        parser.error(f"unrecognized arguments: {' '.join(strays)}")
+    if late:
+        args.words = [*args.words, *late]
     try:
         args.handler(args)
     except KeyboardInterrupt:
@@ -62,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     one = command(commands, "distill", "Run a recipe, or one line of teachers, student and data set.", _distill)
     one.usage = (
-        "hpmkd distill RECIPE [section.key=value ...]\n"
+        "hpmkd distill RECIPE [section.key=value ...] [--output DIR] [--overwrite]\n"
         "       hpmkd distill --teacher A --teacher B --student S --dataset D [--output DIR] [section.key=value ...]"
     )
     one.add_argument("words", nargs="*", metavar="RECIPE | section.key=value", help="recipe file or name; overrides")
@@ -73,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     one = command(commands, "quickstart", "A first distillation: digits, three teachers, a few minutes.", _quickstart)
     one.add_argument("words", nargs="*", metavar="section.key=value", help="overrides")
+    one.add_argument("--overwrite", action="store_true", help="replace a finished or different run in that folder")
     one.set_defaults(after_stop="The same command resumes the run from its last checkpoint.")
 
     one = command(commands, "init", "Write the recipe of such a line, with comments, to a file.", _init)
@@ -161,7 +168,8 @@ def _distill(args: argparse.Namespace) -> None:
 def _quickstart(args: argparse.Namespace) -> None:
     from hf_hpmkd.recipe import load_recipe
 
-    _run(load_recipe("quickstart", args.words, check_files=True), shlex.join(["quickstart", *args.words]))
+    words = [*args.words, *(["output.overwrite=true"] if args.overwrite else [])]
+    _run(load_recipe("quickstart", words, check_files=True), shlex.join(["quickstart", *words]))
 
 
 def _run(recipe: "Recipe", source: str) -> None:

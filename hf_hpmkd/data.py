@@ -25,11 +25,10 @@ from hf_hpmkd.tasks.base import (
 )
 from hf_hpmkd.tasks.images import Augmentation, ImageRows
 from hf_hpmkd.tasks.tables import TableRows, is_table_feature
-from hf_hpmkd.tasks.text import TextRows
+from hf_hpmkd.tasks.text import TEXT_COLUMNS, TextRows
 
 WHOLE = "the whole split"
 PARTS = ("train", "guide", "validation", "test")
-TEXT_COLUMNS = ("text", "sentence")
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 LARGE_SIDE = 64  # auto augmentation: images up to this side are shifted, larger ones cropped and resized
 SMALL_SIDE = 16  # auto augmentation: below this side mirroring is left out; such images are mostly signs and digits
@@ -157,6 +156,8 @@ def load_parts(config: DataConfig, *, task: str = "auto", teachers_saw_train: bo
         picked = rows if len(indices) == len(rows) else rows.select(indices)
         parts[part] = _make_rows(config, task, columns, class_names, picked, augmentation if part == "train" else None)
     warnings = notes + _missing_classes(parts)
+    if teachers_saw_train and config.guide_from == "train":
+        warnings.append("The guide rows come from the training split, which a teacher trained elsewhere may have seen.")
     if teachers_saw_train and "test" not in chosen:
         warnings.append("The test rows come from the training split, which a teacher trained elsewhere may have seen.")
     provenance = {

@@ -7,10 +7,10 @@ from typing import Any
 import datasets
 import torch
 from torch.utils.data import Dataset
-from torchvision.transforms.v2.functional import pil_to_tensor
-from transformers import PretrainedConfig
 
 from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, UNAUGMENTED, FedDataset, Rows
+from hf_hpmkd.tasks.images import image_to_tensor
+from hf_hpmkd.tasks.text import TEXT_COLUMNS
 
 ROW_KEY, VIEW_KEY = "hpmkd_row", "hpmkd_view"
 _CHUNK = 256
@@ -84,7 +84,11 @@ class DatasetRows(Rows):
     """
 
     def __init__(
-        self, dataset: Any, collate: Callable[[Any], Mapping[str, Any]], config: PretrainedConfig, stored: bool = True
+        self,
+        dataset: Any,
+        collate: Callable[[Any], Mapping[str, Any]],
+        class_names: Sequence[str] | None,
+        stored: bool = True,
     ) -> None:
         self.source = RowIdDataset(dataset)
         self._stored = stored
@@ -93,8 +97,12 @@ class DatasetRows(Rows):
         columns = dataset.with_format(None) if isinstance(dataset, datasets.Dataset) else None
         self.task, self.raw_column = _raw_column(columns)
         fingerprint, labels = self._read()
-        names: Any = config.id2label
-        class_names = [names[label] for label in range(len(names))]
+        class_names = _label_names(columns) or class_names
+        if class_names is None:
+            raise ValueError(
+                "The names of the classes are needed to align the teachers, and neither the dataset (a ClassLabel "
+                "column) nor the student (config.id2label) says them. Give the student's config an id2label."
+            )
         super().__init__(self.source if columns is None else columns, labels, class_names)
         self.fingerprint = fingerprint
 
@@ -107,7 +115,8 @@ class DatasetRows(Rows):
         if self.raw_column is not None:
             values = self.dataset[positions.tolist()][self.raw_column]
             if self.task == IMAGE_CLASSIFICATION:
-                raw["image"] = [pil_to_tensor(image) for image in values]
+                numbered = zip(positions.tolist(), values, strict=True)
+                raw["image"] = [image_to_tensor(image, row) for row, image in numbered]
             else:
                 raw["text"] = list(values)
         return raw
@@ -146,12 +155,18 @@ def student_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_rows(
-    dataset: Any, collate: Callable[[Any], Mapping[str, Any]], config: PretrainedConfig, stored: bool = True
+    dataset: Any,
+    collate: Callable[[Any], Mapping[str, Any]],
+    class_names: Sequence[str] | None,
+    stored: bool = True,
 ) -> tuple[Rows, int]:
-    """The rows behind a training or guide dataset and how many augmented views they have (0: none)."""
+    """The rows behind a training or guide dataset and how many augmented views they have (0: none).
+
+    class_names: the student's own, used where the dataset has no ClassLabel column.
+    """
     if isinstance(dataset, FedDataset):
         return dataset.rows, dataset.num_views
-    return DatasetRows(dataset, collate, config, stored), 0
+    return DatasetRows(dataset, collate, class_names, stored), 0
 
 
 def fetcher(dataset: Any, rows: Rows) -> Callable[[torch.Tensor], dict[str, Any]]:
@@ -177,7 +192,22 @@ def _raw_column(dataset: datasets.Dataset | None) -> tuple[str, str | None]:
     for name, feature in features.items():
         if isinstance(feature, datasets.Image):
             return IMAGE_CLASSIFICATION, name
-    for name, feature in features.items():
-        if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
-            return TEXT_CLASSIFICATION, name
+    texts = [name for name, feature in features.items() if _is_text(feature)]
+    named = [name for name in texts if name in TEXT_COLUMNS]
+    # Of several texts (an id beside it, a pair of sentences) only a well-known name tells which one is meant.
+    if len(named) == 1 or len(texts) == 1:
+        return TEXT_CLASSIFICATION, (named or texts)[0]
     return "", None
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
+def _label_names(dataset: datasets.Dataset | None) -> list[str] | None:
+    """The names of a ClassLabel column called label or labels."""
+    features = dataset.features if dataset is not None else {}
+    for column in ("label", "labels"):
+        if isinstance(features.get(column), datasets.ClassLabel):
+            return list(features[column].names)
+    return None

@@ -24,15 +24,19 @@ from hf_hpmkd.classifier_training import Schedule, Trained, student_schedule, tr
 from hf_hpmkd.classifiers import Classifier, build_classifier
 from hf_hpmkd.data import DataParts, load_parts
 from hf_hpmkd.evaluation import evaluate_teachers, evaluate_test
+from hf_hpmkd.heads import find_classifier_head
 from hf_hpmkd.hub_store import check_can_push, push_run
+from hf_hpmkd.metrics import load_metric
 from hf_hpmkd.model_card import write_card
 from hf_hpmkd.recipe import Recipe, TeacherConfig, fingerprint, recipe_tree
 from hf_hpmkd.recipe_rules import is_sklearn, is_trained_here, teacher_names
 from hf_hpmkd.run_folder import RECORD_FILE, claim
 from hf_hpmkd.run_record import ModelRecord, RunRecord, Status, TeacherRecord, code_commit, environment
-from hf_hpmkd.teacher_kinds import Teacher
+from hf_hpmkd.teacher_kinds import Teacher, check_teacher
 from hf_hpmkd.teacher_training import train_teacher
 from hf_hpmkd.teachers import load_teacher
+
+_CHECKED_ROWS = 64
 
 
 def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
@@ -56,11 +60,10 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
             record.save(folder / RECORD_FILE)
     run = _Run(recipe, folder, record, state.is_main_process)
     if record.status == "completed":
-        run.say(f"{folder} holds the finished run of {recipe_source}; `--overwrite` runs it again.")
-        run.say(report.result_table(record))
-        return folder
-    with run.recording():
-        _run(run)
+        run.say(f"{folder} holds the finished run of {recipe_source}; `output.overwrite=true` runs it again.")
+    else:
+        with run.recording():
+            _run(run)
     run.say("\n" + report.result_table(record))
     run.say(f"\nThe student is in {folder / 'student'}, its card in {folder / 'README.md'}.")
     if recipe.hub.push and recipe.hub.repo_id is not None and state.is_main_process:
@@ -70,6 +73,8 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
 
 def _run(run: "_Run") -> None:
     recipe, record = run.recipe, run.record
+    for metric in recipe.training.metrics:
+        load_metric(metric)  # a name that does not exist should not be found out at the end
     with run.phase("data"):
         all_trained_here = all(is_trained_here(teacher.model) for teacher in recipe.teachers)
         parts = load_parts(recipe.data, task=recipe.task.type, teachers_saw_train=not all_trained_here)
@@ -78,11 +83,18 @@ def _run(run: "_Run") -> None:
         record.commits |= {"hf_hpmkd": code_commit(), "data": parts.provenance.get("commit")}
         run.describe_data(parts)
         build_student = student_builder(recipe, parts)
-        num_params = build_student(meta=True).num_params
+        blueprint = build_student(meta=True)
+        num_params = check_student(recipe, blueprint, len(parts.class_names))
+        if recipe.student.pretrained:
+            record.commits["student"] = getattr(blueprint.model.config, "_commit_hash", None)
 
     with run.phase("teachers"):
-        names = teacher_names(recipe)
-        teachers = [get_teacher(run, *one, parts) for one in zip(names, recipe.teachers, strict=True)]
+        named = list(zip(teacher_names(recipe), recipe.teachers, strict=True))
+        # What is loaded can be wrong in many ways, so it comes before what takes minutes to train.
+        loaded = {name: load(run, name, one, parts) for name, one in named if not is_trained_here(one.model)}
+        teachers = [loaded.get(name) or train(run, name, one, parts) for name, one in named]
+        for one, (_, config) in zip(teachers, named, strict=True):
+            run.keep_teacher(one, config)
         run.warn_if_larger_than_every_teacher(num_params, teachers)
         evaluate_teachers(run.record, teachers, parts, recipe, say=run.say, warn=run.warn)
 
@@ -108,13 +120,11 @@ def _run(run: "_Run") -> None:
     trained: dict[str, Trained] = {}
     if recipe.distillation.direct:
         trained["direct"] = train_student("direct", [])
-    trained["student"] = train_student("student", teachers if recipe.distillation.alpha > 0 else [])
+    trained["student"] = train_student("student", teachers if uses_teachers(recipe) else [])
     run.keep_weights(trained["student"], teachers)
 
     with run.phase("report"):
         classifiers = {name: one.classifier for name, one in trained.items()}
-        if recipe.student.pretrained:
-            record.commits["student"] = getattr(trained["student"].classifier.model.config, "_commit_hash", None)
         evaluate_test(record, teachers, classifiers, parts, recipe, say=run.say)
         run.write_report()
 
@@ -137,43 +147,52 @@ def student_builder(recipe: Recipe, parts: DataParts):
     return build
 
 
-def get_teacher(run: "_Run", name: str, config: TeacherConfig, parts: DataParts) -> Teacher:
-    """One teacher of the recipe: loaded, or trained on the spot into `teachers/<name>` (found there when resumed)."""
-    recipe = run.recipe
-    trained_here = is_trained_here(config.model)
-    if not trained_here:
-        teacher = load_teacher(
-            config.model,
-            parts.train,
-            name=name,
-            labels=config.labels,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            trusted_types=config.trusted_types,
-        )
-        seconds = None
-    else:
-        schedule = Schedule(
-            epochs=config.epochs or recipe.training.epochs,
-            max_steps=-1,
-            learning_rate=config.learning_rate or recipe.training.learning_rate,
-            batch_size=config.batch_size or recipe.training.batch_size,
-            seed=recipe.training.seed,
-        )
-        folder = run.folder / "teachers" / name
-        with PartialState().main_process_first() if is_sklearn(config.model) else nullcontext():
-            teacher, seconds = train_teacher(config, name, schedule, recipe, parts, folder)
-    teacher.to(run.device)
-    if config.license is not None:
-        teacher.license = config.license
-    run.record.commits[name] = teacher.commit
-    known = next((one for one in run.record.teachers if one.name == name), None)
-    if known is None:
-        known = TeacherRecord(name=name, source=config.model, kind=teacher.kind)
-        run.record.teachers.append(known)
-    known.num_params, known.license, known.commit = teacher.num_params, teacher.license, teacher.commit
-    known.trained_here, known.seconds = trained_here, seconds
+def check_student(recipe: Recipe, student: Classifier, num_classes: int) -> int:
+    """The student's parameters. Raises ValueError where the settings need features that its architecture lacks."""
+    assert student.model is not None
+    distillation = recipe.distillation
+    reads = distillation.gate in ("mixture", "joint") or distillation.temperature_schedule == "learned"
+    if uses_teachers(recipe) and (reads or distillation.feature_weight > 0):
+        find_classifier_head(student.model, num_classes)
+    return student.num_params
+
+
+def uses_teachers(recipe: Recipe) -> bool:
+    """Whether the student's loss listens to the teachers at all."""
+    return recipe.distillation.alpha > 0 or recipe.distillation.feature_weight > 0
+
+
+def load(run: "_Run", name: str, config: TeacherConfig, parts: DataParts) -> Teacher:
+    """A teacher from the Hub, timm, a file or a column, checked on a few guide rows."""
+    teacher = load_teacher(
+        config.model,
+        parts.train,
+        name=name,
+        labels=config.labels,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        trusted_types=config.trusted_types,
+        device=run.device,
+    )
+    few = torch.arange(min(_CHECKED_ROWS, len(parts.guide)))
+    check_teacher(teacher, teacher.logits(parts.guide, few).cpu(), parts.guide.labels[few])
     return teacher
+
+
+def train(run: "_Run", name: str, config: TeacherConfig, parts: DataParts) -> Teacher:
+    """A teacher trained on the spot into `teachers/<name>`, or found there when the run is resumed."""
+    training = run.recipe.training
+    schedule = Schedule(
+        epochs=config.epochs or training.epochs,
+        max_steps=-1,
+        learning_rate=config.learning_rate or training.learning_rate,
+        batch_size=config.batch_size or training.batch_size,
+        seed=training.seed,
+    )
+    folder = run.folder / "teachers" / name
+    with PartialState().main_process_first() if is_sklearn(config.model) else nullcontext():
+        teacher, run.training_seconds[name] = train_teacher(config, name, schedule, run.recipe, parts, folder)
+    return teacher.to(run.device)
 
 
 class _Run:
@@ -182,6 +201,7 @@ class _Run:
     def __init__(self, recipe: Recipe, folder: Path, record: RunRecord, is_main: bool) -> None:
         self.recipe, self.folder, self.record, self.is_main = recipe, folder, record, is_main
         self.device = PartialState().device
+        self.training_seconds: dict[str, float] = {}
 
     def say(self, text: str) -> None:
         if self.is_main:
@@ -230,11 +250,23 @@ class _Run:
 
     def warn_if_larger_than_every_teacher(self, num_params: int, teachers: list[Teacher]) -> None:
         sizes = [teacher.num_params for teacher in teachers if teacher.num_params is not None]
-        if sizes and len(sizes) == len(teachers) and num_params > max(sizes):
+        if sizes and num_params > max(sizes):
             self.warn(
-                f"The student ({num_params:,} parameters) is larger than every teacher (at most {max(sizes):,}), so "
-                "nothing is compressed."
+                f"The student ({num_params:,} parameters) is larger than every teacher whose size is known (at most "
+                f"{max(sizes):,}), so nothing is compressed."
             )
+
+    def keep_teacher(self, teacher: Teacher, config: TeacherConfig) -> None:
+        """Writes down what the teacher is; its figures are the evaluation's."""
+        if config.license is not None:
+            teacher.license = config.license
+        known = next((one for one in self.record.teachers if one.name == teacher.name), None)
+        if known is None:
+            known = TeacherRecord(name=teacher.name, source=config.model, kind=teacher.kind)
+            self.record.teachers.append(known)
+        known.num_params, known.license, known.commit = teacher.num_params, teacher.license, teacher.commit
+        known.trained_here, known.seconds = is_trained_here(config.model), self.training_seconds.get(teacher.name)
+        self.record.commits[teacher.name] = teacher.commit
 
     def keep_curve(self, name: str, history: list[dict[str, float]]) -> None:
         self.record.curves[name] = [dict(row) for row in history]

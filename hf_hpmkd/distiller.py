@@ -64,6 +64,16 @@ class _Remembered:
     weights: torch.Tensor
 
 
+def check_guide(args: HPMKDTrainingArguments, guide: object) -> None:
+    """Raises ValueError where the settings need guide rows and there are none."""
+    if args.needs_guide and guide is None:
+        raise ValueError(
+            "gate=mixture, calibrate_teachers and temperature_schedule=learned need guide rows: labelled rows that no "
+            "teacher has seen. Pass `guide_dataset=`, or set gate='label' (or 'uniform'), calibrate_teachers=False and "
+            "another temperature schedule."
+        )
+
+
 class Distiller:
     """The distillation of one student.
 
@@ -85,12 +95,7 @@ class Distiller:
         self.guide = guide
         self.step = 0
         device = next(student.parameters()).device
-        if args.needs_guide and guide is None:
-            raise ValueError(
-                "gate=mixture, calibrate_teachers and temperature_schedule=learned need guide rows: labelled rows that "
-                "no teacher has seen. Pass `guide_dataset=`, or set gate=label (or uniform), calibrate_teachers=False "
-                "and another temperature schedule."
-            )
+        check_guide(args, guide)
         self.reader: FeatureReader | None = None
         if args.needs_features:
             self.reader = FeatureReader(find_classifier_head(student, outputs.num_classes))
@@ -280,9 +285,11 @@ class Distiller:
 
     def class_weights(self) -> list[list[float]]:
         """Mean weight of each teacher on the guide rows of each class, `teachers x classes`; 0 for no rows."""
-        if self.guide is None or self.reader is None:
+        if self.guide is None:
             return []
-        features, _ = self._guide_forward(torch.arange(len(self.guide.labels)))
+        features = torch.empty(len(self.guide.labels), 0)  # label and uniform weights need none
+        if self.ensemble.gate is not None:
+            features, _ = self._guide_forward(torch.arange(len(self.guide.labels)))
         logits = self.ensemble.calibrated(self.guide.teacher_logits)
         with torch.no_grad():
             weights = self.ensemble.weights(features, logits, self.guide.labels)

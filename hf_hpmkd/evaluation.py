@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 from accelerate import PartialState
+from tqdm.auto import tqdm
 
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.data import DataParts
@@ -19,8 +20,10 @@ from hf_hpmkd.run_record import RunRecord
 from hf_hpmkd.tasks.base import UNAUGMENTED, Rows
 from hf_hpmkd.teacher_cache import TeacherCache
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher, check_teacher
+from hf_hpmkd.teacher_outputs import CachedOutputs
 
 _LATENCY_ROUNDS = 30
+_CHUNK = 8192
 
 
 def evaluate_teachers(
@@ -37,16 +40,16 @@ def evaluate_teachers(
     """
     guide_logits = teacher_logits(teachers, parts.guide, recipe, say)
     validation_logits = teacher_logits(teachers, parts.validation, recipe, say)
-    train_logits = None
+    train_accuracies = None
     if recipe.distillation.teacher_outputs != "live":
-        train_logits = teacher_logits(teachers, parts.train, recipe, say, num_views=parts.num_views)
+        train_accuracies = _train_accuracies(teachers, parts, recipe, say)
     for index, teacher in enumerate(teachers):
         known = record.teachers[index]
         known.accuracy["guide"] = _accuracy(guide_logits[index], parts.guide)
         known.accuracy["validation"] = _accuracy(validation_logits[index], parts.validation)
         train_accuracy = None
-        if train_logits is not None:
-            train_accuracy = known.accuracy["train"] = _accuracy(train_logits[index], parts.train)
+        if train_accuracies is not None:
+            train_accuracy = known.accuracy["train"] = train_accuracies[index]
         known.warnings = check_teacher(teacher, guide_logits[index], parts.guide.labels, train_accuracy)
         for warning in known.warnings:
             warn(warning)
@@ -93,38 +96,53 @@ def evaluate_test(
         record.models[name].latency_ms = latencies[name]
 
 
-def teacher_logits(
-    teachers: Sequence[Teacher], rows: Rows, recipe: Recipe, say: Callable[[str], None], num_views: int = 0
-) -> torch.Tensor:
-    """Logits `(teachers, rows, classes)`, of view 0 where there are views, from the cache or computed now.
+def teacher_logits(teachers: Sequence[Teacher], rows: Rows, recipe: Recipe, say: Callable[[str], None]) -> torch.Tensor:
+    """Logits `(teachers, rows, classes)` of unaugmented rows, from the cache or computed now. Not for training rows."""
+    everything = torch.arange(len(rows))
+    return _outputs(teachers, rows, recipe, say, "full", 0).lookup(everything, torch.full_like(everything, UNAUGMENTED))
 
-    The mode is the recipe's for augmented training rows, full for the others, which are few.
-    """
-    distillation = recipe.distillation
-    compact = distillation.teacher_outputs == "topk" and num_views > 0
-    stored = TeacherCache(distillation.cache_dir).outputs(
-        [teacher.for_rows(rows) for teacher in teachers],
+
+def _train_accuracies(
+    teachers: Sequence[Teacher], parts: DataParts, recipe: Recipe, say: Callable[[str], None]
+) -> list[float]:
+    """Computes the outputs that the student will learn from, in the recipe's mode; each teacher's share of hits."""
+    stored = _outputs(teachers, parts.train, recipe, say, recipe.distillation.teacher_outputs, parts.num_views)
+    hits = torch.zeros(len(teachers))
+    for part in torch.arange(len(parts.train)).split(_CHUNK):  # decoded at once they would fill the memory
+        views = torch.full_like(part, 0 if parts.num_views else UNAUGMENTED)
+        hits += (stored.lookup(part, views).argmax(-1) == parts.train.labels[part]).sum(1)
+    return (hits / len(parts.train)).tolist()
+
+
+def _outputs(
+    teachers: Sequence[Teacher], rows: Rows, recipe: Recipe, say: Callable[[str], None], mode: str, num_views: int
+) -> CachedOutputs:
+    return TeacherCache(recipe.distillation.cache_dir).outputs(
+        teachers,
         rows,
         num_views,
-        mode="topk" if compact else "full",
-        topk=distillation.topk or 16,
+        mode=mode,
+        topk=recipe.distillation.topk or 16,
         batch_size=recipe.training.eval_batch_size,
         progress=PartialState().is_main_process,
         on_message=say,
     )
-    everything = torch.arange(len(rows))
-    return stored.lookup(everything, torch.full_like(everything, 0 if num_views else UNAUGMENTED))
 
 
 def student_logits(student: Teacher, rows: Rows, batch_size: int) -> torch.Tensor:
     """Logits `(rows, classes)` on unaugmented rows, on the CPU."""
-    parts = torch.arange(len(rows)).split(batch_size)
+    parts = tqdm(
+        torch.arange(len(rows)).split(batch_size),
+        desc=f"{student.name}: {len(rows):,} rows",
+        unit="batch",
+        leave=False,
+        disable=not PartialState().is_main_process,
+    )
     return torch.cat([student.logits(rows, part, torch.full_like(part, UNAUGMENTED)).cpu() for part in parts])
 
 
 def measure_latency(models: Mapping[str, Teacher], rows: Rows) -> dict[str, float]:
     """Median milliseconds from one raw row to its logits, preprocessing included; the models take turns."""
-    models = {name: model.for_rows(rows) for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(_LATENCY_ROUNDS + 2):
         row = torch.tensor([turn % len(rows)])

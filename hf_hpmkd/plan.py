@@ -43,7 +43,8 @@ def plan(recipe: Recipe) -> str:
     """The plan as text. Trains nothing, downloads nothing. Raises what opening local data raises."""
     parts = _local_parts(recipe)
     rows = parts.train if parts else _stand_in_rows(recipe)
-    student = _built("student", "student", recipe.student.model, rows, recipe.student.revision, measure=True)
+    chosen = recipe.student
+    student = _built("student", "student", chosen.model, rows, chosen.revision, chosen.trust_remote_code, measure=True)
     teachers = [
         _teacher(name, teacher, rows) for name, teacher in zip(teacher_names(recipe), recipe.teachers, strict=True)
     ]
@@ -96,7 +97,7 @@ def _num_outputs(teacher: TeacherConfig) -> int | None:
     if family(teacher.model) == "hub" and Path(teacher.model).is_dir():
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(teacher.model).num_labels
+        return AutoConfig.from_pretrained(teacher.model, trust_remote_code=teacher.trust_remote_code).num_labels
     return None
 
 
@@ -128,19 +129,25 @@ def _teacher(name: str, teacher: TeacherConfig, rows: Rows | None) -> _Model:
     if kind in ("sklearn", "skops", "column"):
         notes = {"sklearn": "scikit-learn, trained here", "skops": "scikit-learn", "column": "a column of the data"}
         return _Model(name, "teacher", None, note=notes[kind])
-    found = _built(name, "teacher", teacher.model, rows, teacher.revision)
+    found = _built(name, "teacher", teacher.model, rows, teacher.revision, teacher.trust_remote_code)
     if here:
         found.note = "trained here" if found.num_params is not None else f"trained here, {found.note}"
     return found
 
 
 def _built(
-    name: str, role: str, model: str, rows: Rows | None, revision: str | None = None, measure: bool = False
+    name: str,
+    role: str,
+    model: str,
+    rows: Rows | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    measure: bool = False,
 ) -> _Model:
     if rows is None:
         return _Model(name, role, None, note="unknown until the data is loaded")
     try:
-        built = build_classifier(model, rows, meta=True, revision=revision)
+        built = build_classifier(model, rows, meta=True, revision=revision, trust_remote_code=trust_remote_code)
     except OSError:  # transformers' and huggingface_hub's answer when a config is neither here nor reachable
         return _Model(name, role, None, note="its config is not at hand")
     return _Model(name, role, built.num_params, _activations(built, rows) if measure else None)

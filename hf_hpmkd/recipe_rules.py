@@ -179,11 +179,22 @@ def _distillation_rules(recipe: "Recipe") -> Iterator[Fault]:
                 f"{at}.feature_weight: above 0 needs teacher_outputs live, because features are not stored; got "
                 f"{it.teacher_outputs}.",
             )
-        if all(family(teacher.model) in ("sklearn", "skops", "column") for teacher in recipe.teachers):
+        without = [
+            name
+            for name, teacher in zip(teacher_names(recipe), recipe.teachers, strict=True)
+            if family(teacher.model) in ("sklearn", "skops", "column") or teacher.folds
+        ]
+        if without:
             yield (
                 (f"{at}.feature_weight", "teachers"),
-                f"{at}.feature_weight: no teacher has features (all are scikit-learn models or columns). Set it to 0.",
+                f"{at}.feature_weight: every teacher must have features, but {', '.join(without)} has none "
+                "(scikit-learn models, columns and out-of-fold teachers). Set it to 0, or leave these teachers out.",
             )
+    if "fp16" in recipe.training.precision and (it.feature_weight > 0 or it.gate == "joint"):
+        yield (
+            ("training.precision", f"{at}.feature_weight", f"{at}.gate"),
+            "training.precision: fp16 scales gradients, which gate joint and the feature term do not undo. Use bf16.",
+        )
 
 
 def _other_rules(recipe: "Recipe") -> Iterator[Fault]:
@@ -199,11 +210,30 @@ def _other_rules(recipe: "Recipe") -> Iterator[Fault]:
             ("training.warmup_steps",),
             f"training.warmup_steps: must be a share below 1 or a whole number of steps, got {training.warmup_steps}.",
         )
+    yield from _name_faults(recipe)
     hub = recipe.hub
     if hub.push and hub.repo_id is None:
         yield ("hub.repo_id",), "hub.repo_id: hub.push needs the repository to push to, as user/name."
     if hub.repo_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", hub.repo_id):
         yield ("hub.repo_id",), f"hub.repo_id: must have the form user/name, got {hub.repo_id!r}."
+
+
+def _name_faults(recipe: "Recipe") -> Iterator[Fault]:
+    """Names that transformers knows or does not: optimizer, scheduler, trackers."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    training = recipe.training
+    for key, names, known in (
+        ("optimizer", [training.optimizer], [one.value for one in OptimizerNames]),
+        ("lr_scheduler", [training.lr_scheduler], [one.value for one in SchedulerType]),
+        ("report_to", training.report_to, list(INTEGRATION_TO_CALLBACK)),
+    ):
+        for name in names:
+            if name not in known:
+                at = f"training.{key}"
+                yield (at,), f"{at}: transformers knows no {name!r}.{did_you_mean(name, known)}"
 
 
 def file_faults(recipe: "Recipe") -> Iterator[Fault]:

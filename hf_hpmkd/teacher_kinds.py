@@ -147,10 +147,6 @@ class Teacher(ABC):
         """JSON-able: how raw rows become what the teacher sees."""
         return {}
 
-    def for_rows(self, rows: Rows) -> "Teacher":
-        """The teacher to ask about these rows: itself, but for out-of-fold teachers on other rows than their own."""
-        return self
-
     def identity(self, rows: Rows) -> dict[str, Any]:
         """JSON-able: all on the teacher's side that decides its logits on these rows. Part of the cache key."""
         return {"fingerprint": self.fingerprint, "alignment": self.alignment, "inputs": self.describe_inputs()}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from hf_hpmkd.classifier_training import Schedule, train_or_load
+from hf_hpmkd.classifier_training import Schedule, train_or_load, write_json
 from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.recipe import Recipe, TeacherConfig
@@ -44,7 +44,7 @@ def _sklearn(
         full.save(folder / "model.skops")
         for index, fold in enumerate(folded.folds if folded else []):
             fold.save(folder / f"fold{index}.skops")  # type: ignore[attr-defined]
-        done.write_text(json.dumps({"seconds": seconds, "folds": folds}), encoding="utf-8")
+        write_json(done, {"seconds": seconds, "folds": folds})
     about = json.loads(done.read_text(encoding="utf-8"))
     load = partial(load_skops, rows=rows, name=name, trusted_types=SAVED_TYPES)  # files that this run wrote
     teacher: Teacher = load(folder / "model.skops")

@@ -23,10 +23,10 @@ from hf_hpmkd.dataset_rows import (
     as_rows,
     fetcher,
 )
-from hf_hpmkd.distiller import Distiller, GuideRows, TeacherOutputs
+from hf_hpmkd.distiller import Distiller, GuideRows, TeacherOutputs, check_guide
 from hf_hpmkd.tasks.base import UNAUGMENTED, FedDataset
 from hf_hpmkd.teacher_cache import LiveOutputs, TeacherCache
-from hf_hpmkd.teacher_kinds import Teacher
+from hf_hpmkd.teacher_kinds import Teacher, own_class_names
 from hf_hpmkd.teachers import as_teacher
 from hf_hpmkd.training_args import HPMKDTrainingArguments
 
@@ -148,10 +148,12 @@ class HPMKDTrainer(Trainer):
 
     def _prepare_teachers(self) -> None:
         """Loads the teachers and gets their outputs: from the cache, computed now, or live."""
-        config = self.model.config
-        self._check_guide()
+        self._check_before_capture()
         live = self.args.teacher_outputs == "live"
-        rows, num_views = as_rows(self.train_dataset, self.data_collator, config, stored=not live)
+        # The columns that the model does not take are dropped as they are in the loop, before somebody's collator.
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+        names = own_class_names(self.model)
+        rows, num_views = as_rows(self.train_dataset, collate, names, stored=not live)
         teachers = [as_teacher(teacher, rows, device=self.args.device) for teacher in self.teachers]
         _name_apart(teachers)
         self.teachers = teachers
@@ -160,19 +162,18 @@ class HPMKDTrainer(Trainer):
             "batch_size": self.args.per_device_eval_batch_size,
             "progress": not self.args.disable_tqdm,
         }
-        for_train = [teacher.for_rows(rows) for teacher in teachers]
         if live:
             feed = self.train_dataset.feed if isinstance(self.train_dataset, FedDataset) else None
-            self._outputs = LiveOutputs(for_train, rows, feed)
+            self._outputs = LiveOutputs(teachers, rows, feed)
         else:
             mode, topk = self.args.teacher_outputs, self.args.teacher_outputs_topk
-            stored_outputs = cache.outputs(for_train, rows, num_views, mode=mode, topk=topk, **capture)
-            if self.args.device.type != "cpu":
+            stored_outputs = cache.outputs(teachers, rows, num_views, mode=mode, topk=topk, **capture)
+            if self.args.device.type == "cuda" and 4 * stored_outputs.nbytes < torch.cuda.mem_get_info()[0]:
                 stored_outputs.to(self.args.device)  # else every lookup waits for the device
             self._outputs = stored_outputs
         if self.guide_dataset is not None:
-            guide, _ = as_rows(self.guide_dataset, self.data_collator, config)
-            stored = cache.outputs([teacher.for_rows(guide) for teacher in teachers], guide, 0, **capture)
+            guide, _ = as_rows(self.guide_dataset, collate, names)
+            stored = cache.outputs(teachers, guide, 0, **capture)
             everything = torch.arange(len(guide))
             logits = stored.lookup(everything, torch.full_like(everything, UNAUGMENTED))
             fetch = fetcher(self.guide_dataset, guide)
@@ -181,14 +182,17 @@ class HPMKDTrainer(Trainer):
                 logits.to(self.args.device),
                 guide.labels.to(self.args.device),
             )
+        if not live:
+            for teacher in teachers:  # they have answered; the student has the device to itself
+                teacher.to("cpu")
 
-    def _check_guide(self) -> None:
-        if self.args.needs_guide and self.guide_dataset is None:
+    def _check_before_capture(self) -> None:
+        if self.args.n_gpu > 1:
             raise ValueError(
-                "gate=mixture, calibrate_teachers and temperature_schedule=learned need guide rows: labelled rows that "
-                "no teacher has seen. Pass `guide_dataset=`, or set gate='label' (or 'uniform'), "
-                "calibrate_teachers=False and another temperature schedule."
+                f"One process drives one GPU here, {self.args.n_gpu} are visible. Start with `accelerate launch`, or "
+                "hide the others: CUDA_VISIBLE_DEVICES=0."
             )
+        check_guide(self.args, self.guide_dataset)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Also makes the distiller, because here the student is in place and the number of steps is known."""

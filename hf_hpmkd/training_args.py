@@ -103,6 +103,13 @@ class HPMKDTrainingArguments(TrainingArguments):
             "set teacher_outputs=live, or feature_weight=0",
         )
 
+        _check(
+            not self.fp16 or (self.feature_weight == 0 and self.gate != "joint"),
+            "`fp16` scales gradients, which gate=joint and the feature term do not undo",
+            (self.gate, self.feature_weight),
+            "use bf16",
+        )
+
     @property
     def distills(self) -> bool:
         """Whether the teachers have any say in the loss."""

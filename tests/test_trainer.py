@@ -354,6 +354,87 @@ def test_a_hub_dataset_with_a_transform_and_somebodys_collator(tmp_path, teacher
     assert trainer.state.global_step == 4
 
 
+def tiny_bert(width, vocab_size, **settings):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(width)
+    names = {0: "cat", 1: "dog"}
+    config = BertConfig(
+        vocab_size=vocab_size, hidden_size=width, num_hidden_layers=1, num_attention_heads=2, intermediate_size=width,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, id2label=names, label2id={"cat": 0, "dog": 1},
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+def test_a_tokenised_text_dataset_that_kept_its_columns(tmp_path):
+    """The ordinary fine-tuning script: `map(tokenize)`, text and id still there, the tokenizer as processing class."""
+    from hf_hpmkd.tasks.text import train_tokenizer
+
+    words = ["a cat sat", "the dog ran far", "one more cat", "dogs and a dog", "cat on a mat"] * 6
+    tokenizer = train_tokenizer(words, vocab_size=100)
+    features = datasets.Features(
+        {
+            "id": datasets.Value("string"),
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["cat", "dog"]),
+        }
+    )
+    columns = {"id": [str(i) for i in range(30)], "text": words, "label": [int("dog" in text) for text in words]}
+    data = datasets.Dataset.from_dict(columns, features=features).map(lambda row: tokenizer(row["text"]))
+    vocab_size = len(tokenizer)
+    trainer = HPMKDTrainer(
+        tiny_bert(8, vocab_size), [tiny_bert(16, vocab_size)], tiny.arguments(tmp_path),
+        train_dataset=data, guide_dataset=data, eval_dataset=data, processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert np.isfinite(trainer.evaluate()["eval_loss"])
+
+
+def test_a_teacher_with_its_own_tokenizer_reads_the_raw_text_or_says_that_it_is_gone(tmp_path):
+    from hf_hpmkd.tasks.text import train_tokenizer
+
+    words = ["a cat sat", "the dog ran far", "one more cat", "dogs and a dog"] * 6
+    other = train_tokenizer([text.upper() + " zebra" for text in words], vocab_size=110)
+    tiny_bert(16, len(other)).save_pretrained(tmp_path / "teacher")
+    other.save_pretrained(tmp_path / "teacher")
+    tokenizer = train_tokenizer(words, vocab_size=100)
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    columns = {"text": words, "label": [int("dog" in text) for text in words]}
+    data = datasets.Dataset.from_dict(columns, features=features).map(lambda row: tokenizer(row["text"]))
+
+    def train_on(rows):
+        HPMKDTrainer(
+            tiny_bert(8, len(tokenizer)), str(tmp_path / "teacher"), tiny.arguments(tmp_path),
+            train_dataset=rows, guide_dataset=rows, processing_class=tokenizer,
+        ).train()  # fmt: skip
+
+    train_on(data)
+    with pytest.raises(ValueError, match="text"):
+        train_on(data.remove_columns("text"))
+
+
+def test_a_plain_module_can_be_the_student(tmp_path, teachers):
+    class Student(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(64, 3)
+
+        def forward(self, pixel_values, labels=None):
+            logits = self.head(pixel_values.flatten(1))
+            return {"logits": logits} | ({} if labels is None else {"loss": F.cross_entropy(logits, labels)})
+
+    with pytest.raises(ValueError, match="names of the classes are needed"):
+        train(tmp_path, teachers, model=Student())
+    data = image_dataset().with_transform(to_pixels)
+    trainer = HPMKDTrainer(
+        Student(), teachers, tiny.arguments(tmp_path), train_dataset=data, guide_dataset=data,
+        data_collator=lambda samples: {k: torch.stack([torch.as_tensor(s[k]) for s in samples]) for k in samples[0]},
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
 def test_random_inputs_cannot_have_stored_outputs(tmp_path, teachers):
     class Noisy(tiny.TinyImages):
         def __getitem__(self, index):

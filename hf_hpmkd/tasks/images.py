@@ -38,7 +38,11 @@ def _decode(feature: Image, value: Mapping[str, Any] | None, row: int) -> Tensor
         raise ValueError(
             f"Row {row} has no image. Remove such rows first: `dataset.filter(lambda r: r[column] is not None)`."
         )
-    image = feature.decode_example(value)
+    return image_to_tensor(feature.decode_example(value), row)
+
+
+def image_to_tensor(image: Any, row: int) -> Tensor:
+    """uint8 `(channels, height, width)` of a PIL image: one channel for grey pictures, three for all others."""
     if image.mode in _GREY_MODES:
         return torch.from_numpy(np.array(image.convert("L")))[None]
     if image.mode not in _COLOUR_MODES:

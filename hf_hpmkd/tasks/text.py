@@ -21,6 +21,9 @@ from hf_hpmkd.tasks.base import TEXT_CLASSIFICATION, Rows, column_values, json_d
 SPECIAL_TOKENS = PAD, UNKNOWN, START, END, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 MAX_ALPHABET = 1000
 
+TEXT_COLUMNS = ("text", "sentence")
+"""What a column of texts is usually called."""
+
 
 class TextRows(Rows):
     """Rows with one text each. Build with `from_dataset`."""
