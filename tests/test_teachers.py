@@ -493,7 +493,7 @@ def test_modules_need_a_feed_unless_they_take_the_students_inputs(tmp_path):
     with pytest.raises(ValueError, match="`feed` goes with a module"):
         load_teacher("column:z", image_rows(), feed=plain_feed())
     model, data = tiny.tiny_vit(), tiny.TinyImages(10)
-    rows = DatasetRows(data, torch.utils.data.default_collate, model.config)
+    rows = DatasetRows(data, torch.utils.data.default_collate, list(tiny.NAMES.values()))
     teacher = as_teacher(model, rows)
     assert torch.allclose(answers(teacher, rows), model(pixel_values=data.pixels).logits, atol=1e-6)
     assert as_teacher(teacher, rows) is teacher
