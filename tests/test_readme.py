@@ -54,6 +54,14 @@ def test_commands_parse_and_name_recipes_that_exist():
         parser.parse_args(line.split()[1:])
 
 
+@pytest.mark.parametrize("prefix, recipe", [("quickstart", "quickstart"), ("cifar10", "cifar10_resnet8")])
+def test_a_recipe_expects_what_its_records_gave(prefix, recipe):
+    records = [RunRecord.load(path) for path in RECORDS if path.stem.startswith(f"{prefix}-")]
+    cells = [cell.strip() for cell in summary(records).splitlines()[2].strip("|").split("|")]
+    expected = f"# Expected:  test accuracy {cells[5]} % (direct training {cells[4]} %), seeds {cells[8]}\n"
+    assert expected in (ROOT / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_parses_and_begins_with_its_header(path):
     load_recipe(path)
