@@ -247,10 +247,10 @@ def _bench_trainer(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from hf_hpmkd.run_record import RunRecord
+    from hf_hpmkd.run_record import RECORD_FILE, RunRecord
     from hf_hpmkd.run_summary import summary
 
-    files = [run / "run_record.json" if run.is_dir() else run for run in args.runs]
+    files = [run / RECORD_FILE if run.is_dir() else run for run in args.runs]
     _say(summary([RunRecord.load(file) for file in files]))
 
 

@@ -30,8 +30,8 @@ from hf_hpmkd.metrics import load_metric
 from hf_hpmkd.model_card import write_card
 from hf_hpmkd.recipe import Recipe, TeacherConfig, fingerprint, recipe_tree
 from hf_hpmkd.recipe_rules import is_sklearn, is_trained_here, teacher_names
-from hf_hpmkd.run_folder import RECORD_FILE, claim
-from hf_hpmkd.run_record import ModelRecord, RunRecord, Status, TeacherRecord, code_commit, environment
+from hf_hpmkd.run_folder import claim
+from hf_hpmkd.run_record import RECORD_FILE, ModelRecord, RunRecord, Status, TeacherRecord, code_commit, environment
 from hf_hpmkd.teacher_kinds import Teacher, check_teacher
 from hf_hpmkd.teacher_training import train_teacher
 from hf_hpmkd.teachers import load_teacher

@@ -18,9 +18,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from hf_hpmkd.run_record import RunRecord
+from hf_hpmkd.run_record import RECORD_FILE, RunRecord
 
-RECORD_FILE = "run_record.json"
 # The client has no timeout of its own: a server that accepts a request and never answers would hold a run for ever.
 TIMEOUT_SECONDS = 180.0
 

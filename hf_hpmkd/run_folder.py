@@ -4,9 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from hf_hpmkd.run_record import RunRecord
-
-RECORD_FILE = "run_record.json"
+from hf_hpmkd.run_record import RECORD_FILE, RunRecord
 
 
 class RunFolderError(ValueError):
@@ -46,6 +44,8 @@ def claim(folder: Path, fingerprint: str, overwrite: bool = False) -> RunRecord 
         return None
     record = RunRecord.load(record_file)
     if record.recipe_fingerprint != fingerprint:
+        if {path.name for path in folder.iterdir()} <= {RECORD_FILE, "recipe.yaml"}:
+            return None  # it failed before it made anything: the recipe was mended
         raise RunFolderError(
             f"The output folder {folder} holds a run of another recipe (or of this one with other values; status "
             f"{record.status}). Choose another with `output.dir=FOLDER`, or replace it with `output.overwrite=true`."

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 FORMAT_VERSION = 1
+RECORD_FILE = "run_record.json"
 
 Status = Literal["running", "completed", "failed", "interrupted"]
 Number = int | float

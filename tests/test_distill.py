@@ -151,6 +151,14 @@ def test_the_record_of_a_failed_run_says_what_failed(tmp_path, capsys):
     assert record.status == "failed" and "n_estimators" in record.error
 
 
+def test_a_mended_recipe_may_use_the_folder_of_a_run_that_made_nothing(tmp_path):
+    recipe = table_recipe(tmp_path, metrics=["acuracy"])
+    assert main(["distill", str(recipe)]) == 2
+    assert RunRecord.load(tmp_path / "run" / "run_record.json").status == "failed"
+    words = ["training.metrics=[accuracy]", "training.epochs=1", "teachers=[{model: mlp-4, epochs: 1}]"]
+    assert main(["distill", str(recipe), *words]) == 0
+
+
 def test_a_student_larger_than_its_teachers_is_warned_of(tmp_path):
     recipe = table_recipe(tmp_path)
     words = ["student.model=mlp-64x64", "training.epochs=1", "teachers=[{model: mlp-2, epochs: 1}]"]
