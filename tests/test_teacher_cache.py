@@ -544,22 +544,3 @@ def test_files_are_mapped_not_loaded(tmp_path):
     [path] = files(TeacherCache(tmp_path))
     assert str(path) in Path("/proc/self/maps").read_text()
     assert outputs.nbytes < path.stat().st_size
-
-
-# ---- speed -----------------------------------------------------------------------------------------------------------
-
-
-def quickest(function, rounds):
-    seconds = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
-
-
-def test_lookup_is_quick(tmp_path):
-    rows = image_rows(2000)
-    outputs = get(TeacherCache(tmp_path), [teacher(seed) for seed in range(4)], rows, views=6)
-    chosen, views = torch.randint(2000, (128,)), torch.randint(6, (128,))
-    assert quickest(lambda: outputs.lookup(chosen, views), 30) < 1e-3
