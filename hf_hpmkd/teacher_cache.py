@@ -36,9 +36,9 @@ from hf_hpmkd.teacher_output_file import (
     read_about,
     write,
 )
-from hf_hpmkd.teacher_outputs import CachedOutputs, LiveOutputs, live_outputs
+from hf_hpmkd.teacher_outputs import CachedOutputs, LiveOutputs
 
-__all__ = ["CacheEntry", "CachedOutputs", "CaptureSize", "LiveOutputs", "TeacherCache", "estimate", "live_outputs"]
+__all__ = ["CacheEntry", "CachedOutputs", "CaptureSize", "LiveOutputs", "TeacherCache", "estimate"]
 
 _FLUSH_BYTES = 64 * 2**20
 _SPARE_BYTES = 64 * 2**20  # kept free on the disk, so that a run can still write its log

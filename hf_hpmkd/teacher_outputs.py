@@ -165,8 +165,3 @@ class LiveOutputs:
                     by_feed[key] = teacher.feed(raw)
                 fed.append(by_feed[key])
         return fed
-
-
-def live_outputs(teachers: Sequence[Teacher], rows: Rows, student_feed: Feed | None = None) -> LiveOutputs:
-    """Teachers that run inside the training loop; see `LiveOutputs`."""
-    return LiveOutputs(teachers, rows, student_feed)

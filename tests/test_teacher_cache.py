@@ -19,7 +19,7 @@ from hf_hpmkd import teacher_output_file
 from hf_hpmkd.tasks.augmentation import Augmentation
 from hf_hpmkd.tasks.base import UNAUGMENTED
 from hf_hpmkd.tasks.images import ImageFeed, ImageRows
-from hf_hpmkd.teacher_cache import TeacherCache, estimate, live_outputs
+from hf_hpmkd.teacher_cache import LiveOutputs, TeacherCache, estimate
 from hf_hpmkd.teacher_kinds import ColumnTeacher, TorchTeacher
 from hf_hpmkd.teacher_output_file import Layout, to_half
 
@@ -112,11 +112,11 @@ def test_resident_outputs_equal_mapped_ones(tmp_path):
         assert torch.equal(outputs.to("cpu").lookup(chosen, views), mapped)
 
 
-def test_live_outputs_equal_stored_ones(tmp_path):
+def test_LiveOutputs_equal_stored_ones(tmp_path):
     rows, teachers = image_rows(), [teacher(0), teacher(1)]
     chosen, views = torch.arange(30), torch.arange(30) % 2
     stored = get(TeacherCache(tmp_path), teachers, rows, views=2).lookup(chosen, views)
-    live = live_outputs(teachers, rows)
+    live = LiveOutputs(teachers, rows)
     assert torch.allclose(live.lookup(chosen, views), stored, atol=2e-3)
     logits, features = live.lookup_with_features(chosen, views)
     assert torch.allclose(logits, stored, atol=2e-3) and [f.shape for f in features] == [(30, 16)] * 2
@@ -124,12 +124,12 @@ def test_live_outputs_equal_stored_ones(tmp_path):
     assert not logits.requires_grad and not features[0].requires_grad
 
 
-def test_live_outputs_take_the_students_inputs_where_the_feed_is_the_same():
+def test_LiveOutputs_take_the_students_inputs_where_the_feed_is_the_same():
     rows, same = image_rows(), teacher(0)
     other = TorchTeacher(Tiny(0), feed(mean=0.1), name="other", data_names=NAMES, class_names=NAMES)
     student_inputs = {"pixel_values": torch.zeros(4, 3, 8, 8)}
     chosen = torch.arange(4)
-    found = live_outputs([same, other], rows, student_feed=feed()).lookup(chosen, chosen * 0 - 1, student_inputs)
+    found = LiveOutputs([same, other], rows, student_feed=feed()).lookup(chosen, chosen * 0 - 1, student_inputs)
     assert torch.allclose(found[0], same.model(student_inputs["pixel_values"]))
     assert torch.allclose(found[1], other.model(feed(0.1)(rows.raw(chosen))["pixel_values"]))
 
@@ -224,7 +224,7 @@ def test_too_little_memory_halves_the_batch_and_says_so(tmp_path):
     assert [line for line in said if line.startswith("Memory")] == [
         f"Memory does not suffice for teacher 'hungry': going on with batches of {size} rows." for size in (16, 8)
     ]
-    assert torch.allclose(everything(outputs, rows, -1), live_outputs([teacher()], rows).lookup(
+    assert torch.allclose(everything(outputs, rows, -1), LiveOutputs([teacher()], rows).lookup(
         torch.arange(50), torch.full((50,), -1)), atol=2e-3)  # fmt: skip
 
     class Other(Tiny):
@@ -370,7 +370,7 @@ def test_a_file_under_another_name_is_not_believed(tmp_path):
     second.write_bytes(first.read_bytes())
     with pytest.warns(UserWarning, match="something else than its name says"):
         outputs = get(cache, [teacher(1)], rows)
-    assert torch.allclose(everything(outputs, rows, -1)[0], live_outputs([teacher(1)], rows).lookup(
+    assert torch.allclose(everything(outputs, rows, -1)[0], LiveOutputs([teacher(1)], rows).lookup(
         torch.arange(50), torch.full((50,), -1))[0], atol=2e-3)  # fmt: skip
 
 
