@@ -60,14 +60,18 @@ def student_schedule(recipe: Recipe) -> Schedule:
     )
 
 
+def total_steps(recipe: Recipe, schedule: Schedule, num_rows: int) -> int:
+    """Optimizer steps of a training on so many rows."""
+    rows_per_step = schedule.batch_size * recipe.training.gradient_accumulation_steps * PartialState().num_processes
+    return schedule.max_steps if schedule.max_steps > 0 else math.ceil(num_rows / rows_per_step) * schedule.epochs
+
+
 def training_arguments(
     recipe: Recipe, schedule: Schedule, folder: Path, num_rows: int, distills: bool
 ) -> HPMKDTrainingArguments:
     """The recipe's sections `training` and `distillation` as arguments. distills: False leaves the teachers out."""
     training, distillation = recipe.training, recipe.distillation
-    rows_per_step = schedule.batch_size * training.gradient_accumulation_steps * PartialState().num_processes
-    per_epoch = math.ceil(num_rows / rows_per_step)
-    total = schedule.max_steps if schedule.max_steps > 0 else per_epoch * schedule.epochs
+    total = total_steps(recipe, schedule, num_rows)
     every = max(1, math.ceil(total / training.evaluations))
     return HPMKDTrainingArguments(
         output_dir=str(folder / "checkpoints"),
@@ -138,7 +142,7 @@ def train_or_load(
     trains on labels alone. on_log: gets the log history at every evaluation.
     """
     classifier = build()
-    done = folder.with_name(f"{folder.name}.trained.json")  # beside the folder, which holds the model alone
+    done = done_file(folder)
     if done.is_file():
         saved = json.loads(done.read_text(encoding="utf-8"))
         classifier.model = type(classifier.model).from_pretrained(folder)
@@ -179,6 +183,11 @@ def train_or_load(
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return trained
+
+
+def done_file(folder: Path) -> Path:
+    """Says that `folder` holds a finished classifier, and how it went; beside it, because it holds the model alone."""
+    return folder.with_name(f"{folder.name}.trained.json")
 
 
 def _last_complete_checkpoint(folder: Path, distills: bool) -> str | None:

@@ -3,15 +3,16 @@
     parts    = train, guide, validation, test                      (data)
     teachers = loaded, or trained on the spot without guide rows    (teachers, classifier_training)
     direct   = the student trained on labels alone, to compare      (classifier_training)
-    student  = the student trained on the teachers' outputs         (trainer, distiller)
+    chain    = intermediate models between them, if they pay        (chain, components.progressive_chain)
+    student  = the student trained on the outputs of all of them    (trainer, distiller)
     report   = test opened once; record, table, plots, card         (evaluation, report, model_card)
 
 Every step leaves its result in the output folder, so that the same command goes on where an interrupted run stood.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from accelerate import PartialState
 from transformers.utils.logging import disable_progress_bar
 
 from hf_hpmkd import report
+from hf_hpmkd.chain import StudentBuilder, WarmBuild, build_chain
 from hf_hpmkd.classifier_training import Schedule, Trained, student_schedule, train_or_load
 from hf_hpmkd.classifiers import Classifier, build_classifier
 from hf_hpmkd.data import DataParts, load_parts
@@ -29,7 +31,8 @@ from hf_hpmkd.hub_store import check_can_push, push_run
 from hf_hpmkd.metrics import load_metric
 from hf_hpmkd.model_card import write_card
 from hf_hpmkd.recipe import Recipe, TeacherConfig, fingerprint, recipe_tree
-from hf_hpmkd.recipe_rules import is_sklearn, is_trained_here, teacher_names
+from hf_hpmkd.recipe_rules import is_sklearn, is_trained_here, teacher_names, uses_teachers
+from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_folder import claim
 from hf_hpmkd.run_record import RECORD_FILE, ModelRecord, RunRecord, Status, TeacherRecord, code_commit, environment
 from hf_hpmkd.teacher_kinds import Teacher, check_teacher
@@ -53,12 +56,12 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
     disable_progress_bar()  # transformers draws one for every checkpoint it writes
     with state.main_process_first():
         known = claim(folder, fingerprint(recipe), recipe.output.overwrite and state.is_main_process)
-        record = known or _new_record(recipe)
+        record = known or new_record(recipe)
         if state.is_main_process and record.status != "completed":
             (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_tree(recipe), sort_keys=False), encoding="utf-8")
             record.status, record.error = "running", None
             record.save(folder / RECORD_FILE)
-    run = _Run(recipe, folder, record, state.is_main_process)
+    run = Run(recipe, folder, record, state.is_main_process)
     if record.status == "completed":
         run.say(f"{folder} holds the finished run of {recipe_source}; `output.overwrite=true` runs it again.")
     else:
@@ -71,7 +74,7 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
     return folder
 
 
-def _run(run: "_Run") -> None:
+def _run(run: Run) -> None:
     recipe, record = run.recipe, run.record
     for metric in recipe.training.metrics:
         load_metric(metric)  # a name that does not exist should not be found out at the end
@@ -98,11 +101,11 @@ def _run(run: "_Run") -> None:
         run.warn_if_larger_than_every_teacher(num_params, teachers)
         evaluate_teachers(run.record, teachers, parts, recipe, say=run.say, warn=run.warn)
 
-    def train_student(name: str, with_teachers: list[Teacher]) -> Trained:
+    def train_student(name: str, build: Callable[[], Classifier], with_teachers: list[Teacher]) -> Trained:
         with run.phase(name):
             trained = train_or_load(
                 name,
-                build_student,
+                build,
                 recipe,
                 student_schedule(recipe),
                 run.folder / name,
@@ -119,9 +122,13 @@ def _run(run: "_Run") -> None:
 
     trained: dict[str, Trained] = {}
     if recipe.distillation.direct:
-        trained["direct"] = train_student("direct", [])
-    trained["student"] = train_student("student", teachers if uses_teachers(recipe) else [])
-    run.keep_weights(trained["student"], teachers)
+        trained["direct"] = train_student("direct", build_student, [])
+    with run.phase("chain"):
+        chain = build_chain(run, parts, teachers, build_student)
+    build_warm = WarmBuild(build_student, chain.above)
+    guides = chain.guides if uses_teachers(recipe) else []
+    trained["student"] = train_student("student", build_warm, guides)
+    run.keep_weights(trained["student"], guides, build_warm.share)
 
     with run.phase("report"):
         classifiers = {name: one.classifier for name, one in trained.items()}
@@ -129,15 +136,15 @@ def _run(run: "_Run") -> None:
         run.write_report()
 
 
-def student_builder(recipe: Recipe, parts: DataParts):
+def student_builder(recipe: Recipe, parts: DataParts) -> StudentBuilder:
     """A function that makes the student with its initial weights (or on the meta device), from the recipe alone."""
     student = recipe.student
 
-    def build(meta: bool = False) -> Classifier:
+    def build(*, meta: bool = False, seed: int | None = None) -> Classifier:
         return build_classifier(
             student.model,
             parts.train,
-            seed=recipe.training.seed,
+            seed=recipe.training.seed if seed is None else seed,
             pretrained=student.pretrained,
             revision=student.revision,
             trust_remote_code=student.trust_remote_code,
@@ -157,12 +164,7 @@ def check_student(recipe: Recipe, student: Classifier, num_classes: int) -> int:
     return student.num_params
 
 
-def uses_teachers(recipe: Recipe) -> bool:
-    """Whether the student's loss listens to the teachers at all."""
-    return recipe.distillation.alpha > 0 or recipe.distillation.feature_weight > 0
-
-
-def load(run: "_Run", name: str, config: TeacherConfig, parts: DataParts) -> Teacher:
+def load(run: Run, name: str, config: TeacherConfig, parts: DataParts) -> Teacher:
     """A teacher from the Hub, timm, a file or a column, checked on a few guide rows."""
     teacher = load_teacher(
         config.model,
@@ -179,7 +181,7 @@ def load(run: "_Run", name: str, config: TeacherConfig, parts: DataParts) -> Tea
     return teacher
 
 
-def train(run: "_Run", name: str, config: TeacherConfig, parts: DataParts) -> Teacher:
+def train(run: Run, name: str, config: TeacherConfig, parts: DataParts) -> Teacher:
     """A teacher trained on the spot into `teachers/<name>`, or found there when the run is resumed."""
     training = run.recipe.training
     schedule = Schedule(
@@ -193,109 +195,3 @@ def train(run: "_Run", name: str, config: TeacherConfig, parts: DataParts) -> Te
     with PartialState().main_process_first() if is_sklearn(config.model) else nullcontext():
         teacher, run.training_seconds[name] = train_teacher(config, name, schedule, run.recipe, parts, folder)
     return teacher.to(run.device)
-
-
-class _Run:
-    """The recipe, folder and record of one run; only the main process speaks and writes."""
-
-    def __init__(self, recipe: Recipe, folder: Path, record: RunRecord, is_main: bool) -> None:
-        self.recipe, self.folder, self.record, self.is_main = recipe, folder, record, is_main
-        self.device = PartialState().device
-        self.training_seconds: dict[str, float] = {}
-
-    def say(self, text: str) -> None:
-        if self.is_main:
-            print(text, flush=True)
-
-    def warn(self, text: str) -> None:
-        if text not in self.record.warnings:
-            self.record.warnings.append(text)
-            self.say(f"Warning: {text}")
-
-    def save(self) -> None:
-        if self.is_main:
-            self.record.save(self.folder / RECORD_FILE)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the seconds of a phase to the record and saves it."""
-        started = time.perf_counter()
-        yield
-        self.record.seconds[name] = self.record.seconds.get(name, 0.0) + time.perf_counter() - started
-        self.save()
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Whatever ends the run, the record says how it ended."""
-        try:
-            yield
-        except KeyboardInterrupt:
-            self._end("interrupted")
-            raise
-        except BaseException as error:
-            self._end("failed", f"{type(error).__name__}: {error}")
-            raise
-        self._end("completed")
-
-    def _end(self, status: Status, error: str | None = None) -> None:
-        self.record.status, self.record.error = status, error
-        self.record.finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self.save()
-
-    def describe_data(self, parts: DataParts) -> None:
-        sizes = ", ".join(f"{name} {len(getattr(parts, name))}" for name in ("train", "guide", "validation", "test"))
-        self.say(f"{parts.task}, {len(parts.class_names)} classes; rows: {sizes}.")
-        for warning in parts.provenance.get("warnings", []):
-            self.warn(warning)
-
-    def warn_if_larger_than_every_teacher(self, num_params: int, teachers: list[Teacher]) -> None:
-        sizes = [teacher.num_params for teacher in teachers if teacher.num_params is not None]
-        if sizes and num_params > max(sizes):
-            self.warn(
-                f"The student ({num_params:,} parameters) is larger than every teacher whose size is known (at most "
-                f"{max(sizes):,}), so nothing is compressed."
-            )
-
-    def keep_teacher(self, teacher: Teacher, config: TeacherConfig) -> None:
-        """Writes down what the teacher is; its figures are the evaluation's."""
-        if config.license is not None:
-            teacher.license = config.license
-        known = next((one for one in self.record.teachers if one.name == teacher.name), None)
-        if known is None:
-            known = TeacherRecord(name=teacher.name, source=config.model, kind=teacher.kind)
-            self.record.teachers.append(known)
-        known.num_params, known.license, known.commit = teacher.num_params, teacher.license, teacher.commit
-        known.trained_here, known.seconds = is_trained_here(config.model), self.training_seconds.get(teacher.name)
-        self.record.commits[teacher.name] = teacher.commit
-
-    def keep_curve(self, name: str, history: list[dict[str, float]]) -> None:
-        self.record.curves[name] = [dict(row) for row in history]
-        self.save()
-
-    def keep_weights(self, student: Trained, teachers: list[Teacher]) -> None:
-        self.record.class_weights = student.class_weights or None
-        last = next((row for row in reversed(student.curve) if any(key.startswith("weight/") for key in row)), {})
-        for index, teacher in enumerate(self.record.teachers):
-            teacher.mean_weight = last.get(f"weight/{teachers[index].name}")
-            if student.calibration is not None:
-                teacher.calibration_temperature = student.calibration[index]
-
-    def write_report(self) -> None:
-        if not self.is_main:
-            return
-        self.record.status = "completed"
-        plots = report.draw_plots(self.record, self.folder / "plots")
-        write_card(self.record, self.folder, self.folder / "student", plots)
-
-
-def _new_record(recipe: Recipe) -> RunRecord:
-    versions, hardware = environment()
-    return RunRecord(
-        status="running",
-        recipe=recipe_tree(recipe),
-        recipe_fingerprint=fingerprint(recipe),
-        seed=recipe.training.seed,
-        started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        versions=versions,
-        hardware=hardware,
-    )

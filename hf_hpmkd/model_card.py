@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_hpmkd import report
-from hf_hpmkd.run_record import RunRecord, TeacherRecord, last_name
+from hf_hpmkd.run_record import RunRecord, StageRecord, TeacherRecord, last_name
 
 CARD_FILE = "README.md"
 
@@ -229,6 +229,7 @@ def _sections(
         "\n\n".join(f"![{_CAPTIONS.get(Path(link).stem, Path(link).stem)}]({link})" for link in links),
         _use(record, config, student_folder),
         _teachers(record),
+        _chain(record),
         _data(record),
         _training(record),
         _limits(record),
@@ -260,6 +261,73 @@ def _opening(record: RunRecord) -> str:
         )
     lines.append(f"**{report.verdict(record)}**")
     return "\n\n".join(lines)
+
+
+def _chain(record: RunRecord) -> str:
+    """The chain's stages and what decided on them."""
+    if record.chain is None or not record.chain.reason:
+        return ""
+    lines = [f"## Chain\n\nBetween the teachers and the student: {record.chain.reason}"]
+    if record.chain.stages:
+        cells = [
+            [
+                f"`chain/{stage.name}`",
+                f"`{last_name(stage.model)}`",
+                f"{stage.num_params:,}",
+                "-" if stage.accuracy is None else f"{stage.accuracy:.2%}",
+                ", ".join(stage.guides),
+                f"{stage.warm_start:.0%}",
+                "-" if stage.seconds is None else f"{stage.seconds:.0f}{' (an earlier run)' if stage.reused else ''}",
+            ]
+            for stage in record.chain.stages
+        ]
+        header = ("stage", "model", "parameters", "validation accuracy", "learned from", "copied", "training s")
+        lines.append(report.markdown(header, cells, left=2))
+        lines.append("Copied: share of the parameters that began as those of a larger model of the same family.")
+    if record.chain.decisions:
+        cells = [
+            [
+                f"{one.num_params:,} parameters",
+                "probe" if one.moment == "probe" else "finished stage",
+                f"{one.gain:+.2f} ± {one.standard_error:.2f}",
+                f"{one.required:.2f}",
+                f"{one.cost:.1f}",
+                "yes" if one.accepted else "no",
+            ]
+            for one in record.chain.decisions
+        ]
+        header = ("stage of", "judged by", "gain of the student, points", "asked for", "cost, student trainings", "kept")
+        lines.append(report.markdown(header, cells, left=2))
+        lines.append("The gains are those of shortly trained students on validation rows.")
+    return "\n\n".join(lines)
+
+
+def write_stage_card(record: RunRecord, stage: StageRecord, folder: str | os.PathLike[str]) -> Path:
+    """Writes the card of one intermediate model into its folder and returns it. record: of the run, still going on."""
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    public = _named_sources(record.public())
+    kind = task(public)
+    tags = ["knowledge-distillation", "hf_hpmkd", kind, "custom_code" if "auto_map" in config else None]
+    values: dict[str, Any] = {
+        "library_name": "hf_hpmkd" if kind == _TABULAR else "transformers",
+        "pipeline_tag": kind,
+        "tags": [tag for tag in tags if tag],
+        "datasets": [_data_name(public)] if _data_on_hub(public) else None,
+    }
+    data = ModelCardData(**{key: value for key, value in values.items() if value is not None})
+    accuracy = "" if stage.accuracy is None else f" It answers {stage.accuracy:.2%} of the validation rows right."
+    sections = [
+        f"# {last_name(stage.model)}, {stage.name} of a distillation chain",
+        f"An intermediate model with {stage.num_params:,} parameters, trained with `hf_hpmkd` on {_data_name(public)} "
+        f"from {', '.join(stage.guides)}, to teach a smaller student ({_student_name(public)}). It can be used alone."
+        f"{accuracy} It was not measured on test rows.",
+        _use(public, config, folder.name),
+    ]
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+    path = folder / CARD_FILE
+    card.save(path)
+    return path
 
 
 def _reading(record: RunRecord) -> str:

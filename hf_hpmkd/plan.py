@@ -14,17 +14,19 @@ import torch
 from datasets import Dataset
 from safetensors import safe_open
 
-from hf_hpmkd.classifiers import Classifier, build_classifier
+from hf_hpmkd.classifiers import build_classifier
+from hf_hpmkd.classifier_training import student_schedule, total_steps
 from hf_hpmkd.data import PARTS, DataParts, load_parts
+from hf_hpmkd.intermediate_models import find_intermediates
+from hf_hpmkd.model_cost import activation_bytes, estimated_seconds, training_flops
 from hf_hpmkd.recipe import Recipe, TeacherConfig
-from hf_hpmkd.recipe_rules import family, is_trained_here, looks_local, teacher_names
+from hf_hpmkd.recipe_rules import family, is_trained_here, looks_local, teacher_names, uses_teachers
 from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, Rows
 from hf_hpmkd.tasks.images import ImageRows
 from hf_hpmkd.tasks.text import TextRows
 from hf_hpmkd.teacher_cache import TeacherCache, estimate, readable_bytes
 
 _STAND_IN_SIDE = 224  # pixels; of images that are not on this disk
-_BATCH = 8  # rows of the forward pass that counts activations
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -54,6 +56,7 @@ def plan(recipe: Recipe) -> str:
         _model_lines(student, teachers),
         _cache_lines(recipe, parts, rows),
         _step_lines(recipe, parts),
+        _chain_lines(recipe, parts, rows, student, teachers),
         _memory_lines(recipe, student, teachers),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections)
@@ -150,7 +153,7 @@ def _built(
         built = build_classifier(model, rows, meta=True, revision=revision, trust_remote_code=trust_remote_code)
     except OSError:  # transformers' and huggingface_hub's answer when a config is neither here nor reachable
         return _Model(name, role, None, note="its config is not at hand")
-    return _Model(name, role, built.num_params, _activations(built, rows) if measure else None)
+    return _Model(name, role, built.num_params, activation_bytes(built, rows) if measure else None)
 
 
 def _count_in_file(path: Path) -> int | None:
@@ -160,30 +163,6 @@ def _count_in_file(path: Path) -> int | None:
     with safe_open(path, framework="pt") as file:
         keys = [key for key in file.keys() if not key.endswith(_BUFFERS)]  # noqa: SIM118 - not a dict
         return sum(math.prod(file.get_slice(key).get_shape()) for key in keys)
-
-
-def _activations(built: Classifier, rows: Rows) -> int | None:
-    """Bytes per row that a forward pass keeps for its backward pass, counted on the meta device."""
-    model = built.model.train()
-    alive: list[torch.Tensor] = []  # keeps storages from being freed, and their addresses from being given twice
-    kept: dict[int, int] = {}
-
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        alive.append(tensor)
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()  # the C++ address; data_ptr() is 0 on the meta device
-        return tensor
-
-    inputs = {key: value.to("meta") for key, value in built.feed(rows.raw([0] * _BATCH)).items()}
-    inputs.pop("attention_mask", None)  # transformers looks at its values, and it weighs next to nothing
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            model(**inputs)
-    except (NotImplementedError, RuntimeError):  # a forward pass that looks at values, which meta tensors do not have
-        return None
-    for weight in (*model.parameters(), *model.buffers()):
-        kept.pop(weight.untyped_storage()._cdata, None)
-    return sum(kept.values()) // _BATCH
 
 
 def _model_lines(student: _Model, teachers: list[_Model]) -> list[str]:
@@ -274,6 +253,65 @@ def _step_lines(recipe: Recipe, parts: DataParts | None) -> list[str]:
             times = f", {1 + teacher.folds} times" if teacher.folds else ""
             lines.append(f"         teacher {name}: {steps * (teacher.epochs or training.epochs):,} steps{times}")
     return lines
+
+
+def _chain_lines(
+    recipe: Recipe, parts: DataParts | None, rows: Rows | None, student: _Model, teachers: list[_Model]
+) -> list[str]:
+    """The intermediate models that would be built: all of them, or the first where the run decides by itself."""
+    config = recipe.chain
+    if not uses_teachers(recipe) or config.length == 0:
+        return ["Chain    no intermediate models"]
+    if rows is None or student.num_params is None:
+        return ["Chain    unknown until the data is loaded and the student's size is known"]
+    decides = config.length == "auto" and not config.models
+    sized = [
+        (one.model, known.num_params)
+        for one, known in zip(recipe.teachers, teachers, strict=True)
+        if known.num_params is not None
+    ]
+    chosen = recipe.student
+    try:
+        names = config.models or [
+            one.name
+            for one in find_intermediates(
+                chosen.model,
+                sized,
+                rows,
+                1 if config.length == "auto" else config.length,
+                revision=chosen.revision,
+                trust_remote_code=chosen.trust_remote_code,
+            )
+        ]
+    except ValueError as error:
+        if not decides:
+            raise
+        return [f"Chain    decides itself: no intermediate model. {error}"]
+    steps = _student_steps(recipe, parts)
+    head = "decides itself; the first candidate:" if decides else f"{len(names)}, as the recipe asks:"
+    lines = [f"Chain    {head}"]
+    student_cost = training_flops(build_classifier(chosen.model, rows, meta=True), rows)
+    for number, name in enumerate(names, 1):
+        built = build_classifier(name, rows, meta=True)
+        flops = training_flops(built, rows)
+        epochs = config.epochs or recipe.training.epochs
+        cost = flops / student_cost * epochs / recipe.training.epochs
+        told = [f"{built.num_params:,} parameters", f"{cost:.1f} student trainings"]
+        if steps is not None:
+            stage_steps = round(steps * epochs / recipe.training.epochs)
+            told.append(f"roughly {estimated_seconds(flops, recipe.training.batch_size, stage_steps):,.0f} s here")
+        if (kept := activation_bytes(built, rows)) is not None:
+            told.append(f"{readable_bytes(kept * recipe.training.batch_size)} of activations")
+        lines.append(f"         stage-{number}  {name}: {', '.join(told)}")
+        if decides:
+            probe = config.probe_share * (2 * config.probe_seeds + cost)
+            lines.append(f"         a probe of it, before it is trained: {probe:.1f} student trainings")
+    return lines
+
+
+def _student_steps(recipe: Recipe, parts: DataParts | None) -> int | None:
+    rows = len(parts.train) if parts else recipe.data.max_train_rows
+    return None if rows is None else total_steps(recipe, student_schedule(recipe), rows)
 
 
 def _memory_lines(recipe: Recipe, student: _Model, teachers: list[_Model]) -> list[str]:

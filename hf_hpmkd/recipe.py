@@ -149,6 +149,41 @@ class DistillationConfig:
 
 
 @dataclass(config=_STRICT, kw_only=True)
+class ChainConfig:
+    """The progressive chain: intermediate models between the teachers and the student, trained before it."""
+
+    length: Literal["auto"] | int = Field(
+        "auto",
+        description="Number of intermediate models; auto lets short probes on validation rows decide, 0 is legal.",
+    )
+    max_length: int = Field(2, ge=1, description="The most that auto may train.")
+    models: list[str] = Field(
+        default_factory=list, description="Names of intermediate models, largest first; empty builds them by size."
+    )
+    guidance: Literal["dense", "previous"] = Field(
+        "dense",
+        description="What a model of the chain learns from: dense, all above it, teachers included; previous (the "
+        "paper's), the one right above.",
+    )
+    warm_start: bool = Field(
+        True, description="Start a model from layers and leading channels of the one above, where they share a family."
+    )
+    epochs: int | None = Field(None, ge=1, description="Epochs of a stage; null takes training.epochs.")
+    learning_rate: float | None = Field(
+        None, gt=0, description="Learning rate of a stage; null takes training.learning_rate."
+    )
+    probe_share: float = Field(
+        0.2, gt=0, le=1, description="Length of a probe of auto, as a share of the student's training."
+    )
+    probe_seeds: int = Field(2, ge=1, description="Students trained on each side of a probe.")
+    min_gain: float = Field(
+        0.1,
+        ge=0,
+        description="Points of validation accuracy that auto asks of a stage per student training that it costs.",
+    )
+
+
+@dataclass(config=_STRICT, kw_only=True)
 class TrainingConfig:
     """The student's training loop."""
 
@@ -210,6 +245,9 @@ class Recipe:
     student: StudentConfig = Field(description="The small model that is trained.")
     task: TaskConfig = Field(default_factory=TaskConfig, description="What is classified.")
     distillation: DistillationConfig = Field(default_factory=DistillationConfig, description="How the teachers teach.")
+    chain: ChainConfig = Field(
+        default_factory=ChainConfig, description="Intermediate models between the teachers and the student."
+    )
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="The student's training loop.")
     output: OutputConfig = Field(default_factory=OutputConfig, description="Where the run goes.")
     hub: HubConfig = Field(default_factory=HubConfig, description="Whether the student is published.")
@@ -222,6 +260,7 @@ _SECTION_TYPES: dict[str, Any] = {
     "student": StudentConfig,
     "task": TaskConfig,
     "distillation": DistillationConfig,
+    "chain": ChainConfig,
     "training": TrainingConfig,
     "output": OutputConfig,
     "hub": HubConfig,

@@ -70,6 +70,11 @@ def teacher_names(recipe: "Recipe") -> list[str]:
     return names
 
 
+def uses_teachers(recipe: "Recipe") -> bool:
+    """Whether the student's loss listens to the teachers at all."""
+    return recipe.distillation.alpha > 0 or recipe.distillation.feature_weight > 0
+
+
 def rule_faults(recipe: "Recipe") -> Iterator[Fault]:
     """Values that do not go together."""
     yield from _task_rules(recipe)
@@ -77,6 +82,7 @@ def rule_faults(recipe: "Recipe") -> Iterator[Fault]:
         yield from _teacher_rules(f"teachers.{position}", teacher)
     yield from _student_rules(recipe)
     yield from _distillation_rules(recipe)
+    yield from _chain_rules(recipe)
     yield from _other_rules(recipe)
 
 
@@ -124,6 +130,8 @@ def _teacher_rules(at: str, teacher: "TeacherConfig") -> Iterator[Fault]:
             f"{at}.model: {name!r} is not among the classifiers that can be trained on the spot."
             f"{did_you_mean(name, ESTIMATORS)} Possible: {', '.join(ESTIMATORS)}.",
         )
+    if re.match(r"stage-\d", teacher.name or ""):
+        yield (f"{at}.name",), f"{at}.name: {teacher.name!r} is how the chain calls its own models. Choose another."
     if teacher.folds == 1:
         yield (f"{at}.folds",), f"{at}.folds: must be 0 (one model for all rows) or at least 2, got 1."
 
@@ -195,6 +203,32 @@ def _distillation_rules(recipe: "Recipe") -> Iterator[Fault]:
             ("training.precision", f"{at}.feature_weight", f"{at}.gate"),
             "training.precision: fp16 scales gradients, which gate joint and the feature term do not undo. Use bf16.",
         )
+
+
+def _chain_rules(recipe: "Recipe") -> Iterator[Fault]:
+    chain, distillation = recipe.chain, recipe.distillation
+    length, models = chain.length, chain.models
+    if length != "auto" and length < 0:
+        yield ("chain.length",), f"chain.length: must be auto or a number from 0 on, got {length}."
+        return
+    if models and length not in ("auto", len(models)):
+        yield (
+            ("chain.length", "chain.models"),
+            f"chain.length: must be auto or the number of chain.models ({len(models)}), got {length}. Remove one of "
+            "the two.",
+        )
+    if (models or length not in ("auto", 0)) and distillation.alpha == 0 and distillation.feature_weight == 0:
+        yield (
+            ("chain.length", "chain.models", "distillation.alpha"),
+            "chain.length: with distillation.alpha 0 nothing learns from the chain. Set it to 0, or alpha above 0.",
+        )
+    for position, name in enumerate(models):
+        if family(name) not in (*_NETWORKS, "timm", "hub"):
+            yield (
+                (f"chain.models.{position}",),
+                f"chain.models.{position}: {name!r} must be a network that is trained here from nothing, such as "
+                "cifar-resnet-14, mlp-64, bert-2x64, timm/... or the architecture of a Hub model.",
+            )
 
 
 def _other_rules(recipe: "Recipe") -> Iterator[Fault]:

@@ -94,7 +94,8 @@ def result_table(record: RunRecord) -> str:
         for line in cells
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*lines, "", verdict(record)])
+    chain = [f"Chain: {record.chain.reason}"] if record.chain is not None and record.chain.reason else []
+    return "\n".join([*lines, "", *chain, verdict(record)])
 
 
 def markdown_table(record: RunRecord) -> str:
@@ -192,6 +193,11 @@ def series(record: RunRecord, run: str, key: str) -> Line:
     return [step for step, _ in found], [value for _, value in found]
 
 
+def taught_by(record: RunRecord) -> list[str]:
+    """Names of what taught the student: teachers, and stages of the chain."""
+    return record.taught_by or [teacher.name for teacher in record.teachers]
+
+
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(wspace=0.06))
     return figure, figure.subplots(1, columns, squeeze=False)[0]
@@ -279,13 +285,14 @@ def _temperature(record: RunRecord) -> Figure | None:
 
 
 def _teacher_weights(record: RunRecord) -> Figure | None:
-    names = [teacher.name for teacher in record.teachers]
+    names = taught_by(record)
     lines = {name: series(record, "student", f"weight/{name}") for name in names}
     lines = {name: line for name, line in lines.items() if line[0]}
     if not lines:
         return None
     figure, (axes,) = _figure(7.2, 3.9)
-    _draw_lines(axes, {f"teacher {name}": line for name, line in lines.items()})
+    stages = [stage.name for stage in record.chain.stages] if record.chain is not None else []
+    _draw_lines(axes, {name if name in stages else f"teacher {name}": line for name, line in lines.items()})
     if len(names) > 1:
         axes.axhline(1 / len(names), label="equal weights", **_REFERENCE)
     top = max((value for _, values in lines.values() for value in values if math.isfinite(value)), default=1.0)
@@ -302,7 +309,7 @@ def _class_weights(record: RunRecord) -> Figure | None:
     count, classes = weights.shape
     empty = weights.sum(axis=0) == 0
     names = record.class_names if len(record.class_names) == classes else [str(index) for index in range(classes)]
-    teachers = [teacher.name for teacher in record.teachers]
+    teachers = taught_by(record)
     if len(teachers) != count:
         teachers = [f"teacher {index}" for index in range(count)]
     figure, (axes,) = _figure(min(16.0, 3.6 + 0.62 * min(classes, 20)), 2.0 + 0.5 * count)

@@ -87,12 +87,72 @@ class ModelRecord:
 
 
 @dataclass
+class StageRecord:
+    """One intermediate model of the chain. model: its name. target: parameters asked for. guides: names of what taught it.
+
+    warm_start: share of its parameters that began as copies, 0 to 1. accuracy: on validation rows, 0 to 1. reused: found
+    finished, from an earlier run. mean_weight: as in TeacherRecord, for the student.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    model: str
+    num_params: int
+    target: int | None = None
+    guides: list[str] = field(default_factory=list)
+    warm_start: Number = 0.0
+    accuracy: Number | None = None
+    seconds: Number | None = None
+    steps: int | None = None
+    reused: bool = False
+    mean_weight: Number | None = None
+
+
+@dataclass
+class ChainDecision:
+    """One step of the chain's reasoning. moment: "probe" (before a stage is trained) or "measured" (after).
+
+    gain, standard_error, required: points of validation accuracy of the student. cost: the stage's training over the
+    student's, in floating point operations. seconds: what the decision itself took.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    moment: str
+    model: str
+    num_params: int
+    gain: Number
+    standard_error: Number
+    required: Number
+    cost: Number
+    accepted: bool
+    seconds: Number = 0.0
+
+
+@dataclass
+class ChainRecord:
+    """The progressive chain, largest stage first. reason: why it has the length it has, in a sentence.
+
+    student_warm_start: share of the student's parameters that began as copies of the model above, 0 to 1.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    stages: list[StageRecord] = field(default_factory=list)
+    decisions: list[ChainDecision] = field(default_factory=list)
+    reason: str = ""
+    student_warm_start: Number = 0.0
+
+
+@dataclass
 class RunRecord:
     """One distillation.
 
     parts: the provenance of the data; parts["parts"][part]["rows"] is a part's size. curves: run name ("student",
-    "direct", a teacher) -> rows of its log, each with `step`. class_weights: `teachers x classes`, mean weight of each
-    teacher on the guide rows of each class; a column of zeros is a class without guide rows. seconds: phase -> seconds.
+    "direct", a teacher, a stage) -> rows of its log, each with `step`. taught_by: what taught the student, teachers and
+    stages of the chain. class_weights: `taught_by x classes`, mean weight of each on the guide rows of each class; a
+    column of zeros is a class without guide rows. chain: None where the recipe asked for none. seconds: phase -> seconds.
     events: {"time", "text"}. Times are UTC, ISO 8601.
     """
 
@@ -109,8 +169,10 @@ class RunRecord:
     commits: dict[str, str | None] = field(default_factory=dict)
     parts: dict[str, Any] = field(default_factory=dict)
     teachers: list[TeacherRecord] = field(default_factory=list)
+    chain: ChainRecord | None = None
     models: dict[str, ModelRecord] = field(default_factory=dict)
     curves: dict[str, list[dict[str, Number | None]]] = field(default_factory=dict)
+    taught_by: list[str] = field(default_factory=list)
     class_weights: list[list[Number]] | None = None
     class_names: list[str] = field(default_factory=list)
     seconds: dict[str, Number] = field(default_factory=dict)

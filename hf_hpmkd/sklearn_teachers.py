@@ -134,6 +134,7 @@ class SklearnTeacher(Teacher):
     """
 
     kind = "sklearn"
+    min_batch = 4096  # a forest takes a second for 256 rows, and little more for these
 
     def __init__(
         self,

@@ -346,7 +346,7 @@ class _Capture:
         done = start = pending_bytes = 0
         started, warm_start = time.perf_counter(), 0
         while start < len(self.rows):
-            stop = min(start + self.batch_size, len(self.rows))
+            stop = min(start + max(self.batch_size, teacher.min_batch), len(self.rows))
             encoded = self._batch(teacher, file, start, stop)
             if encoded is None:
                 continue

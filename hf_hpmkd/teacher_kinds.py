@@ -91,6 +91,8 @@ class Teacher(ABC):
     """Whether it is a torch module that can run inside the training loop on inputs (`forward_inputs`)."""
     answers_views: bool = True
     """Whether it can answer augmented views of a row."""
+    min_batch: int = 1
+    """Rows that it should be asked about at once at least, because each call has a price of its own."""
 
     def __init__(
         self,
@@ -361,6 +363,7 @@ class FoldedTeacher(Teacher):
         self.folds = list(folds)
         self.fold_of_row = fold_of_row
         self.answers_views = full.answers_views
+        self.min_batch = full.min_batch * len(self.folds)
         self._rows_fingerprint = rows.fingerprint
 
     @cached_property

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -30,6 +31,7 @@ def table_recipe(folder, **training):
             {"model": "sklearn:RandomForestClassifier", "params": {"n_estimators": 10}, "folds": 0},
         ],
         "student": {"model": "mlp-2"},
+        "chain": {"length": 0},
         "distillation": {"temperature_schedule": "learned", "guide_every": 2},
         "training": {"epochs": 4, "batch_size": 16, "learning_rate": 0.01, "evaluations": 4, **training},
         "output": {"dir": str(folder / "run")},
@@ -181,6 +183,29 @@ def test_two_launched_processes_share_one_run(tmp_path):
     rows = len(RunRecord.load(tmp_path / "run" / "run_record.json").curves["student"])
     steps = json.loads((tmp_path / "run" / "student.trained.json").read_text())["steps"]
     assert rows > 0 and steps == 4 * -(-109 // 16)
+
+
+@pytest.mark.slow
+def test_a_run_killed_without_warning_goes_on_and_ends_the_same(tmp_path, finished):
+    """Killed (-9) several times, wherever it is by then; the same command ends with bitwise the same student."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HPMKD_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "hf_hpmkd", "distill", str(table_recipe(tmp_path))]
+    seen = [
+        tmp_path / "run" / "teachers" / "mlp-32.trained.json",
+        tmp_path / "run" / "direct" / "checkpoints",
+        tmp_path / "run" / "student" / "checkpoints" / "checkpoint-7",
+    ]
+    for reached in seen:
+        with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while not reached.exists() and process.poll() is None:
+                time.sleep(0.01)
+            assert process.poll() is None, f"ended before {reached.name} was there"
+            process.kill()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert RunRecord.load(tmp_path / "run" / "run_record.json").status == "completed"
+    killed, whole = (load_file(folder / "run" / "student" / "model.safetensors") for folder in (tmp_path, finished))
+    assert all(torch.equal(killed[key], whole[key]) for key in whole)
 
 
 @pytest.mark.parametrize("task", ["image", "text"])

@@ -1,0 +1,130 @@
+"""One run while it happens: its recipe, folder and record, kept in step on disk. Trains and decides nothing."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import PartialState
+
+from hf_hpmkd import report
+from hf_hpmkd.classifier_training import Trained
+from hf_hpmkd.data import DataParts
+from hf_hpmkd.model_card import write_card
+from hf_hpmkd.recipe import Recipe, TeacherConfig, fingerprint, recipe_tree
+from hf_hpmkd.recipe_rules import is_trained_here
+from hf_hpmkd.run_record import RECORD_FILE, RunRecord, Status, TeacherRecord, environment
+from hf_hpmkd.teacher_kinds import Teacher
+
+
+class Run:
+    """The recipe, folder and record of one run; only the main process speaks and writes."""
+
+    def __init__(self, recipe: Recipe, folder: Path, record: RunRecord, is_main: bool) -> None:
+        self.recipe, self.folder, self.record, self.is_main = recipe, folder, record, is_main
+        self.device = PartialState().device
+        self.training_seconds: dict[str, float] = {}
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        if text not in self.record.warnings:
+            self.record.warnings.append(text)
+            self.say(f"Warning: {text}")
+
+    def save(self) -> None:
+        if self.is_main:
+            self.record.save(self.folder / RECORD_FILE)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the seconds of a phase to the record and saves it."""
+        started = time.perf_counter()
+        yield
+        self.record.seconds[name] = self.record.seconds.get(name, 0.0) + time.perf_counter() - started
+        self.save()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Whatever ends the run, the record says how it ended."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._end("interrupted")
+            raise
+        except BaseException as error:
+            self._end("failed", f"{type(error).__name__}: {error}")
+            raise
+        self._end("completed")
+
+    def _end(self, status: Status, error: str | None = None) -> None:
+        self.record.status, self.record.error = status, error
+        self.record.finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.save()
+
+    def describe_data(self, parts: DataParts) -> None:
+        sizes = ", ".join(f"{name} {len(getattr(parts, name))}" for name in ("train", "guide", "validation", "test"))
+        self.say(f"{parts.task}, {len(parts.class_names)} classes; rows: {sizes}.")
+        for warning in parts.provenance.get("warnings", []):
+            self.warn(warning)
+
+    def warn_if_larger_than_every_teacher(self, num_params: int, teachers: list[Teacher]) -> None:
+        sizes = [teacher.num_params for teacher in teachers if teacher.num_params is not None]
+        if sizes and num_params > max(sizes):
+            self.warn(
+                f"The student ({num_params:,} parameters) is larger than every teacher whose size is known (at most "
+                f"{max(sizes):,}), so nothing is compressed."
+            )
+
+    def keep_teacher(self, teacher: Teacher, config: TeacherConfig) -> None:
+        """Writes down what the teacher is; its figures are the evaluation's."""
+        if config.license is not None:
+            teacher.license = config.license
+        known = next((one for one in self.record.teachers if one.name == teacher.name), None)
+        if known is None:
+            known = TeacherRecord(name=teacher.name, source=config.model, kind=teacher.kind)
+            self.record.teachers.append(known)
+        known.num_params, known.license, known.commit = teacher.num_params, teacher.license, teacher.commit
+        known.trained_here, known.seconds = is_trained_here(config.model), self.training_seconds.get(teacher.name)
+        self.record.commits[teacher.name] = teacher.commit
+
+    def keep_curve(self, name: str, history: list[dict[str, float]]) -> None:
+        self.record.curves[name] = [dict(row) for row in history]
+        self.save()
+
+    def keep_weights(self, student: Trained, guides: list[Teacher], warm_start: float) -> None:
+        """What the student made of those above it. guides: what it learned from. warm_start: share it began with."""
+        self.record.taught_by = [guide.name for guide in guides]
+        self.record.class_weights = student.class_weights or None
+        last = next((row for row in reversed(student.curve) if any(key.startswith("weight/") for key in row)), {})
+        stages = self.record.chain.stages if self.record.chain is not None else []
+        for one in (*self.record.teachers, *stages):
+            one.mean_weight = last.get(f"weight/{one.name}")
+        calibration = dict(zip(self.record.taught_by, student.calibration or [], strict=False))
+        for teacher in self.record.teachers:
+            teacher.calibration_temperature = calibration.get(teacher.name)
+        if self.record.chain is not None:
+            self.record.chain.student_warm_start = warm_start
+
+    def write_report(self) -> None:
+        if not self.is_main:
+            return
+        self.record.status = "completed"
+        plots = report.draw_plots(self.record, self.folder / "plots")
+        write_card(self.record, self.folder, self.folder / "student", plots)
+
+
+def new_record(recipe: Recipe) -> RunRecord:
+    """An empty record of a run that starts now."""
+    versions, hardware = environment()
+    return RunRecord(
+        status="running",
+        recipe=recipe_tree(recipe),
+        recipe_fingerprint=fingerprint(recipe),
+        seed=recipe.training.seed,
+        started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        versions=versions,
+        hardware=hardware,
+    )
