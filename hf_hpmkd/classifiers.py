@@ -1,18 +1,15 @@
 """Names to models: what `cifar-resnet-8`, `mlp-64x32`, `bert-2x64`, `timm/resnet10t` or a Hub id stands for, built with
-the preprocessing that fits it, for students and for teachers that are trained on the spot. Trains nothing.
+the preprocessing that fits it, for students, models between, and teachers trained on the spot. Trains nothing.
 """
 
 import difflib
-import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -28,13 +25,14 @@ from transformers import (
 )
 
 from hf_hpmkd.heads import find_classifier_head
+from hf_hpmkd.model_names import TASK_OF, ModelName, bad_name, forms, parse_name, split_variant, with_variant
 from hf_hpmkd.models import (
     CifarResNetConfig,
     TabularConfig,
     TabularForClassification,
     TabularProcessor,
 )
-from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TASKS, TEXT_CLASSIFICATION, Feed, Rows
+from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TEXT_CLASSIFICATION, Feed, Rows
 from hf_hpmkd.tasks.images import ImageFeed, ProcessorFeed
 from hf_hpmkd.tasks.tables import TableFeed
 from hf_hpmkd.tasks.text import TextFeed, train_tokenizer
@@ -42,36 +40,18 @@ from hf_hpmkd.tasks.text import TextFeed, train_tokenizer
 MAX_TEXT_LENGTH = 128
 """Tokens kept of a text, where the model does not take fewer."""
 
-FORMS = {
-    IMAGE_CLASSIFICATION: (
-        "cifar-resnet-DEPTH with DEPTH = 6n + 2, as in cifar-resnet-8",
-        "cifar-resnet-DEPTHxWIDTH, as in cifar-resnet-14x8 (8 channels in the first stage instead of 16)",
-        "timm/ARCHITECTURE, as in timm/resnet10t",
-    ),
-    TEXT_CLASSIFICATION: ("bert-LAYERSxHIDDEN with HIDDEN a multiple of 16, as in bert-2x64",),
-    TABULAR_CLASSIFICATION: ("mlp-WIDTH or mlp-WIDTHxWIDTH..., as in mlp-16 or mlp-64x32",),
-}
-_HUB_FORM = "the id of a model on the Hub or a folder with its files, as in google/mobilenet_v2_1.0_224 or ./student"
-_TASK_OF = {"cifar-resnet": IMAGE_CLASSIFICATION, "bert": TEXT_CLASSIFICATION, "mlp": TABULAR_CLASSIFICATION}
 _AUTO_MODEL = {
     IMAGE_CLASSIFICATION: AutoModelForImageClassification,
     TEXT_CLASSIFICATION: AutoModelForSequenceClassification,
     TABULAR_CLASSIFICATION: AutoModel,
 }
 _SMALL_IMAGE = 64
+# What the constructors of timm and transformers raise for sizes that do not go together.
+_UNBUILDABLE = (
+    AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError,
+    StrictDataclassError,
+)  # fmt: skip
 _STATISTICS_ROWS = 2048
-
-
-@dataclass(frozen=True)
-class ModelName:
-    """family: cifar-resnet, mlp, bert, timm or hub. numbers: (depth, width), the widths, or (layers, hidden size).
-    source: architecture, Hub id or folder, without a prefix.
-    """
-
-    name: str
-    family: str
-    numbers: tuple[int, ...] = ()
-    source: str = ""
 
 
 @dataclass
@@ -82,53 +62,6 @@ class Classifier:
     feed: Feed
     family: str
     num_params: int
-
-
-def parse_name(name: str, task: str) -> ModelName:
-    """What a model name means for a task. Opens no file and no connection.
-
-    Raises ValueError, with all the forms that the task knows, for a name of none of them or of another task.
-    """
-    if task not in TASKS:
-        raise ValueError(f"The task must be one of {', '.join(TASKS)}, got {task!r}.")
-    if built := re.match(r"(cifar-resnet|mlp)(?![a-z])|(bert)-(?=\d)", name):
-        parsed = _parse_built(name, built[1] or built[2])
-        if _TASK_OF[parsed.family] != task:
-            raise _bad_name(name, task, f"it is for {_TASK_OF[parsed.family]}")
-        return parsed
-    if timm_name := re.fullmatch(r"(?:hf-hub:)?timm/(.+)", name):
-        if task != IMAGE_CLASSIFICATION:
-            raise _bad_name(name, task, f"it is for {IMAGE_CLASSIFICATION}")
-        return ModelName(name, "timm", source=timm_name[1])
-    if re.match(r"(sklearn|column):", name) or name.endswith((".skops", ".safetensors")):
-        raise _bad_name(name, task, "it can be a teacher only, for it is no network to be trained here")
-    source = re.sub(r"^(hf-hub|local-dir):", "", name)
-    if not Path(source).is_dir():
-        try:
-            validate_repo_id(source)
-        except HFValidationError as error:
-            raise _bad_name(name, task, "it is no folder and no id on the Hub") from error
-    return ModelName(name, "hub", source=source)
-
-
-def _parse_built(name: str, family: str) -> ModelName:
-    task = _TASK_OF[family]
-    digits = re.fullmatch(r"\d+(x\d+)*", name.removeprefix(family + "-"))
-    numbers = tuple(int(part) for part in digits[0].split("x")) if digits else ()
-    if not numbers or min(numbers) < 1:
-        raise _bad_name(name, task, "positive numbers must follow")
-    if family == "cifar-resnet":
-        if len(numbers) > 2 or numbers[0] < 8 or (numbers[0] - 2) % 6:
-            raise _bad_name(name, task, "the depth must be 8, 14, 20, 26, 32, ...")
-        numbers = (numbers[0], numbers[1] if len(numbers) == 2 else 16)
-    if family == "bert" and (len(numbers) != 2 or numbers[1] % 16):
-        raise _bad_name(name, task, "two numbers must follow, the second a multiple of 16")
-    return ModelName(name, family, numbers)
-
-
-def _bad_name(name: str, task: str, why: str) -> ValueError:
-    forms = "; ".join((*FORMS[task], _HUB_FORM))
-    return ValueError(f"{name!r} names no model for {task}: {why}. Use one of: {forms}.")
 
 
 @dataclass(frozen=True)
@@ -172,9 +105,14 @@ def build_classifier(
     that do not fit; OSError if the Hub or the folder does not have the model.
     """
     parsed = parse_name(name, rows.task)
-    if pretrained and parsed.family in _TASK_OF:
+    if pretrained and parsed.family in TASK_OF:
         raise ValueError(
             f"There are no pre-trained weights for {name!r}. Set pretrained to False, or name a Hub model."
+        )
+    if pretrained and parsed.variant:
+        raise ValueError(
+            f"There are no pre-trained weights for the sizes in {name!r}. Set pretrained to False, or leave the "
+            f"brackets out: {split_variant(name)[0]}."
         )
     # A definite False, because None would stop at a prompt for code from the Hub.
     hub: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -302,18 +240,21 @@ def _timm(request: _Request) -> tuple[PreTrainedModel, Feed]:
     taught = {"input_size": [3, *size], "crop_pct": 1.0, "interpolation": "bilinear"}
     if isinstance(feed, ImageFeed):
         taught |= {"mean": list(feed.mean), "std": list(feed.std)}
+    # Models with a fixed number of patches have to be told; they refuse sizes that their patches do not divide.
+    fixed = {"img_size": list(size)} if usual.fixed_input_size and list(size) != usual_size else {}
     config = TimmWrapperConfig(
-        architecture=architecture,
-        # Models with a fixed number of patches have to be told; they refuse sizes that their patches do not divide.
-        model_args={"img_size": list(size)} if usual.fixed_input_size and list(size) != usual_size else None,
-        **request.labels,
+        architecture=architecture, model_args={**fixed, **request.name.variant} or None, **request.labels
     )
     config.pretrained_cfg = taught
     try:
         return _new_model(config, request), feed
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+    except _UNBUILDABLE as error:
+        other = (
+            "other sizes in the brackets, or another architecture" if request.name.variant else "another architecture"
+        )
         raise ValueError(
-            f"{architecture!r} cannot be built for {size[0]} x {size[1]} images ({error}). Choose another architecture."
+            f"{with_variant(architecture, request.name.variant)!r} cannot be built for {size[0]} x {size[1]} images "
+            f"({error}). Choose {other}."
         ) from error
 
 
@@ -324,21 +265,51 @@ def _from_hub(request: _Request) -> tuple[PreTrainedModel, Feed]:
     for key, value in request.labels.items():
         setattr(config, key, value)
     feed = _own_feed(request, request.name.source, config)
-    model = _new_model(config, request)
+    model = _new_variant(config, request) if request.name.variant else _new_model(config, request)
     if isinstance(model, TabularForClassification):
         model.attach_processor(feed.processor)
     return model, feed
+
+
+def _new_variant(config: PretrainedConfig, request: _Request) -> PreTrainedModel:
+    """A model of the config's kind with other sizes."""
+    name, variant = request.name.name, request.name.variant
+    if isinstance(config, TimmWrapperConfig):
+        config.model_args = {**(config.model_args or {}), **variant}
+    else:
+        sizes = {config.attribute_map.get(key, key): value for key, value in variant.items()}
+        settings = config.to_dict()
+        for key, value in sizes.items():
+            if key not in settings or isinstance(settings[key], (bool, str, dict)):
+                close = difflib.get_close_matches(key, settings, n=3)
+                raise ValueError(
+                    f"{name!r}: the configuration of a {config.model_type} has no size {key!r}."
+                    f"{f' Did you mean {chr(44).join(close)}?' if close else ''} Its config.json lists all."
+                )
+            sizes[key] = [value] if isinstance(settings[key], (list, tuple)) and not isinstance(value, list) else value
+        layers, kinds = getattr(config, "num_hidden_layers", None), settings.get("layer_types")
+        if kinds and len(kinds) == layers:  # one per layer, so there must be as many as there will be layers
+            wanted = sizes.get(config.attribute_map.get("num_hidden_layers", "num_hidden_layers"), layers)
+            sizes["layer_types"] = [kinds[index % layers] for index in range(wanted)]
+    try:
+        if not isinstance(config, TimmWrapperConfig):
+            # Made anew, because a config works out some sizes from others while it is made.
+            config = type(config).from_dict({**settings, **sizes})
+        return _new_model(config, request)
+    except _UNBUILDABLE as error:
+        raise ValueError(f"{name!r} cannot be built with these sizes ({error}). Choose others.") from error
 
 
 def _config(request: _Request, source: str) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source, **request.hub)
     except (OSError, ValueError) as error:
-        forms = "; ".join((*FORMS[request.rows.task], _HUB_FORM))
         kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"{source!r} cannot be opened as a model: {error} A model name is one of: {forms}.") from error
+        raise kind(
+            f"{source!r} cannot be opened as a model: {error} A model name is one of: {forms(request.rows.task)}."
+        ) from error
     if request.rows.task == TABULAR_CLASSIFICATION and not isinstance(config, TabularConfig):
-        raise _bad_name(request.name.name, request.rows.task, f"it is a {config.model_type}, which reads no tables")
+        raise bad_name(request.name.name, request.rows.task, f"it is a {config.model_type}, which reads no tables")
     if isinstance(config, TimmWrapperConfig) and config.model_args:
         # Repositories that timm pushed may repeat it there, and the wrapper then passes it twice: a TypeError.
         config.model_args.pop("num_classes", None)

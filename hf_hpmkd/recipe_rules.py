@@ -7,9 +7,9 @@ from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_hpmkd.classifiers import parse_name
 from hf_hpmkd.data_source import SKLEARN_SETS
 from hf_hpmkd.losses import LEGAL_SCHEDULES
+from hf_hpmkd.model_names import built_family, parse_name, split_variant
 from hf_hpmkd.recipe_faults import did_you_mean
 from hf_hpmkd.sklearn_teachers import ESTIMATORS
 from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TEXT_CLASSIFICATION
@@ -25,15 +25,13 @@ _TASK_OF_FAMILY = {
     "mlp": TABULAR_CLASSIFICATION,
     "bert": TEXT_CLASSIFICATION,
 }
-# What `classifiers.parse_name` takes for names of its own too; bert needs the number, because of bert-base-cased.
-_BUILT_HERE = re.compile(r"(cifar-resnet|mlp)(?![a-z])|(bert)-(?=\d)")
 _NETWORKS = ("cifar-resnet", "mlp", "bert")
 
 
 def family(model: str) -> str:
     """What a model name stands for: cifar-resnet, mlp, bert, sklearn, timm, safetensors, skops, column or hub."""
-    if built := _BUILT_HERE.match(model):
-        return built[1] or built[2]
+    if built := built_family(model):
+        return built
     if model.startswith(("timm/", "hf-hub:timm/")):
         return "timm"
     for prefix in ("sklearn", "column"):
@@ -99,11 +97,19 @@ def _task_rules(recipe: "Recipe") -> Iterator[Fault]:
         yield tuple(tasks), f"teachers, student: all models must be for one task: {told}."
     for key, name in models.items():
         own_task = _TASK_OF_FAMILY.get(family(name), task)
-        if family(name) in (*_NETWORKS, "timm", "hub") and own_task != "auto" and not looks_local(name):
-            try:
+        try:
+            _, sizes = split_variant(name)
+            if family(name) in (*_NETWORKS, "timm", "hub") and own_task != "auto" and not looks_local(name):
                 parse_name(name, own_task)
-            except ValueError as error:
-                yield (key,), f"{key}: {error}"
+        except ValueError as error:
+            yield (key,), f"{key}: {error}"
+        else:
+            if sizes and (key != "student.model" or recipe.student.pretrained):
+                yield (
+                    (key, "student.pretrained") if key == "student.model" else (key,),
+                    f"{key}: there are no trained weights for sizes of your own, as in {name!r}. Leave the brackets "
+                    f"out{', or set student.pretrained to false' if key == 'student.model' else ''}.",
+                )
 
 
 def _teacher_rules(at: str, teacher: "TeacherConfig") -> Iterator[Fault]:
@@ -286,6 +292,8 @@ def file_faults(recipe: "Recipe") -> Iterator[Fault]:
         if not looks_local(model):
             continue
         file = Path(model.removeprefix("local-dir:")).expanduser()
+        if model.endswith("]") and not file.exists():  # sizes of its own, which are no part of the folder's name
+            file = Path(str(file).split("[")[0])
         if not file.exists():
             yield (key,), _no_such(key, model)
         elif file.suffix == ".safetensors" and not file.with_suffix(".json").exists():

@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "hf_hpmkd"
 # (tasks, models, metrics, components) is one word; what its files do among themselves is their matter, save components.
 LEVELS = (
     ("losses", "heads", "run_record", "tasks", "models", "metrics"),
-    ("components", "training_args", "dataset_rows", "data_source", "data", "classifiers"),
+    ("components", "training_args", "dataset_rows", "data_source", "data", "model_names", "classifiers",
+     "intermediate_models", "warm_start"),
     (
         "teacher_kinds", "sklearn_teachers", "teachers", "teacher_output_file", "teacher_outputs", "teacher_cache",
         "report", "run_summary", "model_card", "run_folder", "hub_store",
@@ -33,6 +34,8 @@ ONLY = {
     "run_record": set(),
     "tasks": set(),
     "models": set(),
+    "model_names": {"tasks"},
+    "warm_start": {"heads", "models"},
     "metrics": set(),
     "components": {"losses"},
     "report": {"run_record"},
