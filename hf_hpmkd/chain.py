@@ -389,7 +389,9 @@ class _Probes:
         """A stage's training in student trainings, by operations: seconds would make the decision depend on luck."""
         rows = self.stages.parts.train
         flops = training_flops(build_classifier(candidate.name, rows, meta=True), rows)
-        steps = [total_steps(self.stages.run.recipe, one, len(rows)) for one in (self.stages.schedule(), self._student())]
+        steps = [
+            total_steps(self.stages.run.recipe, one, len(rows)) for one in (self.stages.schedule(), self._student())
+        ]
         return flops * steps[0] / (self.student_flops * steps[1])
 
     def _students(self, name: str, above: Sequence[TorchTeacher]) -> torch.Tensor:

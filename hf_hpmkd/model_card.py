@@ -296,7 +296,14 @@ def _chain(record: RunRecord) -> str:
             ]
             for one in record.chain.decisions
         ]
-        header = ("stage of", "judged by", "gain of the student, points", "asked for", "cost, student trainings", "kept")
+        header = (
+            "stage of",
+            "judged by",
+            "gain of the student, points",
+            "asked for",
+            "cost, student trainings",
+            "kept",
+        )
         lines.append(report.markdown(header, cells, left=2))
         lines.append("The gains are those of shortly trained students on validation rows.")
     return "\n\n".join(lines)

@@ -188,7 +188,12 @@ def test_two_launched_processes_share_one_run(tmp_path):
 @pytest.mark.slow
 def test_a_run_killed_without_warning_goes_on_and_ends_the_same(tmp_path, finished):
     """Killed (-9) several times, wherever it is by then; the same command ends with bitwise the same student."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HPMKD_CACHE": str(tmp_path / "cache")}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HPMKD_CACHE": str(tmp_path / "cache"),
+    }
     command = [sys.executable, "-m", "hf_hpmkd", "distill", str(table_recipe(tmp_path))]
     seen = [
         tmp_path / "run" / "teachers" / "mlp-32.trained.json",
@@ -196,7 +201,9 @@ def test_a_run_killed_without_warning_goes_on_and_ends_the_same(tmp_path, finish
         tmp_path / "run" / "student" / "checkpoints" / "checkpoint-7",
     ]
     for reached in seen:
-        with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as process:
             while not reached.exists() and process.poll() is None:
                 time.sleep(0.01)
             assert process.poll() is None, f"ended before {reached.name} was there"

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.data import PARTS, load_parts
 from hf_hpmkd.models import CifarResNetConfig, CifarResNetForImageClassification
-from hf_hpmkd.plan import _activations, plan
+from hf_hpmkd.plan import plan
 from hf_hpmkd.recipe import Recipe, load_recipe, read_recipe
 
 
@@ -142,7 +142,7 @@ def test_activations_are_those_of_the_backward_pass() -> None:
 
     rows = SimpleNamespace(raw=lambda indices: torch.zeros(len(indices), 4))
     built = SimpleNamespace(model=Net(), feed=lambda raw: {"x": raw})
-    assert _activations(built, rows) == 4 * (4 + 8)
+    assert activation_bytes(built, rows) == 4 * (4 + 8)
 
 
 def test_activations_of_a_model_that_looks_at_values_are_left_out() -> None:
@@ -151,7 +151,7 @@ def test_activations_of_a_model_that_looks_at_values_are_left_out() -> None:
             return super().forward(x) if x.sum() > 0 else x
 
     rows = SimpleNamespace(raw=lambda indices: torch.zeros(len(indices), 4))
-    assert _activations(SimpleNamespace(model=Net(4, 4, device="meta"), feed=lambda raw: {"x": raw}), rows) is None
+    assert activation_bytes(SimpleNamespace(model=Net(4, 4, device="meta"), feed=lambda raw: {"x": raw}), rows) is None
 
 
 def test_memory_of_half_precision_and_batch() -> None:
