@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_hpmkd"
 LEVELS = (
     ("losses", "heads", "run_record", "tasks", "models", "metrics"),
     ("components", "training_args", "dataset_rows", "data_source", "data", "model_names", "classifiers",
-     "intermediate_models", "warm_start"),
+     "model_shapes", "intermediate_models", "warm_start"),
     (
         "teacher_kinds", "sklearn_teachers", "teachers", "teacher_output_file", "teacher_outputs", "teacher_cache",
         "report", "run_summary", "model_card", "run_folder", "hub_store",
