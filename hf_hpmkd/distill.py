@@ -53,12 +53,12 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
     disable_progress_bar()  # transformers draws one for every checkpoint it writes
     with state.main_process_first():
         known = claim(folder, fingerprint(recipe), recipe.output.overwrite and state.is_main_process)
-        record = known or _new_record(recipe)
+        record = known or new_record(recipe)
         if state.is_main_process and record.status != "completed":
             (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_tree(recipe), sort_keys=False), encoding="utf-8")
             record.status, record.error = "running", None
             record.save(folder / RECORD_FILE)
-    run = _Run(recipe, folder, record, state.is_main_process)
+    run = Run(recipe, folder, record, state.is_main_process)
     if record.status == "completed":
         run.say(f"{folder} holds the finished run of {recipe_source}; `output.overwrite=true` runs it again.")
     else:
@@ -71,7 +71,7 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
     return folder
 
 
-def _run(run: "_Run") -> None:
+def _run(run: "Run") -> None:
     recipe, record = run.recipe, run.record
     for metric in recipe.training.metrics:
         load_metric(metric)  # a name that does not exist should not be found out at the end
@@ -89,12 +89,7 @@ def _run(run: "_Run") -> None:
             record.commits["student"] = getattr(blueprint.model.config, "_commit_hash", None)
 
     with run.phase("teachers"):
-        named = list(zip(teacher_names(recipe), recipe.teachers, strict=True))
-        # What is loaded can be wrong in many ways, so it comes before what takes minutes to train.
-        loaded = {name: load(run, name, one, parts) for name, one in named if not is_trained_here(one.model)}
-        teachers = [loaded.get(name) or train(run, name, one, parts) for name, one in named]
-        for one, (_, config) in zip(teachers, named, strict=True):
-            run.keep_teacher(one, config)
+        teachers = get_teachers(run, parts)
         run.warn_if_larger_than_every_teacher(num_params, teachers)
         evaluate_teachers(run.record, teachers, parts, recipe, say=run.say, warn=run.warn)
 
@@ -162,7 +157,18 @@ def uses_teachers(recipe: Recipe) -> bool:
     return recipe.distillation.alpha > 0 or recipe.distillation.feature_weight > 0
 
 
-def load(run: "_Run", name: str, config: TeacherConfig, parts: DataParts) -> Teacher:
+def get_teachers(run: "Run", parts: DataParts) -> list[Teacher]:
+    """The recipe's teachers, loaded or trained on the spot (or found in the run's folder), written into the record."""
+    named = list(zip(teacher_names(run.recipe), run.recipe.teachers, strict=True))
+    # What is loaded can be wrong in many ways, so it comes before what takes minutes to train.
+    loaded = {name: load(run, name, one, parts) for name, one in named if not is_trained_here(one.model)}
+    teachers = [loaded.get(name) or train(run, name, one, parts) for name, one in named]
+    for one, (_, config) in zip(teachers, named, strict=True):
+        run.keep_teacher(one, config)
+    return teachers
+
+
+def load(run: "Run", name: str, config: TeacherConfig, parts: DataParts) -> Teacher:
     """A teacher from the Hub, timm, a file or a column, checked on a few guide rows."""
     teacher = load_teacher(
         config.model,
@@ -179,7 +185,7 @@ def load(run: "_Run", name: str, config: TeacherConfig, parts: DataParts) -> Tea
     return teacher
 
 
-def train(run: "_Run", name: str, config: TeacherConfig, parts: DataParts) -> Teacher:
+def train(run: "Run", name: str, config: TeacherConfig, parts: DataParts) -> Teacher:
     """A teacher trained on the spot into `teachers/<name>`, or found there when the run is resumed."""
     training = run.recipe.training
     schedule = Schedule(
@@ -195,7 +201,7 @@ def train(run: "_Run", name: str, config: TeacherConfig, parts: DataParts) -> Te
     return teacher.to(run.device)
 
 
-class _Run:
+class Run:
     """The recipe, folder and record of one run; only the main process speaks and writes."""
 
     def __init__(self, recipe: Recipe, folder: Path, record: RunRecord, is_main: bool) -> None:
@@ -288,7 +294,8 @@ class _Run:
         write_card(self.record, self.folder, self.folder / "student", plots)
 
 
-def _new_record(recipe: Recipe) -> RunRecord:
+def new_record(recipe: Recipe) -> RunRecord:
+    """The record of a run that begins now."""
     versions, hardware = environment()
     return RunRecord(
         status="running",
