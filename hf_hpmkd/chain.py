@@ -1,8 +1,8 @@
 """The progressive chain of a run: its stages built, probed, trained, judged and kept, largest first.
 
 How long the chain is, `components.progressive_chain` decides; this module gets it the figures. Everything that took
-training lies in the run's folder `chain/` or among the finished stages kept beside the teacher outputs, so that the same
-command goes on where an interrupted run stood, and no stage is trained twice.
+training lies in the run's folder `chain/` or among the finished stages kept beside the teacher outputs, so that the
+same command goes on where an interrupted run stood, and no stage is trained twice.
 """
 
 import dataclasses
@@ -395,7 +395,7 @@ class _Probes:
         return flops * steps[0] / (self.student_flops * steps[1])
 
     def _students(self, name: str, above: Sequence[TorchTeacher]) -> torch.Tensor:
-        """Which validation rows short-trained students answer right, bool `(seeds, rows)`; each kept once it is known."""
+        """Which validation rows short-trained students answer right, bool `(seeds, rows)`; kept as they get known."""
         answers = []
         for extra in range(self.config.probe_seeds):
             folder = self.folder / f"{name}-{extra}"

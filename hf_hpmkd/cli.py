@@ -91,6 +91,10 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("recipe", metavar="RECIPE")
     one.add_argument("words", nargs="*", metavar="section.key=value", help="overrides")
 
+    one = command(commands, "compare", "Train several methods on equal terms over several seeds, and test.", _compare)
+    _add_compare(one)
+    one.set_defaults(after_stop="The same command goes on where this one stood.")
+
     recipe = commands.add_parser("recipe", help="Check, list or describe recipes.")
     group = recipe.add_subparsers(title="recipe commands", required=True, metavar="COMMAND")
     one = command(group, "check", "Tell every fault of a recipe.", _recipe_check)
@@ -131,6 +135,39 @@ def _add_line(parser: argparse.ArgumentParser, required: bool = False) -> None:
     )
     parser.add_argument("--student", metavar="S", required=required, help="the small model")
     parser.add_argument("--dataset", metavar="D", required=required, help="Hub id, folder, file or sklearn:digits")
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.usage = (
+        "hpmkd compare RECIPE [section.key=value ...] [--methods A,B,C] [--method 'NAME: section.key=value ...'] "
+        "[--seeds N]\n                     [--output DIR] [--jobs N] [--final]\n"
+        "       hpmkd compare --table DIR\n"
+        "       hpmkd compare --list"
+    )
+    add = parser.add_argument
+    add("words", nargs="*", metavar="RECIPE | section.key=value", help="recipe file or name; values for all methods")
+    add("--methods", metavar="A,B,C", help="methods by name (default: direct,kd-best,kd-mean,hpmkd; see --list)")
+    add(
+        "--method",
+        action="append",
+        default=[],
+        metavar="'NAME: ...'",
+        help="a method of your own, beside those of --methods: 'soft: distillation.temperature=8' changes the recipe, "
+        "'soft: kd-mean distillation.temperature=8' builds on a method; give it once per method",
+    )
+    add("--seeds", default="3", metavar="N | A,B,C", help="3 (the default) takes 0,1,2; a comma makes it a list: 7,")
+    add("--baseline", metavar="NAME", help="method that the others are tested against (default: the first)")
+    add("--output", metavar="DIR", type=Path, help="folder (default: the recipe's, with -compare); it may be added to")
+    add("--jobs", type=int, default=1, metavar="N", help="students trained at a time, in processes that share the CPU")
+    add(
+        "--teacher-seed",
+        type=int,
+        metavar="K",
+        help="teachers trained on the spot are trained once, with this seed (default: anew for each seed)",
+    )
+    add("--final", action="store_true", help="also score on the test part; every look at it goes into the record")
+    add("--table", type=Path, metavar="DIR", help="print the table of a comparison again (folder or comparison.json)")
+    add("--list", action="store_true", help="list the methods that come with the package")
 
 
 def _add_cache_dir(parser: argparse.ArgumentParser) -> None:
@@ -199,6 +236,37 @@ def _plan(args: argparse.Namespace) -> None:
     from hf_hpmkd.recipe import load_recipe
 
     _say(plan(load_recipe(args.recipe, args.words)))
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from hf_hpmkd.methods import choose_methods, describe_methods
+    from hf_hpmkd.recipe import load_recipe
+
+    if args.list:
+        return _say(describe_methods())
+    if args.table is not None:
+        from hf_hpmkd.comparison_report import show
+
+        return _say(show(args.table))
+    if not args.words or "=" in args.words[0]:
+        raise ValueError("compare needs a recipe: a file, or a name from `hpmkd recipe list`.")
+    methods = choose_methods(args.methods.split(",") if args.methods else None, args.method)
+    seeds = _seeds(args.seeds)
+    recipe = load_recipe(args.words[0], args.words[1:], check_files=True)
+    from hf_hpmkd.compare import Settings, compare
+
+    folder = args.output or Path(f"{recipe.output.dir}-compare")
+    settings = Settings(methods, seeds, folder, args.baseline, args.teacher_seed, args.final, args.jobs)
+    compare(recipe, settings, shlex.join(args.words), say=_say)
+
+
+def _seeds(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    if len(words) > 1 and not words[-1]:
+        words.pop()
+    if not all(word.isdigit() for word in words) or text.strip() == "0":
+        raise ValueError(f"--seeds must be how many (3) or which (0,1,2; one alone as 7,), got {text!r}.")
+    return [int(word) for word in words] if "," in text else list(range(int(text)))
 
 
 def _recipe_check(args: argparse.Namespace) -> None:

@@ -10,7 +10,6 @@
 Every step leaves its result in the output folder, so that the same command goes on where an interrupted run stood.
 """
 
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,12 +28,11 @@ from hf_hpmkd.evaluation import evaluate_teachers, evaluate_test
 from hf_hpmkd.heads import find_classifier_head
 from hf_hpmkd.hub_store import check_can_push, push_run
 from hf_hpmkd.metrics import load_metric
-from hf_hpmkd.model_card import write_card
 from hf_hpmkd.recipe import Recipe, TeacherConfig, fingerprint, recipe_tree
 from hf_hpmkd.recipe_rules import is_sklearn, is_trained_here, teacher_names, uses_teachers
 from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_folder import claim
-from hf_hpmkd.run_record import RECORD_FILE, ModelRecord, RunRecord, Status, TeacherRecord, code_commit, environment
+from hf_hpmkd.run_record import RECORD_FILE, ModelRecord, code_commit
 from hf_hpmkd.teacher_kinds import Teacher, check_teacher
 from hf_hpmkd.teacher_training import train_teacher
 from hf_hpmkd.teachers import load_teacher
@@ -92,12 +90,7 @@ def _run(run: Run) -> None:
             record.commits["student"] = getattr(blueprint.model.config, "_commit_hash", None)
 
     with run.phase("teachers"):
-        named = list(zip(teacher_names(recipe), recipe.teachers, strict=True))
-        # What is loaded can be wrong in many ways, so it comes before what takes minutes to train.
-        loaded = {name: load(run, name, one, parts) for name, one in named if not is_trained_here(one.model)}
-        teachers = [loaded.get(name) or train(run, name, one, parts) for name, one in named]
-        for one, (_, config) in zip(teachers, named, strict=True):
-            run.keep_teacher(one, config)
+        teachers = get_teachers(run, parts)
         run.warn_if_larger_than_every_teacher(num_params, teachers)
         evaluate_teachers(run.record, teachers, parts, recipe, say=run.say, warn=run.warn)
 
@@ -162,6 +155,17 @@ def check_student(recipe: Recipe, student: Classifier, num_classes: int) -> int:
     if uses_teachers(recipe) and (reads or distillation.feature_weight > 0):
         find_classifier_head(student.model, num_classes)
     return student.num_params
+
+
+def get_teachers(run: Run, parts: DataParts) -> list[Teacher]:
+    """The recipe's teachers, loaded or trained on the spot (or found in the run's folder), written into the record."""
+    named = list(zip(teacher_names(run.recipe), run.recipe.teachers, strict=True))
+    # What is loaded can be wrong in many ways, so it comes before what takes minutes to train.
+    loaded = {name: load(run, name, one, parts) for name, one in named if not is_trained_here(one.model)}
+    teachers = [loaded.get(name) or train(run, name, one, parts) for name, one in named]
+    for one, (_, config) in zip(teachers, named, strict=True):
+        run.keep_teacher(one, config)
+    return teachers
 
 
 def load(run: Run, name: str, config: TeacherConfig, parts: DataParts) -> Teacher:

@@ -14,8 +14,8 @@ import torch
 from datasets import Dataset
 from safetensors import safe_open
 
-from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.classifier_training import student_schedule, total_steps
+from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.data import PARTS, DataParts, load_parts
 from hf_hpmkd.intermediate_models import find_intermediates
 from hf_hpmkd.model_cost import activation_bytes, estimated_seconds, training_flops

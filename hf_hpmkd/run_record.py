@@ -88,10 +88,10 @@ class ModelRecord:
 
 @dataclass
 class StageRecord:
-    """One intermediate model of the chain. model: its name. target: parameters asked for. guides: names of what taught it.
+    """One intermediate model of the chain. model: its name. target: parameters asked for. guides: what taught it.
 
-    warm_start: share of its parameters that began as copies, 0 to 1. accuracy: on validation rows, 0 to 1. reused: found
-    finished, from an earlier run. mean_weight: as in TeacherRecord, for the student.
+    warm_start: share of its parameters that began as copies, 0 to 1. accuracy: on validation rows, 0 to 1. reused:
+    found finished, from an earlier run. mean_weight: as in TeacherRecord, for the student.
     """
 
     __pydantic_config__ = _STRICT
@@ -152,7 +152,7 @@ class RunRecord:
     parts: the provenance of the data; parts["parts"][part]["rows"] is a part's size. curves: run name ("student",
     "direct", a teacher, a stage) -> rows of its log, each with `step`. taught_by: what taught the student, teachers and
     stages of the chain. class_weights: `taught_by x classes`, mean weight of each on the guide rows of each class; a
-    column of zeros is a class without guide rows. chain: None where the recipe asked for none. seconds: phase -> seconds.
+    column of zeros is a class without guide rows. chain: None before it is decided. seconds: phase -> seconds.
     events: {"time", "text"}. Times are UTC, ISO 8601.
     """
 
@@ -207,7 +207,7 @@ class RunRecord:
 
         Raises TypeError, naming the key, for a value that JSON has no form for.
         """
-        tree = _plain(dataclasses.asdict(self), "record")
+        tree = plain_values(dataclasses.asdict(self), "record")
         return {"format_version": tree.pop("format_version"), **tree}
 
     @classmethod
@@ -240,18 +240,7 @@ class RunRecord:
         """
         tree = self.to_dict()
         self.from_dict(tree, "the record to be saved")
-        path = Path(path)
-        text = json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_whole(Path(path), json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "RunRecord":
@@ -266,23 +255,38 @@ class RunRecord:
 
     def public(self) -> "RunRecord":
         """A copy fit to be published: of each local path only the last name is left."""
-        return self.from_dict(_without_paths(self.to_dict()))
+        return self.from_dict(without_paths(self.to_dict()))
 
 
 _ADAPTER = TypeAdapter(RunRecord)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file as a whole or not at all: into a temporary one beside it, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _dotted(location: tuple[Any, ...]) -> str:
     return ".".join(str(key) for key in location if key not in ("int", "float"))
 
 
-def _plain(value: Any, where: str) -> Any:
+def plain_values(value: Any, where: str) -> Any:
+    """The value as JSON takes it: see `RunRecord.to_dict`. where: names it in messages."""
     if isinstance(value, dict):
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+        return {str(key): plain_values(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return [plain_values(item, f"{where}[{index}]") for index, item in enumerate(value)]
     if hasattr(value, "tolist"):  # scalars and arrays of numpy and torch
-        return _plain(value.tolist(), where)
+        return plain_values(value.tolist(), where)
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if value is None or isinstance(value, str | int | float):
@@ -316,11 +320,12 @@ def hide_paths(text: str) -> str:
     return _PATH.sub(lambda found: last_name(found[0]), text)
 
 
-def _without_paths(value: Any, key: str = "") -> Any:
+def without_paths(value: Any, key: str = "") -> Any:
+    """A tree of plain values with each local path cut down to its last name. key: the one that the value stands at."""
     if isinstance(value, dict):
-        return {name: _without_paths(item, name) for name, item in value.items()}
+        return {name: without_paths(item, name) for name, item in value.items()}
     if isinstance(value, list):
-        return [_without_paths(item, key) for item in value]
+        return [without_paths(item, key) for item in value]
     if not isinstance(value, str):
         return value
     if key in _PATH_KEYS and _WHOLE_PATH.fullmatch(value):

@@ -11,17 +11,18 @@ PACKAGE = Path(__file__).parents[1] / "hf_hpmkd"
 # From the bottom up; inside a level from left to right. A file may import what stands before it, nothing else. A folder
 # (tasks, models, metrics, components) is one word; what its files do among themselves is their matter, save components.
 LEVELS = (
-    ("losses", "heads", "run_record", "tasks", "models", "metrics"),
+    ("losses", "heads", "paired_tests", "run_record", "tasks", "models", "metrics"),
     ("components", "training_args", "dataset_rows", "data_source", "data", "model_names", "classifiers",
-     "model_shapes", "intermediate_models", "warm_start"),
+     "model_shapes", "intermediate_models", "warm_start", "model_cost"),
     (
         "teacher_kinds", "sklearn_teachers", "teachers", "teacher_output_file", "teacher_outputs", "teacher_cache",
-        "report", "run_summary", "model_card", "run_folder", "hub_store",
+        "report", "run_summary", "comparison_record", "comparison_report", "model_card", "run_folder", "hub_store",
+        "chain_store",
     ),
     ("distiller", "trainer"),
     (
-        "recipe_faults", "recipe_rules", "recipe", "plan", "classifier_training", "teacher_training", "evaluation",
-        "distill", "bench",
+        "recipe_faults", "recipe_rules", "recipe", "classifier_training", "plan", "teacher_training", "evaluation",
+        "run_context", "chain", "distill", "methods", "compare_jobs", "compare", "bench",
     ),
     ("cli", "__main__"),
 )  # fmt: skip
@@ -31,6 +32,7 @@ ORDER = [unit for level in LEVELS for unit in level]
 ONLY = {
     "losses": set(),
     "heads": set(),
+    "paired_tests": set(),
     "run_record": set(),
     "tasks": set(),
     "models": set(),
@@ -40,6 +42,8 @@ ONLY = {
     "components": {"losses"},
     "report": {"run_record"},
     "run_summary": {"run_record", "report"},
+    "comparison_record": {"run_record"},
+    "comparison_report": {"comparison_record", "paired_tests", "report"},
     "model_card": {"run_record", "report"},
     "hub_store": {"run_record"},
     "run_folder": {"run_record"},

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.data import PARTS, load_parts
+from hf_hpmkd.model_cost import activation_bytes
 from hf_hpmkd.models import CifarResNetConfig, CifarResNetForImageClassification
 from hf_hpmkd.plan import plan
 from hf_hpmkd.recipe import Recipe, load_recipe, read_recipe

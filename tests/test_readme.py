@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_commands_parse_and_name_recipes_that_exist():
     assert len(lines) >= 6
     parser = build_parser()
     for line in lines:
-        parser.parse_args(line.split()[1:])
+        parser.parse_args(shlex.split(line)[1:])
 
 
 @pytest.mark.parametrize("prefix, recipe", [("quickstart", "quickstart"), ("cifar10", "cifar10_resnet8")])

@@ -30,7 +30,7 @@ class GainEstimate:
 def estimate_gain(with_stage: Tensor, without: Tensor) -> GainEstimate:
     """The gain and its standard error, from the same rows and seeds answered with and without a stage.
 
-    with_stage, without: bool `(seeds, rows)`, whether a student answered the row right. The two sources of chance, which
+    with_stage, without: bool `(seeds, rows)`, whether a student answered the row right. The two sources of chance, what
     rows the part happens to hold and how training happens to go, are added: s2(rows) / rows + s2(seeds) / seeds, the
     variances being those of the paired differences averaged over the other side. That counts what is left of row and
     seed together twice, so the error is rather too large. With one seed its part is unknown and left out.

@@ -1,0 +1,239 @@
+"""`hpmkd compare`: several methods on equal terms over several seeds; resumable, and it counts looks at the test part.
+
+setting  = one recipe, methods that change its losses, seeds       (methods)
+teachers = per seed, the same for all methods; outputs cached      (distill, evaluation)
+students = one per method and seed                                 (compare_jobs)
+scores   = validation rows; test rows only with `final`, each look at them recorded
+summary  = comparison.json, table.md, plots/                       (comparison_record, comparison_report)
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from filelock import FileLock, Timeout
+from transformers.utils.logging import disable_progress_bar
+
+from hf_hpmkd.compare_jobs import Job, Workplace, now, run_jobs
+from hf_hpmkd.comparison_record import COMPARISON_FILE, ComparisonRecord, Look, MethodRecord, Result
+from hf_hpmkd.comparison_report import draw_plots, summary
+from hf_hpmkd.distill import check_student, student_builder
+from hf_hpmkd.evaluation import evaluate_teachers, teacher_logits
+from hf_hpmkd.methods import Method, method_recipe
+from hf_hpmkd.recipe import Recipe, fingerprint, read_recipe, recipe_tree
+from hf_hpmkd.run_record import code_commit, environment
+
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compare. baseline: None takes the first method. teacher_seed: of all teachers trained on the spot; None
+    gives each seed its own, as `distill` does. final: score on the test part too. processes: students at a time.
+    """
+
+    methods: Sequence[Method]
+    seeds: Sequence[int]
+    folder: Path
+    baseline: str | None = None
+    teacher_seed: int | None = None
+    final: bool = False
+    processes: int = 1
+
+
+def compare(
+    recipe: Recipe, settings: Settings, source: str = "a recipe", say: Callable[[str], None] = print
+) -> ComparisonRecord:
+    """Trains what is not trained yet, writes the summary into the folder, and returns the record.
+
+    Methods and seeds may be added to a folder later; what is finished there is never trained again. Raises ValueError,
+    before any training, for settings that cannot be used; and after all the rest is done, naming them, if students
+    failed.
+    """
+    _check(settings)
+    PartialState(cpu=not torch.accelerator.is_available())
+    disable_progress_bar()
+    recipe = _with_seed_zero(recipe)
+    jobs = [Job(method, seed, settings.folder) for seed in settings.seeds for method in settings.methods]
+    for method in settings.methods:
+        method_recipe(recipe, method, 0)  # its faults come before any file is made
+    with _alone_in(settings.folder):
+        record = _open_record(recipe, settings, source)
+        place = Workplace(recipe, settings.folder, settings.teacher_seed)
+        _check_jobs(place, jobs)
+        for method in settings.methods:
+            one = method_recipe(recipe, method, 0)
+            check_student(one, student_builder(one, place.parts)(meta=True), len(place.parts.class_names))
+        record.parts = place.parts.provenance
+        record.save(settings.folder / COMPARISON_FILE)
+        unfinished = [job for job in jobs if (result := job.result()) is None or result.status != "completed"]
+        for key in dict.fromkeys(place.teacher_key(job.seed) for job in unfinished):
+            _prepare_teachers(place, key, record, say)
+        failures = run_jobs(place, jobs, settings.processes, say)
+        if settings.final:
+            _open_test(place, jobs, record, say)
+        _gather(record, settings.folder)
+        record.save(settings.folder / COMPARISON_FILE)
+        text = summary(record)
+        (settings.folder / "table.md").write_text(text + "\n", encoding="utf-8")
+        draw_plots(record, settings.folder / "plots")
+    say("\n" + text)
+    say(f"\nRecord, table and plots are in {settings.folder}.")
+    if failures:
+        raise ValueError(
+            f"{len(failures)} of {len(jobs)} students failed; the same command tries them again:\n"
+            + "\n".join(f"  - {line}" for line in failures)
+        )
+    return record
+
+
+# ---- before ----------------------------------------------------------------------------------------------------------
+
+
+def _check(settings: Settings) -> None:
+    names = [method.name for method in settings.methods]
+    if len(names) < 2:
+        raise ValueError(f"A comparison needs at least two methods, got {', '.join(names) or 'none'}.")
+    if not settings.seeds or len(set(settings.seeds)) < len(settings.seeds):
+        raise ValueError(f"Seeds must be given, and each once, got {list(settings.seeds)}.")
+    if settings.baseline is not None and settings.baseline not in names:
+        raise ValueError(f"The baseline must be one of the methods ({', '.join(names)}), got {settings.baseline!r}.")
+    if settings.processes < 1:
+        raise ValueError(f"`--jobs` must be at least 1, got {settings.processes}.")
+    if PartialState(cpu=not torch.accelerator.is_available()).num_processes > 1:
+        raise ValueError("A comparison is started as one process. Use `--jobs` to train several students at a time.")
+
+
+def _with_seed_zero(recipe: Recipe) -> Recipe:
+    """The seed is the comparison's to choose, so the recipe's own makes no difference."""
+    return read_recipe(recipe_tree(recipe), "the recipe", ["training.seed=0"])
+
+
+@contextmanager
+def _alone_in(folder: Path):
+    """Makes the folder and keeps other comparisons out of it while this one works there."""
+    record = folder / COMPARISON_FILE
+    if (
+        folder.is_dir()
+        and not record.is_file()
+        and (found := sorted(path.name for path in folder.iterdir() if path.name != _LOCK))
+    ):
+        raise ValueError(
+            f"The output folder must be empty or hold a comparison, {folder} holds {', '.join(found[:5])}. Choose "
+            "another with --output."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"Another comparison is running in {folder}. Wait for it, or choose another folder.") from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _open_record(recipe: Recipe, settings: Settings, source: str) -> ComparisonRecord:
+    """The record in the folder with these methods and seeds added, or a new one."""
+    file, versions_hardware = settings.folder / COMPARISON_FILE, environment()
+    baseline = settings.baseline or settings.methods[0].name
+    if file.is_file():
+        record = ComparisonRecord.load(file)
+        if record.recipe_fingerprint != fingerprint(recipe) or record.teacher_seed != settings.teacher_seed:
+            raise ValueError(
+                f"{settings.folder} holds a comparison on another recipe (or on this one with other values, or with "
+                "another --teacher-seed). Choose another folder with --output."
+            )
+    else:
+        record = ComparisonRecord(
+            source, recipe_tree(recipe), fingerprint(recipe), baseline, teacher_seed=settings.teacher_seed
+        )
+        record.started = now()
+    record.baseline = baseline
+    given = {method.name: method for method in settings.methods}
+    kept = [method for method in record.methods if method.name not in given]
+    new = [MethodRecord(m.name, m.description, list(m.overrides), m.teachers) for m in settings.methods]
+    record.methods = new + kept
+    record.seeds = sorted({*record.seeds, *settings.seeds})
+    record.versions, record.hardware = versions_hardware
+    record.commits["hf_hpmkd"] = code_commit()
+    return record
+
+
+def _check_jobs(place: Workplace, jobs: Sequence[Job]) -> None:
+    """What lies in the folder under a job's name must be of that job."""
+    for job in jobs:
+        result = job.result()
+        touched = result is not None and (result.status == "completed" or job.student.exists())
+        if result is not None and touched and result.recipe_fingerprint != place.fingerprint(job):
+            raise ValueError(
+                f"{job.folder} holds a student of {job.name} that was trained with other values "
+                f"({' '.join(result.overrides) or 'none changed'}). Give the method another name, or choose another "
+                "folder with --output."
+            )
+
+
+def _prepare_teachers(place: Workplace, key: str, record: ComparisonRecord, say: Callable[[str], None]) -> None:
+    """Gets the teachers and their outputs, once for all methods, and writes down how good they are."""
+    run = place.teachers_run(key)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with run.phase("teachers"):
+        teachers = place.teachers(key, run)
+        evaluate_teachers(run.record, teachers, place.parts, run.recipe, say=say, warn=run.warn)
+    run.record.status = "completed"
+    run.save()
+    seen = {
+        teacher.name: teacher.accuracy["test"] for teacher in record.teachers.get(key, []) if "test" in teacher.accuracy
+    }
+    for teacher in run.record.teachers:  # measured at an earlier look, and not to be measured again
+        if teacher.name in seen:
+            teacher.accuracy["test"] = seen[teacher.name]
+    record.teachers[key] = run.record.teachers
+    record.warnings = list(dict.fromkeys([*record.warnings, *run.record.warnings]))
+    record.save(place.folder / COMPARISON_FILE)
+
+
+# ---- after -----------------------------------------------------------------------------------------------------------
+
+
+def _open_test(place: Workplace, jobs: Sequence[Job], record: ComparisonRecord, say: Callable[[str], None]) -> None:
+    """Scores the finished students on the test part, and writes down that it was looked at before it is."""
+    finished = [job for job in jobs if (result := job.result()) is not None and result.status == "completed"]
+    new = [job for job in finished if "test" not in _result(job).scores]
+    if not new:
+        return
+    students = {job.method.name: [one.seed for one in new if one.method == job.method] for job in new}
+    record.looks.append(Look(now(), students))
+    record.save(place.folder / COMPARISON_FILE)
+    say(f"Opening the test part for {len(new)} students (look {len(record.looks)}).")
+    test = place.parts.test
+    for key in dict.fromkeys(place.teacher_key(job.seed) for job in new):
+        teachers = place.teachers(key)
+        logits = teacher_logits(teachers, test, place.teachers_run(key).recipe, say)
+        for known, of_teacher in zip(record.teachers[key], logits, strict=True):
+            known.accuracy["test"] = float((of_teacher.argmax(-1) == test.labels).double().mean())
+    for job in new:
+        result = _result(job)
+        result.scores["test"] = place.score(place.load_student(job), test)
+        result.save(job.result_file)
+
+
+def _result(job: Job) -> Result:
+    return Result.load(job.result_file)
+
+
+def _gather(record: ComparisonRecord, folder: Path) -> None:
+    """The results of all finished students into the record, without their curves."""
+    record.results = []
+    for method in record.methods:
+        for seed in record.seeds:
+            file = folder / f"seed-{seed}" / f"{method.name}.result.json"
+            result = Result.load(file) if file.is_file() else None
+            if result is not None and result.status == "completed":
+                result.curve = []
+                record.results.append(result)

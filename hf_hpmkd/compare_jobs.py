@@ -1,0 +1,342 @@
+"""Trains the students of a comparison, one per method and seed, in this process or in several at a time.
+
+A student's result file says how far it is, so a finished one is never trained again and a stopped one goes on from its
+last checkpoint. Knows nothing of tables and statistics.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from filelock import FileLock, Timeout
+from transformers.utils.logging import disable_progress_bar
+
+from hf_hpmkd.classifier_training import student_schedule, train_or_load
+from hf_hpmkd.classifiers import Classifier
+from hf_hpmkd.comparison_record import Result, Score
+from hf_hpmkd.data import DataParts, load_parts
+from hf_hpmkd.distill import get_teachers, student_builder
+from hf_hpmkd.evaluation import student_logits
+from hf_hpmkd.methods import Method, method_recipe
+from hf_hpmkd.recipe import Recipe, fingerprint, read_recipe, recipe_tree
+from hf_hpmkd.recipe_rules import is_trained_here, uses_teachers
+from hf_hpmkd.run_context import Run, new_record
+from hf_hpmkd.run_record import RECORD_FILE, RunRecord, code_commit, environment
+from hf_hpmkd.tasks.base import Rows
+from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
+
+_POLL_SECONDS = 0.2
+_PATIENCE_SECONDS = 10
+
+
+def now() -> str:
+    """UTC, ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+@dataclass(frozen=True)
+class Job:
+    """One student of a comparison in `folder`."""
+
+    method: Method
+    seed: int
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.method.name}, seed {self.seed}"
+
+    @property
+    def student(self) -> Path:
+        return self.folder / f"seed-{self.seed}" / self.method.name
+
+    @property
+    def result_file(self) -> Path:
+        return self._beside("result.json")
+
+    @property
+    def log(self) -> Path:
+        return self._beside("log")
+
+    @property
+    def lock(self) -> Path:
+        return self._beside("lock")
+
+    def _beside(self, suffix: str) -> Path:
+        return self.student.with_name(f"{self.method.name}.{suffix}")
+
+    def result(self) -> Result | None:
+        """What is known of it so far."""
+        return Result.load(self.result_file) if self.result_file.is_file() else None
+
+
+@dataclass
+class Workplace:
+    """What students of one comparison share inside a process: recipe, data, teachers. Loaded when first needed."""
+
+    recipe: Recipe
+    folder: Path
+    teacher_seed: int | None = None
+    _teachers: dict[str, list[Teacher]] = field(default_factory=dict)
+
+    @cached_property
+    def parts(self) -> DataParts:
+        saw_train = not all(is_trained_here(teacher.model) for teacher in self.recipe.teachers)
+        return load_parts(self.recipe.data, task=self.recipe.task.type, teachers_saw_train=saw_train)
+
+    def teacher_key(self, seed: int) -> str:
+        """Which teachers a seed has: its own or those of `teacher_seed`; "loaded" where none depends on a seed."""
+        if not any(is_trained_here(teacher.model) for teacher in self.recipe.teachers):
+            return "loaded"
+        return f"seed-{seed if self.teacher_seed is None else self.teacher_seed}"
+
+    def teachers_run(self, key: str) -> Run:
+        """The run that gets these teachers: the shared recipe, whose values no method has touched."""
+        seed = 0 if key == "loaded" else int(key.removeprefix("seed-"))
+        recipe = read_recipe(recipe_tree(self.recipe), "the recipe", [f"training.seed={seed}"])
+        return Run(recipe, self.folder / key, new_record(recipe), is_main=True)
+
+    def teachers(self, key: str, run: Run | None = None) -> list[Teacher]:
+        """The teachers of that key, loaded, or found trained; only the last ones asked for are kept in memory.
+
+        run: gets them, and its record says what they are; None makes one.
+        """
+        if key not in self._teachers or run is not None:
+            self._teachers = {key: get_teachers(run or self.teachers_run(key), self.parts)}
+        return self._teachers[key]
+
+    def heard(self, method: Method, key: str) -> list[Teacher]:
+        """The teachers that a method listens to."""
+        teachers = self.teachers(key)
+        if method.teachers == "best":
+            best = RunRecord.load(self.folder / key / RECORD_FILE).best_teacher("guide")
+            assert best is not None  # they are measured before any student is trained
+            return [teacher for teacher in teachers if teacher.name == best.name]
+        return teachers
+
+    def fingerprint(self, job: Job) -> str:
+        """Of everything that decides a student: its recipe, and which teachers it hears."""
+        about = [fingerprint(method_recipe(self.recipe, job.method, job.seed)), job.method.teachers]
+        return hashlib.sha256(" ".join([*about, self.teacher_key(job.seed)]).encode()).hexdigest()
+
+    def train(self, job: Job) -> Result:
+        """Trains the student of a job, scores it on validation rows and writes both down."""
+        recipe = method_recipe(self.recipe, job.method, job.seed)
+        key = self.teacher_key(job.seed)
+        teachers = self.heard(job.method, key) if uses_teachers(recipe) else []
+        result = Result(
+            job.method.name,
+            job.seed,
+            self.fingerprint(job),
+            status="running",
+            overrides=list(job.method.overrides),
+            teachers=[teacher.name for teacher in teachers],
+            taught_by=key,
+            started=now(),
+            commit=code_commit(),
+            hardware=environment()[1],
+            threads=torch.get_num_threads(),
+        )
+        result.save(job.result_file)
+        trained = train_or_load(
+            job.name,
+            student_builder(recipe, self.parts),
+            recipe,
+            student_schedule(recipe),
+            job.student,
+            self.parts.train,
+            self.parts.validation,
+            num_views=self.parts.num_views,
+            teachers=teachers,
+            guide=self.parts.guide if teachers else None,
+        )
+        result.seconds, result.steps, result.curve = trained.seconds, trained.steps, trained.curve
+        result.num_params = trained.classifier.num_params
+        result.scores["validation"] = self.score(trained.classifier, self.parts.validation)
+        result.status, result.finished = "completed", now()
+        result.save(job.result_file)
+        return result
+
+    def load_student(self, job: Job) -> Classifier:
+        """The trained student of a finished job. Raises FileNotFoundError where its folder is gone."""
+        if not job.student.is_dir():
+            raise FileNotFoundError(
+                f"The student of {job.name} should lie in {job.student}, but that is gone. Remove {job.result_file} to "
+                "train it again."
+            )
+        classifier = student_builder(method_recipe(self.recipe, job.method, job.seed), self.parts)(meta=True)
+        classifier.model = type(classifier.model).from_pretrained(job.student)
+        return classifier
+
+    def score(self, student: Classifier, rows: Rows) -> Score:
+        """The student's hits on unaugmented rows."""
+        names, device = self.parts.class_names, PartialState().device
+        model = TorchTeacher(student.model, student.feed, name="student", data_names=names, device=device)
+        logits = student_logits(model, rows, self.recipe.training.eval_batch_size)
+        return Score.of((logits.argmax(-1) == rows.labels).numpy())
+
+
+# ---- running many ----------------------------------------------------------------------------------------------------
+
+
+def run_jobs(place: Workplace, jobs: Sequence[Job], num_processes: int, say: Callable[[str], None]) -> list[str]:
+    """Trains the students of all unfinished jobs and says a line for each; returns one line per job that failed.
+
+    num_processes: 1 trains here, more in as many processes, which share this one's threads. A failed job stops no
+    other. Whatever ends this process ends the others; what they had trained stays.
+    """
+    waiting = [job for job in jobs if not _is_completed(job)]
+    for job in waiting:
+        job.student.parent.mkdir(parents=True, exist_ok=True)
+        Result(job.method.name, job.seed, place.fingerprint(job)).save(job.result_file)
+    tell = _Teller(waiting, len(jobs), say)
+    if num_processes == 1:
+        for job in waiting:
+            _run_one(place, job)
+            tell.news()
+    elif waiting:
+        with _processes(place, waiting, min(num_processes, len(waiting))) as processes:
+            while any(process.is_alive() for process in processes):
+                tell.news()
+                time.sleep(_POLL_SECONDS)
+        tell.news()
+        tell.lost([process.exitcode for process in processes])
+    for job in waiting:
+        job.lock.unlink(missing_ok=True)
+    return tell.failures
+
+
+def _is_completed(job: Job) -> bool:
+    result = job.result()
+    return result is not None and result.status == "completed"
+
+
+def _run_one(place: Workplace, job: Job) -> None:
+    """One job; what goes wrong in it is written down and goes no further."""
+    try:
+        place.train(job)
+    except Exception as error:  # whatever it is, the other students are not concerned
+        with open(job.log, "a", encoding="utf-8") as log:
+            traceback.print_exc(file=log)
+        result = job.result()
+        assert result is not None
+        result.status, result.error = "failed", f"{type(error).__name__}: {error}"
+        result.finished = now()
+        result.save(job.result_file)
+
+
+class _Teller:
+    """Says a line for every job that ended since the last time, and keeps those of the failed ones."""
+
+    def __init__(self, waiting: Sequence[Job], total: int, say: Callable[[str], None]) -> None:
+        self.waiting = list(waiting)
+        self.total, self.done = total, total - len(waiting)
+        self.say = say
+        self.failures: list[str] = []
+
+    def news(self) -> None:
+        for job in list(self.waiting):
+            result = job.result()
+            if result is None or result.status not in ("completed", "failed"):
+                continue
+            self.waiting.remove(job)
+            self.done += 1
+            if result.status == "failed":
+                self._fail(job, str(result.error))
+            else:
+                accuracy = result.scores["validation"].accuracy
+                self.say(
+                    f"[{self.done}/{self.total}] {job.name}: validation accuracy {accuracy:.2%}, {result.seconds:.1f} s"
+                )
+
+    def lost(self, exit_codes: Sequence[int | None]) -> None:
+        """What is still waiting when all processes have ended."""
+        codes = ", ".join(str(code) for code in exit_codes)
+        for job in self.waiting:
+            self.done += 1
+            self._fail(job, f"its process ended without a result (exit codes {codes}; -9 is often too little memory)")
+        self.waiting = []
+
+    def _fail(self, job: Job, error: str) -> None:
+        line = f"{job.name}: failed, {error} (log: {job.log})"
+        self.failures.append(line)
+        self.say(f"[{self.done}/{self.total}] {line}")
+
+
+@contextmanager
+def _processes(place: Workplace, jobs: Sequence[Job], count: int) -> Iterator[list[Any]]:
+    threads = max(1, torch.get_num_threads() // count)
+    context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads in whatever state they are
+    setting = recipe_tree(place.recipe), place.folder, place.teacher_seed
+    # Not daemonic: the data loaders of a recipe may need processes of their own. `_end_with` sees to the end instead.
+    processes = [context.Process(target=_work, args=(setting, list(jobs), threads)) for _ in range(count)]
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the libraries when the new process loads them
+    try:
+        for process in processes:
+            process.start()
+        yield processes
+    finally:
+        os.environ.pop("OMP_NUM_THREADS")
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+        started = [process for process in processes if process.pid is not None]
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.join(_PATIENCE_SECONDS)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _work(setting: tuple[dict[str, Any], Path, int | None], jobs: list[Job], threads: int) -> None:
+    """A process: takes each job that no other has taken, once, until none is left."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them; the first process ends the others
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    torch.set_num_threads(threads)
+    PartialState(cpu=not torch.accelerator.is_available())
+    disable_progress_bar()
+    tree, folder, teacher_seed = setting
+    place = Workplace(read_recipe(tree, "the recipe"), folder, teacher_seed)
+    for job in jobs:
+        try:
+            with FileLock(job.lock, timeout=0):
+                result = job.result()
+                if result is not None and result.status == "waiting":
+                    with _output_to(job.log):
+                        _run_one(place, job)
+        except Timeout:  # another process is at it
+            continue
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)  # killed, the first process could not end this one
+
+
+@contextmanager
+def _output_to(log: Path) -> Iterator[None]:
+    """Everything that is printed, warnings and progress bars included, goes to a file: processes would mix theirs."""
+    kept = [os.dup(1), os.dup(2)]
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        for target, old in zip((1, 2), kept, strict=True):
+            os.dup2(old, target)
+            os.close(old)

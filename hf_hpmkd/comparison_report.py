@@ -1,0 +1,264 @@
+"""A comparison's record to tables and figures. Reads the record alone; opens no model and no data."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hf_hpmkd.comparison_record import COMPARISON_FILE, ComparisonRecord, Result
+from hf_hpmkd.paired_tests import Mean, holm, mcnemar, mean_of, paired_t
+from hf_hpmkd.report import markdown
+
+# Okabe and Ito's palette, told apart with every common colour blindness.
+_BASELINE, _OTHER, _REFERENCE = "#0072B2", "#D55E00", "#666666"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method's figures on one part. accuracy, retention: shares. difference: to the baseline, over the seeds that
+    both have. p: of the paired test of that difference, corrected (Holm) for the number of methods; None where it could
+    not be made. by_rows: that the test is McNemar's on the rows of the one seed they share.
+    """
+
+    method: str
+    accuracy: Mean
+    difference: Mean | None
+    p: float | None
+    by_rows: bool
+    retention: float | None
+    seconds: Mean | None
+
+
+def lines(record: ComparisonRecord, part: str) -> list[Line]:
+    """One line per method that has results on a part, the baseline first, then in the order of the record."""
+    results = {method.name: _measured(record, method.name, part) for method in record.methods}
+    names = sorted((name for name in results if results[name]), key=lambda name: name != record.baseline)
+    base = results.get(record.baseline, {})
+    p_values, by_rows = [], []
+    for name in names:
+        p, of_rows = (None, False) if name == record.baseline else _test(results[name], base, part)
+        p_values.append(p)
+        by_rows.append(of_rows)
+    corrected = holm(p_values)
+    found = []
+    for name, p, of_rows in zip(names, corrected, by_rows, strict=True):
+        mine = list(results[name].values())
+        retention = [value for one in mine if (value := record.retention(one, part)) is not None]
+        seconds = [float(one.seconds) for one in mine if one.seconds is not None]
+        shared = [seed for seed in results[name] if seed in base] if name != record.baseline else []
+        differences = [_accuracy(results[name][seed], part) - _accuracy(base[seed], part) for seed in shared]
+        found.append(
+            Line(
+                name,
+                mean_of([_accuracy(one, part) for one in mine]),
+                mean_of(differences) if differences else None,
+                p,
+                of_rows,
+                mean_of(retention).mean if retention else None,
+                mean_of(seconds) if seconds else None,
+            )
+        )
+    return found
+
+
+def _measured(record: ComparisonRecord, method: str, part: str) -> dict[int, Result]:
+    return {seed: one for seed, one in record.of_method(method).items() if part in one.scores}
+
+
+def _accuracy(result: Result, part: str) -> float:
+    return float(result.scores[part].accuracy)
+
+
+def _test(mine: dict[int, Result], base: dict[int, Result], part: str) -> tuple[float | None, bool]:
+    shared = [seed for seed in mine if seed in base]
+    if len(shared) == 1:
+        one, other = mine[shared[0]].scores[part], base[shared[0]].scores[part]
+        return mcnemar(one.right().tolist(), other.right().tolist()), True
+    return paired_t([_accuracy(mine[s], part) for s in shared], [_accuracy(base[s], part) for s in shared]), False
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def table(record: ComparisonRecord, part: str) -> str:
+    """A Markdown table of one part: accuracy as mean ± standard deviation in percent, difference in points with its
+    95 % interval over the seeds, corrected p, retention, seconds of training.
+    """
+    header = [
+        "method",
+        f"{part} accuracy, %",
+        f"difference to {record.baseline}, points",
+        "p (Holm)",
+        "retention",
+        "training s",
+        "seeds",
+    ]
+    cells = [
+        [
+            line.method,
+            _spread(line.accuracy, 100),
+            "-" if line.difference is None else _interval(line.difference),
+            "-" if line.p is None else _p(line.p),
+            "-" if line.retention is None else f"{line.retention:.1%}",
+            "-" if line.seconds is None else _spread(line.seconds, 1, digits=1),
+            str(line.accuracy.count),
+        ]
+        for line in lines(record, part)
+    ]
+    return markdown(header, cells, left=1)
+
+
+def summary(record: ComparisonRecord) -> str:
+    """The table of validation rows, that of test rows where they were looked at, what the methods are, and all that a
+    reader has to know to weigh the figures.
+    """
+    if not record.results:
+        return "No student is trained yet."
+    blocks = [table(record, "validation"), "\n".join(f"- {note}" for note in notes(record))]
+    if any("test" in one.scores for one in record.results):
+        blocks.insert(1, table(record, "test"))
+    meaning = [f"- {m.name}: {m.description}" for m in record.methods]
+    return "\n\n".join([*blocks, "\n".join(meaning)])
+
+
+def show(path: Path) -> str:
+    """The summary again, from a comparison's folder or its record alone."""
+    return summary(ComparisonRecord.load(path / COMPARISON_FILE if path.is_dir() else path))
+
+
+def notes(record: ComparisonRecord) -> list[str]:
+    """Sentences on how the figures came about, and on what makes them weaker than they look."""
+    found = lines(record, "validation")
+    compared = sum(line.p is not None for line in found)
+    if any(line.by_rows for line in found):
+        said = [
+            "Tests with one seed: McNemar's exact test on the rows of these two models; it says nothing of other seeds."
+        ]
+    else:
+        said = ["Tests: paired t over the seeds that both have, two-sided."]
+    said[0] += f" Holm's correction for {compared} comparisons with {record.baseline}."
+    rows = {part: {one.scores[part].rows for one in record.results if part in one.scores} for part in _PARTS}
+    sizes = ", ".join(f"{max(count):,} {part} rows" for part, count in rows.items() if count)
+    steps = sorted({one.steps for one in record.results if one.steps is not None})
+    params = sorted({one.num_params for one in record.results if one.num_params is not None})
+    said.append(f"Measured on {sizes}; students of {_listed(params)} parameters, {_listed(steps)} steps.")
+    if len(steps) > 1 or len(params) > 1:
+        said.append("The terms were not equal: parameters or steps differ between students.")
+    if len({one.threads for one in record.results}) > 1:
+        said.append("Students were trained with different numbers of threads, which round differently.")
+    counts = {line.accuracy.count for line in found}
+    if len(counts) > 1 or max(counts) < len(record.seeds):
+        said.append(f"Not every method has all {len(record.seeds)} seeds: some students are missing.")
+    said.append(
+        "Teachers: "
+        + (
+            "the same for all seeds."
+            if len(record.teachers) == 1
+            else "trained anew for each seed; the same for all methods of a seed."
+        )
+    )
+    if record.looks:
+        said.append(
+            f"The test part was opened {len(record.looks)} time{'s' if len(record.looks) > 1 else ''}: "
+            + "; ".join(f"{look.time} ({', '.join(look.students)})" for look in record.looks)
+            + "."
+        )
+    else:
+        said.append("The test part was not opened; validation rows also choose, so their figures flatter.")
+    return said
+
+
+_PARTS = ("validation", "test")
+
+
+def _listed(values: Sequence[int]) -> str:
+    return " and ".join(f"{value:,}" for value in values) or "unknown"
+
+
+def _spread(value: Mean, scale: float, digits: int = 2) -> str:
+    mean = f"{scale * value.mean:.{digits}f}"
+    return mean if value.sd is None else f"{mean} ± {scale * value.sd:.{digits}f}"
+
+
+def _interval(value: Mean) -> str:
+    mean = f"{100 * value.mean:+.2f}"
+    if value.low is None or value.high is None:
+        return mean
+    return f"{mean} ({100 * value.low:+.2f} to {100 * value.high:+.2f})"
+
+
+def _p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def draw_plots(record: ComparisonRecord, folder: Path) -> list[Path]:
+    """Draws accuracy.png and accuracy_seconds.png, on test rows where all finished students have them, else on
+    validation rows. Makes the folder; returns the files.
+    """
+    if not record.results:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    part = "test" if all("test" in one.scores for one in record.results) else "validation"
+    drawings: dict[str, Callable[[ComparisonRecord, str], Figure]] = {
+        "accuracy.png": _accuracy_figure,
+        "accuracy_seconds.png": _seconds_figure,
+    }
+    written = []
+    for name, draw in drawings.items():
+        draw(record, part).savefig(folder / name, dpi=120, metadata={"Software": None})
+        written.append(folder / name)
+    return written
+
+
+def _accuracy_figure(record: ComparisonRecord, part: str) -> Figure:
+    """A row per method: its seeds as small dots, the mean with its 95 % interval as a large one."""
+    found = lines(record, part)
+    figure = Figure(figsize=(7.2, 1.4 + 0.42 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    for place, line in enumerate(found):
+        colour = _BASELINE if line.method == record.baseline else _OTHER
+        seeds = [100 * _accuracy(one, part) for one in _measured(record, line.method, part).values()]
+        axes.plot(seeds, [place + 0.22] * len(seeds), "o", color=colour, alpha=0.45, markersize=3.5)
+        axes.errorbar(100 * line.accuracy.mean, place, xerr=_bars(line.accuracy), fmt="o", color=colour, capsize=3)
+    axes.axvline(100 * found[0].accuracy.mean, color=_REFERENCE, linewidth=1.0, linestyle=(0, (1, 1.5)), zorder=1)
+    axes.set_yticks(range(len(found)), [line.method for line in found], fontsize=9)
+    axes.invert_yaxis()
+    _dress(axes, f"Accuracy on {part} rows: seeds, mean and 95 % interval", f"{part} accuracy (%)")
+    return figure
+
+
+def _seconds_figure(record: ComparisonRecord, part: str) -> Figure:
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for line in lines(record, part):
+        if line.seconds is None:
+            continue
+        colour = _BASELINE if line.method == record.baseline else _OTHER
+        point = (line.seconds.mean, 100 * line.accuracy.mean)
+        axes.errorbar(*point, yerr=_bars(line.accuracy), fmt="o", color=colour, capsize=3)
+        axes.annotate(line.method, point, xytext=(6, 4), textcoords="offset points", fontsize=8.5)
+    axes.set_ylabel(f"{part} accuracy (%)", fontsize=10)
+    axes.margins(x=0.15)
+    _dress(axes, "Accuracy against the student's training time", "seconds of training, mean over seeds")
+    return figure
+
+
+def _bars(value: Mean) -> Any:
+    """Distances below and above the mean, in points; None for a single seed."""
+    if value.low is None or value.high is None:
+        return None
+    return [[100 * (value.mean - value.low)], [100 * (value.high - value.mean)]]
+
+
+def _dress(axes: Axes, title: str, xlabel: str) -> None:
+    axes.set_title(title, fontsize=12, loc="left")
+    axes.set_xlabel(xlabel, fontsize=10)
+    axes.grid(True, color="#DDDDDD", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,329 @@
+"""A comparison end to end, small: equal terms, resume, failures, several processes, the closed test part."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from hf_hpmkd import classifier_training, compare_jobs
+from hf_hpmkd.cli import main
+from hf_hpmkd.comparison_record import ComparisonRecord, Result
+from hf_hpmkd.data import DataConfig, load_parts
+from hf_hpmkd.models.tabular import TabularForClassification
+
+ROOT = Path(__file__).parents[1]
+METHODS = ["--methods", "direct,kd-mean,hpmkd,kd-best", "--method", "again: kd-mean"]
+
+
+def write_recipe(folder):
+    recipe = {
+        "data": {"path": "sklearn:wine"},
+        "teachers": [
+            {"model": "mlp-32", "epochs": 8},
+            {"model": "sklearn:DecisionTreeClassifier", "params": {"max_depth": 2}},
+        ],
+        "student": {"model": "mlp-4"},
+        "distillation": {"guide_every": 4},
+        "training": {"epochs": 10, "batch_size": 16, "learning_rate": 0.01, "evaluations": 4},
+        "output": {"dir": str(folder / "run")},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return str(path)
+
+
+def command(folder, *words):
+    return ["compare", write_recipe(folder), *METHODS, "--seeds", "2", "--output", str(folder / "out"), *words]
+
+
+def result(folder, method, seed):
+    return Result.load(folder / "out" / f"seed-{seed}" / f"{method}.result.json")
+
+
+def record(folder):
+    return ComparisonRecord.load(folder / "out" / "comparison.json")
+
+
+def files(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    os.environ["HPMKD_CACHE"] = str(folder / "cache")
+    assert main(command(folder)) == 0
+    return folder
+
+
+def test_every_method_and_seed_has_its_result(finished):
+    found = record(finished)
+    assert {(one.method, one.seed) for one in found.results} == {
+        (method, seed) for method in ("direct", "kd-mean", "hpmkd", "kd-best", "again") for seed in (0, 1)
+    }
+    assert {one.steps for one in found.results} == {10 * -(-109 // 16)}
+    assert all(one.curve == [] and one.seconds > 0 and set(one.scores) == {"validation"} for one in found.results)
+    one = result(finished, "kd-mean", 0)
+    assert any("eval_accuracy" in row for row in one.curve)
+    assert one.scores["validation"].accuracy == pytest.approx(
+        [row["eval_accuracy"] for row in one.curve if "eval_accuracy" in row][-1]
+    )
+    assert one.teachers == ["mlp-32", "DecisionTreeClassifier"] and one.commit
+    assert result(finished, "direct", 0).teachers == []
+    assert (finished / "out" / "table.md").read_text().startswith("| method |")
+    assert {path.name for path in (finished / "out" / "plots").iterdir()} == {"accuracy.png", "accuracy_seconds.png"}
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_equal_methods_give_the_same_student_and_others_do_not(finished):
+    for seed in (0, 1):
+        of = {m: weights(finished / "out" / f"seed-{seed}" / m) for m in ("direct", "kd-mean", "again", "hpmkd")}
+        assert same(of["kd-mean"], of["again"])
+        assert result(finished, "kd-mean", seed).scores == result(finished, "again", seed).scores
+        assert not same(of["kd-mean"], of["direct"]) and not same(of["kd-mean"], of["hpmkd"])
+
+
+def test_a_student_is_that_of_distill(finished, tmp_path):
+    """Same seed, same teachers: the student of the method `hpmkd` is bitwise the one that the recipe alone gives."""
+    recipe = write_recipe(tmp_path)
+    assert main(["distill", recipe, "training.seed=1"]) == 0
+    for name, method in (("student", "hpmkd"), ("direct", "direct")):
+        assert same(weights(tmp_path / "run" / name), weights(finished / "out" / "seed-1" / method))
+
+
+def test_the_best_teacher_is_the_best_on_guide_rows(finished):
+    for seed in (0, 1):
+        teachers = record(finished).teachers[f"seed-{seed}"]
+        best = max(teachers, key=lambda teacher: teacher.accuracy["guide"])
+        assert result(finished, "kd-best", seed).teachers == [best.name]
+        assert len({teacher.accuracy["guide"] for teacher in teachers}) == 2  # else this test shows nothing
+
+
+def test_finished_students_are_not_trained_again(finished, capsys, monkeypatch):
+    before = {p: t for p, t in files(finished / "out").items() if "seed-" in str(p)}
+    table = (finished / "out" / "table.md").read_text()
+    monkeypatch.setattr(compare_jobs, "train_or_load", None)
+    assert main(command(finished)) == 0
+    assert {p: t for p, t in files(finished / "out").items() if "seed-" in str(p)} == before
+    capsys.readouterr()
+    assert main(["compare", "--table", str(finished / "out")]) == 0
+    assert capsys.readouterr().out == table
+
+
+def test_a_method_and_a_seed_may_be_added_later(finished, tmp_path, monkeypatch):
+    import shutil
+
+    shutil.copytree(finished / "out", tmp_path / "out")
+    trained = []
+    train_or_load = compare_jobs.train_or_load
+    monkeypatch.setattr(
+        compare_jobs, "train_or_load", lambda name, *a, **k: trained.append(name) or train_or_load(name, *a, **k)
+    )
+    words = ["--methods", "direct,dkd", "--seeds", "1,2", "--output", str(tmp_path / "out")]
+    assert main(["compare", write_recipe(finished), *words]) == 0
+    assert trained == ["dkd, seed 1", "direct, seed 2", "dkd, seed 2"]
+    assert [method.name for method in record(tmp_path).methods] == [
+        "direct", "dkd", "kd-mean", "hpmkd", "kd-best", "again"
+    ]  # fmt: skip
+    assert len(record(tmp_path).results) == 13 and record(tmp_path).seeds == [0, 1, 2]
+
+
+def test_a_stopped_comparison_goes_on_and_ends_the_same(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("HPMKD_CACHE", str(tmp_path / "cache"))
+    keep_curve = classifier_training._Curve.on_evaluate
+
+    def stop(self, args, state, control, **kwargs):
+        keep_curve(self, args, state, control, **kwargs)
+        if "hpmkd/checkpoints" in args.output_dir and state.global_step >= 36:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(classifier_training._Curve, "on_evaluate", stop)
+    assert main(command(tmp_path)) == 130
+    assert any((tmp_path / "out" / "seed-0" / "hpmkd" / "checkpoints").glob("checkpoint-*"))
+    done = result(tmp_path, "kd-mean", 0)
+    assert done.status == "completed" and result(tmp_path, "hpmkd", 0).status == "running"
+    monkeypatch.setattr(classifier_training._Curve, "on_evaluate", keep_curve)
+    assert main(command(tmp_path)) == 0
+    assert result(tmp_path, "kd-mean", 0) == done
+    for method in ("hpmkd", "kd-best"):
+        assert same(*(weights(folder / "out" / "seed-0" / method) for folder in (finished, tmp_path)))
+
+
+def test_a_failed_student_is_named_and_stops_no_other(tmp_path, capsys):
+    """The optimizer's library is not installed, which shows when training begins."""
+    words = ["--methods", "direct,kd-mean", "--method", "broken: training.optimizer=adamw_bnb_8bit", "--seeds", "1"]
+    line = ["compare", write_recipe(tmp_path), *words, "--output", str(tmp_path / "out")]
+    assert main([*line, "--baseline", "direct"]) == 2
+    told = capsys.readouterr()
+    log = tmp_path / "out" / "seed-0" / "broken.log"
+    assert "1 of 3 students failed" in told.err and "broken, seed 0: failed, ImportError" in told.err
+    assert str(log) in told.err and "Traceback" in log.read_text()
+    assert {one.method for one in record(tmp_path).results} == {"direct", "kd-mean"}
+    assert "| kd-mean |" in told.out
+    assert result(tmp_path, "broken", 0).status == "failed"
+
+
+class _Closed:
+    def __len__(self):
+        raise AssertionError("the test part was opened")
+
+    def __getattr__(self, name):
+        raise AssertionError("the test part was opened")
+
+
+def test_the_test_part_stays_closed(tmp_path, monkeypatch):
+    def without_test(*args, **kwargs):
+        parts = load_parts(*args, **kwargs)
+        parts.test = _Closed()
+        return parts
+
+    monkeypatch.setattr(compare_jobs, "load_parts", without_test)
+    words = ["--methods", "direct,kd-mean", "--seeds", "1", "--output", str(tmp_path / "out")]
+    line = ["compare", write_recipe(tmp_path), *words]
+    assert main(line) == 0
+    assert record(tmp_path).looks == []
+    with pytest.raises(AssertionError, match="was opened"):
+        main([*line, "--final"])
+    assert len(record(tmp_path).looks) == 1  # written before the look, whatever comes of it
+
+
+def test_looks_at_the_test_part_are_counted_and_its_figures_right(tmp_path, capsys):
+    recipe, out = write_recipe(tmp_path), ["--seeds", "1", "--output", str(tmp_path / "out"), "--final"]
+    assert main(["compare", recipe, "--methods", "direct,kd-mean", *out]) == 0
+    assert main(["compare", recipe, "--methods", "direct,kd-mean", *out]) == 0
+    assert [look.students for look in record(tmp_path).looks] == [{"direct": [0], "kd-mean": [0]}]
+    assert main(["compare", recipe, "--methods", "direct,kd-mean,dkd", *out]) == 0
+    assert [look.students for look in record(tmp_path).looks][1:] == [{"dkd": [0]}]
+    assert "was opened 2 times" in capsys.readouterr().out
+    test = load_parts(DataConfig(path="sklearn:wine"), teachers_saw_train=False).test
+    names = [test.class_names[label] for label in test.labels.tolist()]
+    for one in record(tmp_path).results:
+        student = TabularForClassification.from_pretrained(tmp_path / "out" / "seed-0" / one.method)
+        predicted = student.predict(test.raw(range(len(test)))["table"])
+        assert one.scores["test"].right().tolist() == [a == b for a, b in zip(predicted, names, strict=True)]
+    assert all("test" in teacher.accuracy for teacher in record(tmp_path).teachers["seed-0"])
+
+
+def test_one_teacher_seed_for_all(tmp_path):
+    words = ["--methods", "direct,kd-mean", "--seeds", "1,2", "--teacher-seed", "5", "--output", str(tmp_path / "out")]
+    assert main(["compare", write_recipe(tmp_path), *words]) == 0
+    assert list(record(tmp_path).teachers) == ["seed-5"]
+    assert result(tmp_path, "kd-mean", 2).taught_by == "seed-5"
+    assert not (tmp_path / "out" / "seed-1" / "teachers").exists()
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "x"], "--seeds must be how many"),
+        (["--seeds", "0"], "--seeds must be how many"),
+        (["--seeds", "1,1"], "each once"),
+        (["--jobs", "0"], "`--jobs` must be at least 1"),
+        (["--baseline", "kd"], "baseline must be one of the methods"),
+        (["--method", "x: student.model=mlp-8"], "a method may set distillation"),
+        (["--method", "again2: kd-mean distillation.alpha=7"], "less than or equal to 1"),
+        (["training.epochs=11"], "holds a comparison on another recipe"),
+        (["--teacher-seed", "5"], "holds a comparison on another recipe"),
+    ],
+)
+def test_what_cannot_be_used_is_told_before_any_training(finished, capsys, words, message):
+    before = files(finished / "out")
+    assert main(command(finished, *words)) == 2
+    assert message in capsys.readouterr().err
+    assert files(finished / "out") == before
+
+
+def test_another_method_of_the_same_name_is_refused(finished, capsys):
+    line = ["compare", write_recipe(finished), "--seeds", "2", "--output", str(finished / "out"), "--methods", "direct"]
+    assert main([*line, "--method", "again: kd-mean distillation.temperature=2"]) == 2
+    assert "holds a student of again, seed 0 that was trained with other values" in capsys.readouterr().err
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    assert main(command(tmp_path)) == 2
+    assert "holds thesis.txt" in capsys.readouterr().err
+
+
+def test_a_recipe_is_needed(capsys):
+    assert main(["compare", "training.epochs=1"]) == 2
+    assert "compare needs a recipe" in capsys.readouterr().err
+
+
+def test_methods_are_listed(capsys):
+    assert main(["compare", "--list"]) == 0
+    assert "kd-mean" in capsys.readouterr().out
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def start(folder, *words):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    line = [sys.executable, "-m", "hf_hpmkd", *command(folder, "--jobs", "2", *words)]
+    return subprocess.Popen(
+        line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def session(leader):
+    """Processes of the session that `leader` began."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(fields[3]) == leader and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_two_processes_are_stopped_without_a_trace_and_go_on(finished, tmp_path, how, capfd):
+    """Whatever ends the first process ends the others, and the same command then gives what one process gave."""
+    process = start(tmp_path)
+    try:
+        deadline = time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < deadline:
+            done = list((tmp_path / "out").glob("seed-*/*.result.json"))
+            if any(json.loads(path.read_text())["status"] == "completed" for path in done):
+                break
+            time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        assert len(session(process.pid)) >= 3
+        process.send_signal(how)
+        told = process.communicate(timeout=60)[1]
+        assert process.returncode == (130 if how == signal.SIGINT else -9)
+        assert how == signal.SIGKILL or "goes on where this one stood" in told
+        deadline = time.monotonic() + 20
+        while session(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert session(process.pid) == []
+    finally:
+        for left in session(process.pid):
+            os.kill(left, signal.SIGKILL)
+    assert main(command(tmp_path, "--jobs", "2")) == 0
+    assert "[10/10]" in capfd.readouterr().out and {one.threads for one in record(tmp_path).results} == {1}
+    for one in record(finished).results:
+        assert result(tmp_path, one.method, one.seed).scores == one.scores

@@ -1,0 +1,149 @@
+"""Tables and figures of a comparison, from records made by hand; every figure computed a second time."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hf_hpmkd.comparison_record import ComparisonRecord, Look, MethodRecord, Result, Score
+from hf_hpmkd.comparison_report import draw_plots, lines, summary, table
+from hf_hpmkd.run_record import TeacherRecord
+
+SEEDS = range(4)
+SHARES = {"direct": (0.70, 0.72, 0.69, 0.71), "kd": (0.74, 0.75, 0.72, 0.76), "odd": (0.70, 0.71, 0.70, 0.72)}
+ROWS = 300
+
+
+def hits(share, seed, name):
+    right = np.zeros(ROWS, dtype=bool)
+    right[np.random.default_rng([seed, len(name)]).permutation(ROWS)[: round(share * ROWS)]] = True
+    return right
+
+
+def make(seeds=SEEDS, parts=("validation",)):
+    record = ComparisonRecord("r.yaml", {"data": {"path": "/home/me/data"}}, "f", "direct", seeds=list(seeds))
+    record.methods = [MethodRecord(name, f"what {name} is") for name in ("kd", "direct", "odd")]
+    for seed in seeds:
+        record.teachers[f"seed-{seed}"] = [
+            TeacherRecord("a", "a", "torch", accuracy={"validation": 0.8, "test": 0.75}),
+            TeacherRecord("b", "b", "torch", accuracy={"validation": 0.9, "test": 0.7}),
+        ]
+        for name, shares in SHARES.items():
+            result = Result(name, seed, "f", status="completed", taught_by=f"seed-{seed}", seconds=10.0 + seed)
+            result.scores = {part: Score.of(hits(shares[seed], seed, name)) for part in parts}
+            result.steps, result.num_params, result.threads = 100, 37, 1
+            record.results.append(result)
+    return record
+
+
+def test_bits_come_back():
+    right = hits(0.4, 1, "x")
+    score = Score.of(right)
+    assert (score.right() == right).all() and score.rows == ROWS and len(score.hits) == 2 * 38
+    assert score.accuracy == pytest.approx(0.4)
+
+
+def test_lines_recomputed():
+    found = {line.method: line for line in lines(make(), "validation")}
+    assert list(found) == ["direct", "kd", "odd"]  # the baseline first
+    raw = [stats.ttest_rel(SHARES[name], SHARES["direct"]).pvalue for name in ("kd", "odd")]
+    assert raw[0] < raw[1]
+    assert found["kd"].p == pytest.approx(2 * raw[0], rel=1e-6)
+    assert found["odd"].p == pytest.approx(max(2 * raw[0], raw[1]), rel=1e-6)
+    assert found["direct"].p is None and found["direct"].difference is None
+    for name, line in found.items():
+        assert line.accuracy.mean == pytest.approx(np.mean(SHARES[name]))
+        assert line.accuracy.sd == pytest.approx(np.std(SHARES[name], ddof=1))
+        assert line.retention == pytest.approx(np.mean(SHARES[name]) / 0.9)
+        assert line.seconds.mean == pytest.approx(11.5)
+    differences = np.subtract(SHARES["kd"], SHARES["direct"])
+    interval = stats.t.interval(0.95, 3, differences.mean(), stats.sem(differences))
+    assert (found["kd"].difference.low, found["kd"].difference.high) == pytest.approx(interval)
+
+
+def test_pairs_are_made_by_seed_and_not_by_order():
+    shuffled = make()
+    shuffled.results = shuffled.results[::-1]
+    assert lines(shuffled, "validation") == lines(make(), "validation")
+
+
+def test_a_method_with_a_missing_seed_is_compared_on_the_others():
+    record = make()
+    record.results = [one for one in record.results if (one.method, one.seed) != ("kd", 0)]
+    line = next(line for line in lines(record, "validation") if line.method == "kd")
+    assert line.difference.count == 3
+    assert line.difference.mean == pytest.approx(np.mean(np.subtract(SHARES["kd"], SHARES["direct"])[1:]))
+    assert "Not every method has all 4 seeds" in summary(record)
+
+
+def test_one_seed_is_tested_by_rows():
+    found = {line.method: line for line in lines(make([0]), "validation")}
+    first, second = (hits(SHARES[name][0], 0, name) for name in ("kd", "direct"))
+    discordant = int((first & ~second).sum()), int((second & ~first).sum())
+    raw = stats.binomtest(discordant[0], sum(discordant)).pvalue
+    other = [hits(SHARES["odd"][0], 0, "odd"), second]
+    pair = int((other[0] & ~other[1]).sum()), int((other[1] & ~other[0]).sum())
+    raw_other = stats.binomtest(pair[0], sum(pair)).pvalue
+    assert raw < raw_other
+    assert found["kd"].p == pytest.approx(min(1, 2 * raw)) and found["kd"].by_rows
+    assert "McNemar" in summary(make([0])) and "paired t" in summary(make())
+
+
+def test_the_table_in_words():
+    text = table(make(), "validation")
+    assert "| direct | 70.50 ± 1.29 | - | - | 78.3% | 11.5 ± 1.3 | 4 |" in text
+    assert "difference to direct, points" in text
+    assert "+3.75 (+2.23 to +5.27)" in text
+
+
+def test_the_test_part_is_shown_where_it_was_opened():
+    closed, opened = make(), make(parts=("validation", "test"))
+    opened.looks = [Look("2026-01-01T00:00:00Z", {"kd": [0]}), Look("2026-01-02T00:00:00Z", {"odd": [0]})]
+    assert "test accuracy" not in summary(closed) and "was not opened" in summary(closed)
+    assert "test accuracy" in summary(opened) and "was opened 2 times" in summary(opened)
+    assert lines(opened, "test")[0].retention == pytest.approx(np.mean(SHARES["direct"]) / 0.75)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"steps": 90}, "The terms were not equal"),
+        ({"num_params": 38}, "The terms were not equal"),
+        ({"threads": 2}, "different numbers of threads"),
+    ],
+)
+def test_what_weakens_the_figures_is_said(change, said):
+    record = make()
+    assert said not in summary(record)
+    vars(record.results[0]).update(change)
+    assert said in summary(record)
+
+
+def test_plots_are_drawn(tmp_path):
+    for record in (make(), make([0]), make(parts=("validation", "test"))):
+        files = draw_plots(record, tmp_path / "plots")
+        assert [file.name for file in files] == ["accuracy.png", "accuracy_seconds.png"]
+        assert all(file.stat().st_size > 5000 for file in files)
+    assert draw_plots(make([]), tmp_path / "none") == [] and not (tmp_path / "none").exists()
+
+
+def test_a_record_is_read_back_and_published_without_paths(tmp_path):
+    record = make(parts=("validation", "test"))
+    record.looks = [Look("2026-01-01T00:00:00Z", {"kd": [0]})]
+    record.save(tmp_path / "comparison.json")
+    assert ComparisonRecord.load(tmp_path / "comparison.json") == record
+    public = record.public()
+    assert public.recipe == {"data": {"path": "data"}}
+    assert summary(public) == summary(record)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "reads up to 1. Update"),
+        ({"sedes": []}, "sedes"),
+        ({"seeds": "three"}, "seeds"),
+    ],
+)
+def test_records_that_cannot_be_read(change, message):
+    with pytest.raises(ValueError, match=message):
+        ComparisonRecord.from_dict({**make().to_dict(), **change}, "x")
