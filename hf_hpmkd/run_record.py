@@ -93,6 +93,7 @@ class RunRecord:
     parts: the provenance of the data; parts["parts"][part]["rows"] is a part's size. curves: run name ("student",
     "direct", a teacher) -> rows of its log, each with `step`. class_weights: `teachers x classes`, mean weight of each
     teacher on the guide rows of each class; a column of zeros is a class without guide rows. seconds: phase -> seconds.
+    memory: which one, and what was found in it; {} for a run without.
     events: {"time", "text"}. Times are UTC, ISO 8601.
     """
 
@@ -114,6 +115,7 @@ class RunRecord:
     class_weights: list[list[Number]] | None = None
     class_names: list[str] = field(default_factory=list)
     seconds: dict[str, Number] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     events: list[dict[str, str]] = field(default_factory=list)
     error: str | None = None

@@ -11,10 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "hf_hpmkd"
 # From the bottom up; inside a level from left to right. A file may import what stands before it, nothing else. A folder
 # (tasks, models, metrics, components) is one word; what its files do among themselves is their matter, save components.
 LEVELS = (
-    ("losses", "heads", "run_record", "tasks", "models", "metrics"),
+    ("losses", "heads", "run_record", "memory_records", "memory_files", "tasks", "models", "metrics"),
     ("components", "training_args", "dataset_rows", "data_source", "data", "classifiers"),
     (
-        "teacher_kinds", "sklearn_teachers", "teachers", "teacher_output_file", "teacher_outputs", "teacher_cache",
+        "teacher_kinds", "sklearn_teachers", "teachers", "teacher_output_file", "foreign_outputs",
+        "teacher_outputs", "teacher_cache",
         "report", "run_summary", "model_card", "run_folder", "hub_store",
     ),
     ("distiller", "trainer"),
@@ -34,7 +35,9 @@ ONLY = {
     "tasks": set(),
     "models": set(),
     "metrics": set(),
-    "components": {"losses"},
+    "memory_records": {"run_record"},
+    "memory_files": set(),
+    "components": {"losses", "memory_records", "memory_files"},
     "report": {"run_record"},
     "run_summary": {"run_record", "report"},
     "model_card": {"run_record", "report"},
