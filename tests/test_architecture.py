@@ -11,12 +11,13 @@ PACKAGE = Path(__file__).parents[1] / "hf_hpmkd"
 # From the bottom up; inside a level from left to right. A file may import what stands before it, nothing else. A folder
 # (tasks, models, metrics, components) is one word; what its files do among themselves is their matter, save components.
 LEVELS = (
-    ("losses", "heads", "run_record", "memory_records", "memory_files", "tasks", "models", "metrics"),
+    ("losses", "heads", "run_record", "memory_records", "memory_files", "hub_client", "tasks", "models", "metrics"),
     ("components", "training_args", "dataset_rows", "data_source", "data", "classifiers"),
     (
         "teacher_kinds", "sklearn_teachers", "teachers", "teacher_output_file", "foreign_outputs",
         "teacher_outputs", "teacher_cache",
         "report", "run_summary", "model_card", "run_folder", "hub_store",
+        "memory_hub",
     ),
     ("distiller", "trainer"),
     (
@@ -41,7 +42,9 @@ ONLY = {
     "report": {"run_record"},
     "run_summary": {"run_record", "report"},
     "model_card": {"run_record", "report"},
-    "hub_store": {"run_record"},
+    "hub_client": set(),
+    "hub_store": {"run_record", "hub_client"},
+    "memory_hub": {"memory_records", "memory_files", "hub_client", "components"},
     "run_folder": {"run_record"},
     "recipe_faults": set(),
     "__main__": {"cli"},

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import tiny
-from hub_server import TOKEN, Blob, HubServer, Repo
+from hub_server import TOKEN, Blob, HubServer, Repo, point_client
 from huggingface_hub import HfApi, constants, get_session
 from transformers import ViTImageProcessorPil
 
-from hf_hpmkd import hub_store
+from hf_hpmkd import hub_client
 from hf_hpmkd.hub_store import HubPushError, push_run
 from hf_hpmkd.run_record import ModelRecord, RunRecord, TeacherRecord
 
@@ -32,13 +32,7 @@ def hub():
 
 @pytest.fixture
 def client(hub, monkeypatch, tmp_path):
-    """This process's client talks to the server. It read its settings at import, so they are set where it has them."""
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    point_client(hub, monkeypatch, tmp_path)
     return hub
 
 
@@ -247,7 +241,7 @@ def test_the_client_retries_a_large_file(client, run_dir, monkeypatch):
 
 
 def test_a_server_that_does_not_answer(client, run_dir, monkeypatch):
-    monkeypatch.setattr(hub_store, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(hub_client, "TIMEOUT_SECONDS", 0.3)
     before = get_session().timeout
     client.fail("POST", "/commit/", delay=2.0)
     assert "no answer within 0.3 s" in refused(run_dir)
