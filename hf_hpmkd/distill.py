@@ -5,6 +5,7 @@
     direct   = the student trained on labels alone, to compare      (classifier_training)
     student  = the student trained on the teachers' outputs         (trainer, distiller)
     report   = test opened once; record, table, plots, card         (evaluation, report, model_card)
+    memory   = teacher outputs found there, the run added at the end (run_memory)
 
 Every step leaves its result in the output folder, so that the same command goes on where an interrupted run stood.
 """
@@ -31,6 +32,7 @@ from hf_hpmkd.model_card import write_card
 from hf_hpmkd.recipe import Recipe, TeacherConfig, fingerprint, recipe_tree
 from hf_hpmkd.recipe_rules import is_sklearn, is_trained_here, teacher_names
 from hf_hpmkd.run_folder import claim
+from hf_hpmkd.run_memory import RunMemory, run_memory
 from hf_hpmkd.run_record import RECORD_FILE, ModelRecord, RunRecord, Status, TeacherRecord, code_commit, environment
 from hf_hpmkd.teacher_kinds import Teacher, check_teacher
 from hf_hpmkd.teacher_training import train_teacher
@@ -58,12 +60,15 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
             (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_tree(recipe), sort_keys=False), encoding="utf-8")
             record.status, record.error = "running", None
             record.save(folder / RECORD_FILE)
-    run = _Run(recipe, folder, record, state.is_main_process)
-    if record.status == "completed":
-        run.say(f"{folder} holds the finished run of {recipe_source}; `output.overwrite=true` runs it again.")
-    else:
-        with run.recording():
-            _run(run)
+    with run_memory(recipe, state.is_main_process) as memory:
+        run = _Run(folder, record, memory)
+        if record.status == "completed":
+            run.say(f"{folder} holds the finished run of {recipe_source}; `output.overwrite=true` runs it again.")
+        else:
+            memory.before()
+            with run.recording():
+                _run(run)
+        memory.after(record, folder / "student")
     run.say("\n" + report.result_table(record))
     run.say(f"\nThe student is in {folder / 'student'}, its card in {folder / 'README.md'}.")
     if recipe.hub.push and recipe.hub.repo_id is not None and state.is_main_process:
@@ -96,7 +101,7 @@ def _run(run: "_Run") -> None:
         for one, (_, config) in zip(teachers, named, strict=True):
             run.keep_teacher(one, config)
         run.warn_if_larger_than_every_teacher(num_params, teachers)
-        evaluate_teachers(run.record, teachers, parts, recipe, say=run.say, warn=run.warn)
+        evaluate_teachers(run.record, teachers, parts, recipe, run.memory.cache, say=run.say, warn=run.warn)
 
     def train_student(name: str, with_teachers: list[Teacher]) -> Trained:
         with run.phase(name):
@@ -125,7 +130,8 @@ def _run(run: "_Run") -> None:
 
     with run.phase("report"):
         classifiers = {name: one.classifier for name, one in trained.items()}
-        evaluate_test(record, teachers, classifiers, parts, recipe, say=run.say)
+        evaluate_test(record, teachers, classifiers, parts, recipe, run.memory.cache, say=run.say)
+        run.memory.count(record)
         run.write_report()
 
 
@@ -196,16 +202,16 @@ def train(run: "_Run", name: str, config: TeacherConfig, parts: DataParts) -> Te
 
 
 class _Run:
-    """The recipe, folder and record of one run; only the main process speaks and writes."""
+    """The recipe, folder, record and memory of one run; only the main process speaks and writes."""
 
-    def __init__(self, recipe: Recipe, folder: Path, record: RunRecord, is_main: bool) -> None:
-        self.recipe, self.folder, self.record, self.is_main = recipe, folder, record, is_main
+    def __init__(self, folder: Path, record: RunRecord, memory: RunMemory) -> None:
+        self.folder, self.record, self.memory = folder, record, memory
+        self.recipe, self.is_main = memory.recipe, memory.is_main
         self.device = PartialState().device
         self.training_seconds: dict[str, float] = {}
 
     def say(self, text: str) -> None:
-        if self.is_main:
-            print(text, flush=True)
+        self.memory.say(text)
 
     def warn(self, text: str) -> None:
         if text not in self.record.warnings:

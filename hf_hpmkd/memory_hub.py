@@ -290,9 +290,7 @@ class HubMemory(OptimizationMemory):
         """
         files = self._files_of(names)
         words = [*(name.removesuffix(".parquet")[:16] for name in names.records), *names.models]
-        words += [name[:16] for name in names.outputs]
-        if len(words) > 8:
-            words = ["--outputs"] if names.outputs else []
+        words += ["--outputs"] if names.outputs else []
         command = shlex.join(
             ["hpmkd", "memory", "push", self.repo_id, *words, "--memory", str(self.root)]
             + ([] if self.private else ["--public"])

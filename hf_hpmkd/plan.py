@@ -18,10 +18,11 @@ from hf_hpmkd.classifiers import Classifier, build_classifier
 from hf_hpmkd.data import PARTS, DataParts, load_parts
 from hf_hpmkd.recipe import Recipe, TeacherConfig
 from hf_hpmkd.recipe_rules import family, is_trained_here, looks_local, teacher_names
+from hf_hpmkd.run_memory import outputs_folder
 from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, Rows
 from hf_hpmkd.tasks.images import ImageRows
 from hf_hpmkd.tasks.text import TextRows
-from hf_hpmkd.teacher_cache import TeacherCache, estimate, readable_bytes
+from hf_hpmkd.teacher_cache import estimate, readable_bytes
 
 _STAND_IN_SIDE = 224  # pixels; of images that are not on this disk
 _BATCH = 8  # rows of the forward pass that counts activations
@@ -210,7 +211,7 @@ def _model_lines(student: _Model, teachers: list[_Model]) -> list[str]:
 
 def _cache_lines(recipe: Recipe, parts: DataParts | None, rows: Rows | None) -> list[str]:
     distillation, teachers = recipe.distillation, len(recipe.teachers)
-    root = TeacherCache(distillation.cache_dir).root
+    root = outputs_folder(recipe)
     room = f"{readable_bytes(_free_bytes(root))} are free where they go"
     if parts is None:
         if distillation.teacher_outputs == "live":

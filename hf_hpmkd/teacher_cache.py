@@ -97,13 +97,13 @@ class Tally:
     computed: int = 0
     found_bytes: int = 0
     found_seconds: float = 0.0
-    _known: set[str] = field(default_factory=set)
+    names: set[str] = field(default_factory=set)
 
     def add(self, paths: Sequence[Path], computed: set[Path]) -> None:
         for path in paths:
-            if path.name in self._known:
+            if path.name in self.names:
                 continue
-            self._known.add(path.name)
+            self.names.add(path.name)
             if path in computed:
                 self.computed += 1
             else:

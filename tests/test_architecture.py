@@ -17,12 +17,12 @@ LEVELS = (
         "teacher_kinds", "sklearn_teachers", "teachers", "teacher_output_file", "foreign_outputs",
         "teacher_outputs", "teacher_cache",
         "report", "run_summary", "model_card", "run_folder", "hub_store",
-        "memory_hub",
+        "memory_hub", "memory_commands",
     ),
     ("distiller", "trainer"),
     (
-        "recipe_faults", "recipe_rules", "recipe", "plan", "classifier_training", "teacher_training", "evaluation",
-        "distill", "bench",
+        "recipe_faults", "recipe_rules", "recipe", "run_memory", "plan", "classifier_training", "teacher_training",
+        "evaluation", "distill", "bench",
     ),
     ("cli", "__main__"),
 )  # fmt: skip
