@@ -25,8 +25,9 @@ def push_run(run_dir: Path, repo_id: str, private: bool = True, token: str | Non
     """Publishes the run in `run_dir` and returns the URL of its repository.
 
     The repository is made if it is missing. In one commit it gets the files of `student/` at its root, so that
-    `from_pretrained(repo_id)` works, the card, `plots/`, and the run record without local paths. What it holds already
-    is not sent again; what an earlier run pushed and this one lacks is deleted in the same commit. repo_id:
+    `from_pretrained(repo_id)` works, the stages in `chain/` for `subfolder="chain/STAGE"`, the card, `plots/`, and the
+    run record without local paths. What it holds already is not sent again, nor a large file that a push before sent
+    before it failed; what an earlier run pushed and this one lacks is deleted in the same commit. repo_id:
     "user/name". private: True makes a new repository private and refuses a public one; False makes a new one public.
     token: None takes HF_TOKEN or the login.
 
@@ -85,8 +86,21 @@ def _published_files(run_dir: Path) -> list[HubFile]:
         )
     public = json.dumps(record.public().to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     files = [HubFile(path, local) for path, local in _files_below(student) if path not in _NOT_PUBLISHED]
+    files += [HubFile(f"chain/{path}", local) for path, local in _stage_files(run_dir / "chain")]
     files += [HubFile(f"plots/{path}", local) for path, local in _files_below(run_dir / "plots")]
     return [*files, HubFile("README.md", card), HubFile(RECORD_FILE, public.encode())]
+
+
+def _stage_files(chain: Path) -> Iterator[tuple[str, Path]]:
+    """The files of the models below a chain's folder, one folder each; checkpoints and other traces of training are
+    left out.
+    """
+    for config in sorted(chain.rglob("config.json")):
+        folder = config.parent.relative_to(chain)
+        if not any(part.startswith(("checkpoint", ".")) for part in folder.parts):
+            for path, local in _files_below(config.parent):
+                if "/" not in path and path not in _NOT_PUBLISHED:
+                    yield (folder / path).as_posix(), local
 
 
 def _files_below(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -125,10 +139,12 @@ def _push(api: HfApi, repo_id: str, private: bool, files: list[HubFile]) -> str:
 
 
 def _stale(held: list[str], sent: set[str]) -> list[str]:
-    """Paths that an earlier push left: plots, and files at the root that would be loaded with this student."""
+    """Paths that an earlier push left: plots, and files at the root or of a stage that would be loaded with these."""
     left = (PurePosixPath(path) for path in held if path not in sent and path != RECORD_FILE)
     return [
         str(path)
         for path in left
-        if (len(path.parts) == 1 and path.suffix in _LOADED) or (path.parts[0] == "plots" and path.suffix == ".png")
+        if (len(path.parts) == 1 and path.suffix in _LOADED)
+        or (path.parts[0] == "plots" and path.suffix == ".png")
+        or (path.parts[0] == "chain" and path.suffix in _LOADED)
     ]
