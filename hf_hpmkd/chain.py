@@ -1,8 +1,8 @@
 """The progressive chain of a run: its stages built, probed, trained, judged and kept, largest first.
 
 How long the chain is, `components.progressive_chain` decides; this module gets it the figures. Everything that took
-training lies in the run's folder `chain/` or among the finished stages kept beside the teacher outputs, so that the
-same command goes on where an interrupted run stood, and no stage is trained twice.
+training lies in the run's folder `chain/`, finished stages in the memory too, so that the same command goes on where an
+interrupted run stood, and no stage is trained twice.
 """
 
 import dataclasses
@@ -10,16 +10,16 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
-from hf_hpmkd.chain_store import STAGE_FILE, StageStore
 from hf_hpmkd.classifier_training import (
     Schedule,
     Trained,
@@ -42,6 +42,7 @@ from hf_hpmkd.components.progressive_chain import (
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.evaluation import student_logits
 from hf_hpmkd.intermediate_models import Intermediate, find_intermediates
+from hf_hpmkd.memory_files import MANIFEST
 from hf_hpmkd.model_card import write_stage_card
 from hf_hpmkd.model_cost import training_flops
 from hf_hpmkd.recipe import recipe_tree
@@ -49,11 +50,11 @@ from hf_hpmkd.recipe_rules import uses_teachers
 from hf_hpmkd.run_context import Run
 from hf_hpmkd.run_record import ChainDecision, ChainRecord, StageRecord
 from hf_hpmkd.tasks.base import json_digest
-from hf_hpmkd.teacher_cache import TeacherCache
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
 from hf_hpmkd.warm_start import can_warm_start, warm_start
 
 FOLDER = "chain"
+STAGE_FILE = "stage.json"
 _STAGE_FORMAT = 1
 # What a recipe says that changes nothing in a stage's weights; epochs and seed are in its schedule.
 _NOT_IN_KEY = {
@@ -191,7 +192,7 @@ class _Stages:
     def __init__(self, run: Run, parts: DataParts, teachers: list[Teacher]) -> None:
         self.run, self.parts, self.teachers = run, parts, teachers
         self.folder = run.folder / FOLDER
-        self.store = StageStore.beside(TeacherCache(run.recipe.distillation.cache_dir).root)
+        self.store = run.memory.store
         self.finished: list[TorchTeacher] = []
         self.records: list[StageRecord] = []
 
@@ -214,7 +215,7 @@ class _Stages:
         self.records.append(record)
 
     def drop(self, record: StageRecord) -> None:
-        """Takes a stage out of the run's folder. It stays in the store, for whom it may still serve."""
+        """Takes a stage out of the run's folder. It stays in the memory, for whom it may still serve."""
         if self.run.is_main:
             shutil.rmtree(self.folder / record.name)
             done_file(self.folder / record.name).unlink()
@@ -244,36 +245,63 @@ class _Stages:
         )
 
     def train(self, wanted: Intermediate) -> tuple[TorchTeacher, StageRecord]:
-        """The next stage: trained, or found finished in this run's folder or in the store."""
+        """The next stage: trained, or found finished in this run's folder or in the memory."""
         name = f"stage-{len(self.finished) + 1}"
         folder, build, key = self.folder / name, self.builder(wanted), self.key(wanted)
-        found = False
-        with PartialState().main_process_first():
-            if not done_file(folder).is_file() and (kept := self.store.find_model(key)) is not None:
-                shutil.copytree(kept, folder, dirs_exist_ok=True)
-                write_json(done_file(folder), json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))["trained"])
-                self.run.say(f"Chain: {name} ({wanted.num_params:,} parameters) was trained before: {kept}")
-                found = True
-        trained = self.fit(name, build, self.schedule(), folder, self.finished)
-        stage = self.as_teacher(name, trained.classifier, wanted.name)
-        if trained.resumed and not found and (folder / STAGE_FILE).is_file():  # by this run, before an interruption
-            about = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
-            return stage, StageRecord(**about["stage"])
-        record = StageRecord(
-            name=name,
-            model=wanted.name,
-            num_params=wanted.num_params,
-            target=wanted.target,
-            guides=[guide.name for guide in self.guides(self.finished)],
-            warm_start=build.share,
-            accuracy=float(self.right(trained.classifier).float().mean()),
-            seconds=trained.seconds,
-            steps=trained.steps,
-            reused=found,
-        )
-        self.run.keep_curve(name, trained.curve)
-        self._publish(folder, key, record, trained)
+        with self.store.making(key) if self.store is not None and self.run.is_main else nullcontext():
+            with PartialState().main_process_first():
+                found = done_file(folder).is_file() or self._fetch(wanted, key, folder)
+            trained = self.fit(name, build, self.schedule(), folder, self.finished)
+            stage = self.as_teacher(name, trained.classifier, wanted.name)
+            about = self._about(folder) if found else None
+            if about is not None:
+                return stage, StageRecord(**{**about["stage"], "name": name})
+            record = StageRecord(
+                name=name,
+                model=wanted.name,
+                num_params=wanted.num_params,
+                target=wanted.target,
+                guides=[guide.name for guide in self.guides(self.finished)],
+                warm_start=build.share,
+                accuracy=float(self.right(trained.classifier).float().mean()),
+                seconds=trained.seconds,
+                steps=trained.steps,
+            )
+            self.run.keep_curve(name, trained.curve)
+            self._publish(folder, key, record, trained)
         return stage, record
+
+    def _fetch(self, wanted: Intermediate, key: str, folder: Path) -> bool:
+        """Puts a finished stage from the memory into the folder; False if there is none that can be used."""
+        kept = self.store.find_model(key) if self.store is not None and self.run.is_main else None
+        if kept is None:
+            return done_file(folder).is_file()
+        about = self._about(kept)
+        if about is None or about["stage"]["num_params"] != wanted.num_params:
+            self.run.warn(f"The stage {key} of the memory has no usable {STAGE_FILE} and is trained again.")
+            return False
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in kept.iterdir():
+            if file.name != MANIFEST:
+                shutil.copy2(file, folder)
+        about["stage"]["reused"] = True
+        write_json(folder / STAGE_FILE, about)
+        # The code of our own models is no data, so the memory does not hold it; saving the model writes it again.
+        model = build_classifier(wanted.name, self.parts.train).model
+        type(model).from_pretrained(folder).save_pretrained(folder)
+        write_json(done_file(folder), about["trained"])
+        self.run.say(f"Chain: a stage of {wanted.num_params:,} parameters was trained before and is in the memory.")
+        return True
+
+    def _about(self, folder: Path) -> dict[str, Any] | None:
+        """What a stage's folder says of it; None where it says nothing that can be read."""
+        try:
+            about = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+            StageRecord(**about["stage"])
+            Trained(None, **about["trained"])  # type: ignore[arg-type]
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        return about if about.get("format_version") == _STAGE_FORMAT else None
 
     def _publish(self, folder: Path, key: str, record: StageRecord, trained: Trained) -> None:
         """Makes the stage's folder usable alone, and keeps a copy for other runs."""
@@ -283,7 +311,8 @@ class _Stages:
         about = {"format_version": _STAGE_FORMAT, "key": key, "stage": dataclasses.asdict(record), "trained": saved}
         write_json(folder / STAGE_FILE, about)
         write_stage_card(self.run.record, record, folder)
-        self.store.keep_model(key, folder)
+        if self.store is not None:
+            self.store.keep_model(key, folder)
 
     def fit(
         self,

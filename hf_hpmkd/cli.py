@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -75,11 +75,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_line(one)
     one.add_argument("--output", metavar="DIR", help="folder of the run")
     one.add_argument("--overwrite", action="store_true", help="replace a finished or different run in that folder")
+    _add_run_memory(one)
     one.set_defaults(after_stop="The same command resumes the run from its last checkpoint.")
 
     one = command(commands, "quickstart", "A first distillation: digits, three teachers, a few minutes.", _quickstart)
     one.add_argument("words", nargs="*", metavar="section.key=value", help="overrides")
     one.add_argument("--overwrite", action="store_true", help="replace a finished or different run in that folder")
+    _add_run_memory(one)
     one.set_defaults(after_stop="The same command resumes the run from its last checkpoint.")
 
     one = command(commands, "init", "Write the recipe of such a line, with comments, to a file.", _init)
@@ -113,6 +115,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_cache_dir(one)
     one.add_argument("--older-than", type=float, metavar="DAYS", help="only files not used for so many days")
 
+    memory = commands.add_parser("memory", help="What earlier runs left: records, teacher outputs, models.")
+    _add_memory_commands(memory.add_subparsers(title="memory commands", required=True, metavar="COMMAND"), command)
+
     bench = commands.add_parser("bench", help="Measure.")
     group = bench.add_subparsers(title="bench commands", required=True, metavar="COMMAND")
     one = command(group, "trainer", "Time per step of HPMKDTrainer against Trainer.", _bench_trainer)
@@ -127,6 +132,42 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("repo_id", metavar="REPO_ID", help="user/name")
     one.add_argument("--public", action="store_true", help="create the repository as public (default: private)")
     return parser
+
+
+def _add_run_memory(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--memory", metavar="WHERE", help="memory to use: a folder, or hf://datasets/USER/NAME")
+    which.add_argument("--no-memory", action="store_true", help="neither read nor add to a memory")
+
+
+def _add_memory_commands(group: argparse._SubParsersAction, command: Callable[..., argparse.ArgumentParser]) -> None:
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        made = command(group, name, text, _memory)
+        made.set_defaults(job=name)
+        made.add_argument(
+            "--memory", type=Path, metavar="DIR", help="folder (default: $HPMKD_MEMORY, or in the HF home)"
+        )
+        return made
+
+    add("ls", "List the runs that are remembered.")
+    one = add("show", "Everything about one run or model.")
+    one.add_argument("id", metavar="ID", help="the beginning of its id or key")
+    one = add("push", "Add what is here to a shared memory, in one commit.")
+    one.add_argument("where", metavar="WHERE", help="hf://datasets/USER/NAME, or USER/NAME")
+    one.add_argument("ids", nargs="*", metavar="ID", help="only these runs, models and outputs (default: all runs)")
+    one.add_argument("--models", action="store_true", help="also all models")
+    one.add_argument("--outputs", action="store_true", help="also all teacher outputs")
+    one.add_argument("--public", action="store_true", help="make the repository public (default: private)")
+    one = add("pull", "Take what a shared memory has into this one.")
+    one.add_argument("where", metavar="WHERE", help="hf://datasets/USER/NAME, or USER/NAME")
+    one.add_argument("--models", action="store_true", help="also all models")
+    one.add_argument("--outputs", action="store_true", help="also all teacher outputs; runs check them before use")
+    one = add("merge", "Take what the memory in another folder has into this one.")
+    one.add_argument("folder", metavar="DIR", type=Path)
+    add("verify", "Read every file and compare its checksum.")
+    one = add("gc", "Clear away what stopped runs left, and what is above a limit.")
+    one.add_argument("--limit-gb", type=float, metavar="GB", help="evict the least recently used above so many GB")
+    add("stats", "Sizes, and how often runs found what they needed.")
 
 
 def _add_line(parser: argparse.ArgumentParser, required: bool = False) -> None:
@@ -177,9 +218,7 @@ def _add_cache_dir(parser: argparse.ArgumentParser) -> None:
 def _distill(args: argparse.Namespace) -> None:
     from hf_hpmkd.recipe import load_recipe, recipe_from_line
 
-    words = list(args.words)
-    if args.overwrite:
-        words.append("output.overwrite=true")
+    words = [*args.words, *_options_as_words(args)]
     given = [option for option in _LINE if getattr(args, option)]
     if not given:
         if not words or "=" in words[0]:
@@ -205,8 +244,15 @@ def _distill(args: argparse.Namespace) -> None:
 def _quickstart(args: argparse.Namespace) -> None:
     from hf_hpmkd.recipe import load_recipe
 
-    words = [*args.words, *(["output.overwrite=true"] if args.overwrite else [])]
+    words = [*args.words, *_options_as_words(args)]
     _run(load_recipe("quickstart", words, check_files=True), shlex.join(["quickstart", *words]))
+
+
+def _options_as_words(args: argparse.Namespace) -> list[str]:
+    words = ["output.overwrite=true"] if args.overwrite else []
+    if args.memory is not None:
+        words += ["memory.use=true", f"memory.path={json.dumps(args.memory)}"]
+    return [*words, "memory.use=false"] if args.no_memory else words
 
 
 def _run(recipe: "Recipe", source: str) -> None:
@@ -306,6 +352,12 @@ def _cache_clear(args: argparse.Namespace) -> None:
     from hf_hpmkd.teacher_cache import TeacherCache
 
     _say(TeacherCache(args.cache_dir).clear(older_than=args.older_than))
+
+
+def _memory(args: argparse.Namespace) -> None:
+    from hf_hpmkd.memory_commands import run_command
+
+    _say(run_command(args.job, args))
 
 
 def _bench_trainer(args: argparse.Namespace) -> None:

@@ -184,7 +184,7 @@ def _prepare_teachers(place: Workplace, key: str, record: ComparisonRecord, say:
     run.folder.mkdir(parents=True, exist_ok=True)
     with run.phase("teachers"):
         teachers = place.teachers(key, run)
-        evaluate_teachers(run.record, teachers, place.parts, run.recipe, say=say, warn=run.warn)
+        evaluate_teachers(run.record, teachers, place.parts, run.recipe, run.memory.cache, say=say, warn=run.warn)
     run.record.status = "completed"
     run.save()
     seen = {
@@ -214,7 +214,8 @@ def _open_test(place: Workplace, jobs: Sequence[Job], record: ComparisonRecord, 
     test = place.parts.test
     for key in dict.fromkeys(place.teacher_key(job.seed) for job in new):
         teachers = place.teachers(key)
-        logits = teacher_logits(teachers, test, place.teachers_run(key).recipe, say)
+        run = place.teachers_run(key)
+        logits = teacher_logits(teachers, test, run.recipe, run.memory.cache, say)
         for known, of_teacher in zip(record.teachers[key], logits, strict=True):
             known.accuracy["test"] = float((of_teacher.argmax(-1) == test.labels).double().mean())
     for job in new:

@@ -23,9 +23,11 @@ from accelerate import PartialState
 from filelock import FileLock, Timeout
 from transformers.utils.logging import disable_progress_bar
 
+from hf_hpmkd.chain import WarmBuild, build_chain
 from hf_hpmkd.classifier_training import student_schedule, train_or_load
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.comparison_record import Result, Score
+from hf_hpmkd.components.optimization_memory import OptimizationMemory
 from hf_hpmkd.data import DataParts, load_parts
 from hf_hpmkd.distill import get_teachers, student_builder
 from hf_hpmkd.evaluation import student_logits
@@ -33,6 +35,7 @@ from hf_hpmkd.methods import Method, method_recipe
 from hf_hpmkd.recipe import Recipe, fingerprint, read_recipe, recipe_tree
 from hf_hpmkd.recipe_rules import is_trained_here, uses_teachers
 from hf_hpmkd.run_context import Run, new_record
+from hf_hpmkd.run_memory import RunMemory, open_memory
 from hf_hpmkd.run_record import RECORD_FILE, RunRecord, code_commit, environment
 from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
@@ -61,6 +64,10 @@ class Job:
     @property
     def student(self) -> Path:
         return self.folder / f"seed-{self.seed}" / self.method.name
+
+    @property
+    def run_folder(self) -> Path:
+        return self._beside("run")
 
     @property
     def result_file(self) -> Path:
@@ -106,7 +113,18 @@ class Workplace:
         """The run that gets these teachers: the shared recipe, whose values no method has touched."""
         seed = 0 if key == "loaded" else int(key.removeprefix("seed-"))
         recipe = read_recipe(recipe_tree(self.recipe), "the recipe", [f"training.seed={seed}"])
-        return Run(recipe, self.folder / key, new_record(recipe), is_main=True)
+        return self.run(recipe, self.folder / key)
+
+    def run(self, recipe: Recipe, folder: Path) -> Run:
+        """A run of a recipe in a folder, with the memory that all of them share."""
+        run = Run(folder, new_record(recipe), RunMemory(recipe, self.store, is_main=True, say=print))
+        run.record.class_names, run.record.parts = self.parts.class_names, self.parts.provenance
+        return run
+
+    @cached_property
+    def store(self) -> OptimizationMemory | None:
+        """Where finished stages of chains are kept; None where the recipe wants no memory."""
+        return open_memory(self.recipe) if self.recipe.memory.use else None
 
     def teachers(self, key: str, run: Run | None = None) -> list[Teacher]:
         """The teachers of that key, loaded, or found trained; only the last ones asked for are kept in memory.
@@ -133,7 +151,8 @@ class Workplace:
 
     def train(self, job: Job) -> Result:
         """Trains the student of a job, scores it on validation rows and writes both down."""
-        recipe = method_recipe(self.recipe, job.method, job.seed)
+        run = self.run(method_recipe(self.recipe, job.method, job.seed), job.run_folder)
+        recipe = run.recipe
         key = self.teacher_key(job.seed)
         teachers = self.heard(job.method, key) if uses_teachers(recipe) else []
         result = Result(
@@ -150,19 +169,24 @@ class Workplace:
             threads=torch.get_num_threads(),
         )
         result.save(job.result_file)
+        job.run_folder.mkdir(exist_ok=True)
+        build = student_builder(recipe, self.parts)
+        chain = build_chain(run, self.parts, teachers, build)
+        guides = chain.guides if teachers else []
         trained = train_or_load(
             job.name,
-            student_builder(recipe, self.parts),
+            WarmBuild(build, chain.above),
             recipe,
             student_schedule(recipe),
             job.student,
             self.parts.train,
             self.parts.validation,
             num_views=self.parts.num_views,
-            teachers=teachers,
-            guide=self.parts.guide if teachers else None,
+            teachers=guides,
+            guide=self.parts.guide if guides else None,
         )
-        result.seconds, result.steps, result.curve = trained.seconds, trained.steps, trained.curve
+        result.steps, result.curve = trained.steps, trained.curve
+        result.seconds, result.chain = trained.seconds + chain_seconds(run.record), run.record.chain
         result.num_params = trained.classifier.num_params
         result.scores["validation"] = self.score(trained.classifier, self.parts.validation)
         result.status, result.finished = "completed", now()
@@ -186,6 +210,14 @@ class Workplace:
         model = TorchTeacher(student.model, student.feed, name="student", data_names=names, device=device)
         logits = student_logits(model, rows, self.recipe.training.eval_batch_size)
         return Score.of((logits.argmax(-1) == rows.labels).numpy())
+
+
+def chain_seconds(record: RunRecord) -> float:
+    """Seconds that a chain's stages and decisions took, of a stage found in the memory those of its training."""
+    chain = record.chain
+    if chain is None:
+        return 0.0
+    return sum(stage.seconds or 0.0 for stage in chain.stages) + sum(one.seconds for one in chain.decisions)
 
 
 # ---- running many ----------------------------------------------------------------------------------------------------

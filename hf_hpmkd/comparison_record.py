@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from hf_hpmkd.run_record import Number, TeacherRecord, plain_values, without_paths, write_whole
+from hf_hpmkd.run_record import ChainRecord, Number, TeacherRecord, plain_values, without_paths, write_whole
 
 FORMAT_VERSION = 1
 COMPARISON_FILE = "comparison.json"
@@ -91,7 +91,8 @@ class Result(_JsonFile):
     """The student of one method and seed.
 
     recipe_fingerprint: of everything that decides the result. teachers: which of the recipe's were heard. taught_by:
-    the key of `ComparisonRecord.teachers`. seconds: of the student's training. curve: its log. threads: of torch.
+    the key of `ComparisonRecord.teachers`. chain: the intermediate models, if any. seconds: of the student's training
+    and of the chain's stages and decisions. curve: the student's log. threads: of torch.
     scores: part -> Score; "test" only where somebody asked for it.
     """
 
@@ -105,6 +106,7 @@ class Result(_JsonFile):
     overrides: list[str] = field(default_factory=list)
     teachers: list[str] = field(default_factory=list)
     taught_by: str = ""
+    chain: ChainRecord | None = None
     scores: dict[str, Score] = field(default_factory=dict)
     seconds: Number | None = None
     steps: int | None = None

@@ -6,6 +6,7 @@
     chain    = intermediate models between them, if they pay        (chain, components.progressive_chain)
     student  = the student trained on the outputs of all of them    (trainer, distiller)
     report   = test opened once; record, table, plots, card         (evaluation, report, model_card)
+    memory   = teacher outputs found there, the run added at the end (run_memory)
 
 Every step leaves its result in the output folder, so that the same command goes on where an interrupted run stood.
 """
@@ -32,6 +33,7 @@ from hf_hpmkd.recipe import Recipe, TeacherConfig, fingerprint, recipe_tree
 from hf_hpmkd.recipe_rules import is_sklearn, is_trained_here, teacher_names, uses_teachers
 from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_folder import claim
+from hf_hpmkd.run_memory import run_memory
 from hf_hpmkd.run_record import RECORD_FILE, ModelRecord, code_commit
 from hf_hpmkd.teacher_kinds import Teacher, check_teacher
 from hf_hpmkd.teacher_training import train_teacher
@@ -59,12 +61,15 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
             (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_tree(recipe), sort_keys=False), encoding="utf-8")
             record.status, record.error = "running", None
             record.save(folder / RECORD_FILE)
-    run = Run(recipe, folder, record, state.is_main_process)
-    if record.status == "completed":
-        run.say(f"{folder} holds the finished run of {recipe_source}; `output.overwrite=true` runs it again.")
-    else:
-        with run.recording():
-            _run(run)
+    with run_memory(recipe, state.is_main_process) as memory:
+        run = Run(folder, record, memory)
+        if record.status == "completed":
+            run.say(f"{folder} holds the finished run of {recipe_source}; `output.overwrite=true` runs it again.")
+        else:
+            memory.before()
+            with run.recording():
+                _run(run)
+        memory.after(record, folder / "student")
     run.say("\n" + report.result_table(record))
     run.say(f"\nThe student is in {folder / 'student'}, its card in {folder / 'README.md'}.")
     if recipe.hub.push and recipe.hub.repo_id is not None and state.is_main_process:
@@ -92,7 +97,7 @@ def _run(run: Run) -> None:
     with run.phase("teachers"):
         teachers = get_teachers(run, parts)
         run.warn_if_larger_than_every_teacher(num_params, teachers)
-        evaluate_teachers(run.record, teachers, parts, recipe, say=run.say, warn=run.warn)
+        evaluate_teachers(run.record, teachers, parts, recipe, run.memory.cache, say=run.say, warn=run.warn)
 
     def train_student(name: str, build: Callable[[], Classifier], with_teachers: list[Teacher]) -> Trained:
         with run.phase(name):
@@ -125,7 +130,8 @@ def _run(run: Run) -> None:
 
     with run.phase("report"):
         classifiers = {name: one.classifier for name, one in trained.items()}
-        evaluate_test(record, teachers, classifiers, parts, recipe, say=run.say)
+        evaluate_test(record, teachers, classifiers, parts, recipe, run.memory.cache, say=run.say)
+        run.memory.count(record)
         run.write_report()
 
 

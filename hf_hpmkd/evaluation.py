@@ -31,6 +31,7 @@ def evaluate_teachers(
     teachers: Sequence[Teacher],
     parts: DataParts,
     recipe: Recipe,
+    cache: TeacherCache,
     say: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> None:
@@ -38,11 +39,11 @@ def evaluate_teachers(
 
     Raises ValueError on a teacher that gives NaN or the wrong number of classes, before any student is trained.
     """
-    guide_logits = teacher_logits(teachers, parts.guide, recipe, say)
-    validation_logits = teacher_logits(teachers, parts.validation, recipe, say)
+    guide_logits = teacher_logits(teachers, parts.guide, recipe, cache, say)
+    validation_logits = teacher_logits(teachers, parts.validation, recipe, cache, say)
     train_accuracies = None
     if recipe.distillation.teacher_outputs != "live":
-        train_accuracies = _train_accuracies(teachers, parts, recipe, say)
+        train_accuracies = _train_accuracies(teachers, parts, recipe, cache, say)
     for index, teacher in enumerate(teachers):
         known = record.teachers[index]
         known.accuracy["guide"] = _accuracy(guide_logits[index], parts.guide)
@@ -61,11 +62,12 @@ def evaluate_test(
     classifiers: Mapping[str, Classifier],
     parts: DataParts,
     recipe: Recipe,
+    cache: TeacherCache,
     say: Callable[[str], None],
 ) -> None:
     """Opens the test part: metrics of teachers and students on it (students on validation too), latency, retention."""
-    test_logits = teacher_logits(teachers, parts.test, recipe, say)
-    validation_logits = teacher_logits(teachers, parts.validation, recipe, say)
+    test_logits = teacher_logits(teachers, parts.test, recipe, cache, say)
+    validation_logits = teacher_logits(teachers, parts.validation, recipe, cache, say)
     for index, known in enumerate(record.teachers):
         known.accuracy["test"] = _accuracy(test_logits[index], parts.test)
     device = PartialState().device
@@ -96,17 +98,20 @@ def evaluate_test(
         record.models[name].latency_ms = latencies[name]
 
 
-def teacher_logits(teachers: Sequence[Teacher], rows: Rows, recipe: Recipe, say: Callable[[str], None]) -> torch.Tensor:
+def teacher_logits(
+    teachers: Sequence[Teacher], rows: Rows, recipe: Recipe, cache: TeacherCache, say: Callable[[str], None]
+) -> torch.Tensor:
     """Logits `(teachers, rows, classes)` of unaugmented rows, from the cache or computed now. Not for training rows."""
     everything = torch.arange(len(rows))
-    return _outputs(teachers, rows, recipe, say, "full", 0).lookup(everything, torch.full_like(everything, UNAUGMENTED))
+    stored = _outputs(teachers, rows, recipe, cache, say, "full", 0)
+    return stored.lookup(everything, torch.full_like(everything, UNAUGMENTED))
 
 
 def _train_accuracies(
-    teachers: Sequence[Teacher], parts: DataParts, recipe: Recipe, say: Callable[[str], None]
+    teachers: Sequence[Teacher], parts: DataParts, recipe: Recipe, cache: TeacherCache, say: Callable[[str], None]
 ) -> list[float]:
     """Computes the outputs that the student will learn from, in the recipe's mode; each teacher's share of hits."""
-    stored = _outputs(teachers, parts.train, recipe, say, recipe.distillation.teacher_outputs, parts.num_views)
+    stored = _outputs(teachers, parts.train, recipe, cache, say, recipe.distillation.teacher_outputs, parts.num_views)
     hits = torch.zeros(len(teachers))
     for part in torch.arange(len(parts.train)).split(_CHUNK):  # decoded at once they would fill the memory
         views = torch.full_like(part, 0 if parts.num_views else UNAUGMENTED)
@@ -115,9 +120,15 @@ def _train_accuracies(
 
 
 def _outputs(
-    teachers: Sequence[Teacher], rows: Rows, recipe: Recipe, say: Callable[[str], None], mode: str, num_views: int
+    teachers: Sequence[Teacher],
+    rows: Rows,
+    recipe: Recipe,
+    cache: TeacherCache,
+    say: Callable[[str], None],
+    mode: str,
+    num_views: int,
 ) -> CachedOutputs:
-    return TeacherCache(recipe.distillation.cache_dir).outputs(
+    return cache.outputs(
         teachers,
         rows,
         num_views,

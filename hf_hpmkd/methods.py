@@ -16,7 +16,7 @@ from hf_hpmkd.recipe_faults import did_you_mean
 Heard = Literal["all", "best"]
 
 DEFAULT_METHODS = ("direct", "kd-best", "kd-mean", "hpmkd")
-SECTIONS = ("distillation", "training")
+SECTIONS = ("distillation", "chain", "training")
 EQUAL_FOR_ALL = (
     "training.seed",
     "training.epochs",
@@ -39,20 +39,22 @@ class Method:
     teachers: Heard = "all"
 
 
-# Plain distillation: fixed weights, fixed T, the teachers as they are. alpha and T stay the recipe's.
+# Plain distillation: fixed weights, fixed T, the teachers as they are, no chain. alpha and T stay the recipe's.
 PLAIN = (
     "distillation.kd_kind=forward_kl",
     "distillation.temperature_schedule=constant",
     "distillation.gate=uniform",
     "distillation.calibrate_teachers=false",
     "distillation.feature_weight=0",
+    "chain.length=0",
+    "chain.warm_start=false",
 )
 
 METHODS = (
     Method(
         "direct",
         "the labels alone: same steps, same augmented views, no teacher",
-        ("distillation.alpha=0", "distillation.feature_weight=0"),
+        ("distillation.alpha=0", "distillation.feature_weight=0", "chain.length=0", "chain.warm_start=false"),
     ),
     Method("kd-best", "plain KD (Hinton) from the single teacher that is best on guide rows", PLAIN, "best"),
     Method("kd-mean", "plain KD from the plain mean of all teachers", PLAIN),

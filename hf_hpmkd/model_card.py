@@ -131,6 +131,11 @@ def _named_sources(record: RunRecord) -> RunRecord:
     return record
 
 
+def _linked(name: str, place: str | None) -> str:
+    """A name as code, with a link to its place on the Hub if it has one."""
+    return f"[`{name}`](https://huggingface.co/{place})" if place else f"`{name}`"
+
+
 def _data_on_hub(record: RunRecord) -> bool:
     return record.parts.get("kind") == "hub"
 
@@ -296,7 +301,7 @@ def _chain(record: RunRecord) -> str:
             ]
             for one in record.chain.decisions
         ]
-        header = (
+        columns = (
             "stage of",
             "judged by",
             "gain of the student, points",
@@ -304,7 +309,7 @@ def _chain(record: RunRecord) -> str:
             "cost, student trainings",
             "kept",
         )
-        lines.append(report.markdown(header, cells, left=2))
+        lines.append(report.markdown(columns, cells, left=2))
         lines.append("The gains are those of shortly trained students on validation rows.")
     return "\n\n".join(lines)
 
@@ -402,7 +407,7 @@ def _teachers(record: RunRecord) -> str:
     lines = [
         [
             one.name,
-            f"`{one.source}`",
+            _linked(one.source, hub_id(one.source, one.commit)),
             "trained here" if one.trained_here else one.kind,
             one.commit[:12] if one.commit else "-",
             share(one.accuracy.get("guide")),
@@ -434,7 +439,8 @@ def _data(record: RunRecord) -> str:
         f"commit {about['commit']}" if about.get("commit") else "",
     ]
     listed = ", ".join(detail for detail in details if detail)
-    text = f"## Data\n\n`{_data_name(record)}`" + (f" ({listed})" if listed else "") + "."
+    place = f"datasets/{_data_name(record)}" if _data_on_hub(record) else None
+    text = f"## Data\n\n{_linked(_data_name(record), place)}" + (f" ({listed})" if listed else "") + "."
     lines = [
         [part, f"{one['rows']:,}", str(one.get("split", "-")), str(one.get("how", "-"))]
         for part, one in about.get("parts", {}).items()
@@ -459,6 +465,7 @@ def _hardware(record: RunRecord) -> str:
 
 def _training(record: RunRecord) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    place = str(record.memory.get("where", ""))
     facts = {
         "seed": str(record.seed),
         "hardware": _hardware(record),
@@ -467,6 +474,7 @@ def _training(record: RunRecord) -> str:
         "started, finished": f"{record.started}, {record.finished}" if record.started else "",
         "commits": ", ".join(f"{name} {commit}" for name, commit in record.commits.items() if commit),
         "recipe fingerprint": record.recipe_fingerprint,
+        "optimization memory": _linked(place, place.removeprefix("hf://")) if place.startswith("hf://") else "",
     }
     text = "## Training\n\n" + "\n".join(f"- {name}: {value}" for name, value in facts.items() if value)
     if record.warnings:

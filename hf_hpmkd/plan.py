@@ -21,10 +21,11 @@ from hf_hpmkd.intermediate_models import find_intermediates
 from hf_hpmkd.model_cost import activation_bytes, estimated_seconds, training_flops
 from hf_hpmkd.recipe import Recipe, TeacherConfig
 from hf_hpmkd.recipe_rules import family, is_trained_here, looks_local, teacher_names, uses_teachers
+from hf_hpmkd.run_memory import outputs_folder
 from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, Rows
 from hf_hpmkd.tasks.images import ImageRows
 from hf_hpmkd.tasks.text import TextRows
-from hf_hpmkd.teacher_cache import TeacherCache, estimate, readable_bytes
+from hf_hpmkd.teacher_cache import estimate, readable_bytes
 
 _STAND_IN_SIDE = 224  # pixels; of images that are not on this disk
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -189,7 +190,7 @@ def _model_lines(student: _Model, teachers: list[_Model]) -> list[str]:
 
 def _cache_lines(recipe: Recipe, parts: DataParts | None, rows: Rows | None) -> list[str]:
     distillation, teachers = recipe.distillation, len(recipe.teachers)
-    root = TeacherCache(distillation.cache_dir).root
+    root = outputs_folder(recipe)
     room = f"{readable_bytes(_free_bytes(root))} are free where they go"
     if parts is None:
         if distillation.teacher_outputs == "live":

@@ -25,6 +25,7 @@ _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, validate_assignment=Tr
 _NOT_IN_FINGERPRINT = {
     "output": None,
     "hub": None,
+    "memory": None,
     "training": ("report_to", "num_workers", "save_total_limit"),
     "distillation": ("cache_dir",),
 }
@@ -237,6 +238,30 @@ class HubConfig:
 
 
 @dataclass(config=_STRICT, kw_only=True)
+class MemoryConfig:
+    """The optimization memory: what is read before a run, and added to after it."""
+
+    use: bool = Field(
+        True, description="Read the memory before the run and add the run after it; false leaves it alone."
+    )
+    path: str | None = Field(
+        None,
+        min_length=1,
+        description="A folder, or hf://datasets/USER/NAME for a shared one; null: $HPMKD_MEMORY or a folder in the "
+        "Hugging Face home.",
+    )
+    limit_gb: float | None = Field(
+        50.0,
+        ge=0,
+        description="Teacher outputs and models kept on this disk, in GB; above it the least recently used go. "
+        "null: no limit.",
+    )
+    share_models: bool = Field(True, description="A shared memory gets the student and the intermediate models.")
+    share_outputs: bool = Field(False, description="A shared memory also gets the teacher outputs.")
+    private: bool = Field(True, description="Make a shared memory private, and refuse a public one.")
+
+
+@dataclass(config=_STRICT, kw_only=True)
 class Recipe:
     """A whole run. Sections without a required key may be left out."""
 
@@ -251,6 +276,7 @@ class Recipe:
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="The student's training loop.")
     output: OutputConfig = Field(default_factory=OutputConfig, description="Where the run goes.")
     hub: HubConfig = Field(default_factory=HubConfig, description="Whether the student is published.")
+    memory: MemoryConfig = Field(default_factory=MemoryConfig, description="What earlier runs left for later ones.")
 
 
 _ADAPTER = TypeAdapter(Recipe)
@@ -264,6 +290,7 @@ _SECTION_TYPES: dict[str, Any] = {
     "training": TrainingConfig,
     "output": OutputConfig,
     "hub": HubConfig,
+    "memory": MemoryConfig,
 }
 # Take the place of what lacks, so that the rest of the file is still checked. No rule says anything about "missing".
 _STAND_INS: dict[str, Any] = {
@@ -329,6 +356,8 @@ def read_recipe(tree: Any, source: str, overrides: Iterable[str] = (), check_fil
             [f"must hold sections ({', '.join(_SECTION_TYPES)}), got {type(tree).__name__ if tree else 'nothing'}."],
         )
     tree = json.loads(json.dumps(tree, default=str))
+    if isinstance(tree.get("memory"), str):  # `memory: hf://datasets/USER/NAME` says it all
+        tree["memory"] = {"path": tree["memory"]}
     override_faults = apply_overrides(tree, overrides)
     recipe, faults = validate(_ADAPTER, tree, section_keys(), _STAND_INS)
     lines = override_faults + [f"{dotted(path)}: {text}" for path, text in faults.items()]
@@ -376,6 +405,8 @@ def fingerprint(recipe: Recipe) -> str:
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema of a recipe file, for editors; `recipes/recipe.schema.json` is this."""
     schema = _ADAPTER.json_schema()
+    memory = schema["properties"]["memory"]
+    memory["anyOf"] = [{"$ref": memory.pop("$ref")}, {"type": "string", "minLength": 1}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "hf_hpmkd recipe"}
 
 

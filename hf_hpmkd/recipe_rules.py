@@ -256,6 +256,12 @@ def _other_rules(recipe: "Recipe") -> Iterator[Fault]:
         yield ("hub.repo_id",), "hub.repo_id: hub.push needs the repository to push to, as user/name."
     if hub.repo_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", hub.repo_id):
         yield ("hub.repo_id",), f"hub.repo_id: must have the form user/name, got {hub.repo_id!r}."
+    place = recipe.memory.path
+    if place is not None and "://" in place and not re.fullmatch(r"hf://datasets/[\w.-]+/[\w.-]+", place):
+        yield (
+            ("memory.path",),
+            f"memory.path: a shared memory is a dataset repository, hf://datasets/USER/NAME, got {place!r}.",
+        )
 
 
 def _name_faults(recipe: "Recipe") -> Iterator[Fault]:

@@ -13,21 +13,22 @@ from hf_hpmkd.data import DataParts
 from hf_hpmkd.model_card import write_card
 from hf_hpmkd.recipe import Recipe, TeacherConfig, fingerprint, recipe_tree
 from hf_hpmkd.recipe_rules import is_trained_here
+from hf_hpmkd.run_memory import RunMemory
 from hf_hpmkd.run_record import RECORD_FILE, RunRecord, Status, TeacherRecord, environment
 from hf_hpmkd.teacher_kinds import Teacher
 
 
 class Run:
-    """The recipe, folder and record of one run; only the main process speaks and writes."""
+    """The recipe, folder, record and memory of one run; only the main process speaks and writes."""
 
-    def __init__(self, recipe: Recipe, folder: Path, record: RunRecord, is_main: bool) -> None:
-        self.recipe, self.folder, self.record, self.is_main = recipe, folder, record, is_main
+    def __init__(self, folder: Path, record: RunRecord, memory: RunMemory) -> None:
+        self.folder, self.record, self.memory = folder, record, memory
+        self.recipe, self.is_main = memory.recipe, memory.is_main
         self.device = PartialState().device
         self.training_seconds: dict[str, float] = {}
 
     def say(self, text: str) -> None:
-        if self.is_main:
-            print(text, flush=True)
+        self.memory.say(text)
 
     def warn(self, text: str) -> None:
         if text not in self.record.warnings:
@@ -100,11 +101,12 @@ class Run:
         self.record.class_weights = student.class_weights or None
         last = next((row for row in reversed(student.curve) if any(key.startswith("weight/") for key in row)), {})
         stages = self.record.chain.stages if self.record.chain is not None else []
-        for one in (*self.record.teachers, *stages):
-            one.mean_weight = last.get(f"weight/{one.name}")
+        for stage in stages:
+            stage.mean_weight = last.get(f"weight/{stage.name}")
         calibration = dict(zip(self.record.taught_by, student.calibration or [], strict=False))
         for teacher in self.record.teachers:
             teacher.calibration_temperature = calibration.get(teacher.name)
+            teacher.mean_weight = last.get(f"weight/{teacher.name}")
         if self.record.chain is not None:
             self.record.chain.student_warm_start = warm_start
 

@@ -153,6 +153,7 @@ class RunRecord:
     "direct", a teacher, a stage) -> rows of its log, each with `step`. taught_by: what taught the student, teachers and
     stages of the chain. class_weights: `taught_by x classes`, mean weight of each on the guide rows of each class; a
     column of zeros is a class without guide rows. chain: None before it is decided. seconds: phase -> seconds.
+    memory: which one, and what was found in it; {} for a run without.
     events: {"time", "text"}. Times are UTC, ISO 8601.
     """
 
@@ -176,6 +177,7 @@ class RunRecord:
     class_weights: list[list[Number]] | None = None
     class_names: list[str] = field(default_factory=list)
     seconds: dict[str, Number] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     events: list[dict[str, str]] = field(default_factory=list)
     error: str | None = None

@@ -13,16 +13,18 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from filelock import FileLock, Timeout
-from huggingface_hub.constants import HF_HOME
 from torch import Tensor
 from tqdm import tqdm
 
+from hf_hpmkd.components.optimization_memory import default_outputs_root
+from hf_hpmkd.foreign_outputs import OutputSource, adopt
 from hf_hpmkd.tasks.base import UNAUGMENTED, Rows
 from hf_hpmkd.teacher_kinds import Teacher
 from hf_hpmkd.teacher_output_file import (
@@ -34,6 +36,7 @@ from hf_hpmkd.teacher_output_file import (
     list_files,
     read,
     read_about,
+    read_seconds,
     write,
 )
 from hf_hpmkd.teacher_outputs import CachedOutputs, LiveOutputs
@@ -86,17 +89,38 @@ class CacheEntry:
     last_used: float
 
 
-def default_root() -> Path:
-    """$HPMKD_CACHE, else the folder hpmkd/teacher_outputs in the Hugging Face home."""
-    chosen = os.environ.get("HPMKD_CACHE")
-    return Path(chosen) if chosen else Path(HF_HOME) / "hpmkd" / "teacher_outputs"
+@dataclass
+class Tally:
+    """What was asked of a cache, each file once. seconds: what computing the found ones took, as far as they say."""
+
+    found: int = 0
+    computed: int = 0
+    found_bytes: int = 0
+    found_seconds: float = 0.0
+    names: set[str] = field(default_factory=set)
+
+    def add(self, paths: Sequence[Path], computed: set[Path]) -> None:
+        for path in paths:
+            if path.name in self.names:
+                continue
+            self.names.add(path.name)
+            if path in computed:
+                self.computed += 1
+            else:
+                self.found += 1
+                self.found_bytes += path.stat().st_size
+                self.found_seconds += read_seconds(path) or 0.0
 
 
 class TeacherCache:
-    """The folder of teacher outputs. root: None takes `default_root`. Made when the first file is written."""
+    """The folder of teacher outputs. root: None takes $HPMKD_CACHE, or teacher_outputs in the default memory; made when
+    the first file is written. source: the memory that hears what is used and may have files from elsewhere.
+    """
 
-    def __init__(self, root: str | Path | None = None) -> None:
-        self.root = (default_root() if root is None else Path(root)).expanduser()
+    def __init__(self, root: str | Path | None = None, source: OutputSource | None = None) -> None:
+        self.root = (default_outputs_root() if root is None else Path(root)).expanduser()
+        self.source = source
+        self.tally = Tally()
 
     def outputs(
         self,
@@ -142,6 +166,8 @@ class TeacherCache:
             ]
             for teacher, identity in zip(teachers, identities, strict=True)
         ]
+        if self.source is not None:
+            self.source.use(*(file.path.name for of_teacher in wanted for file in of_teacher))
         found: dict[str, Stored] = {}
         missing: list[tuple[Teacher, Wanted]] = []
         for teacher, of_teacher in zip(teachers, wanted, strict=True):
@@ -150,17 +176,40 @@ class TeacherCache:
                     found[file.key] = stored
                 elif file.key not in found and all(file.key != other.key for _, other in missing):
                     missing.append((teacher, file))
-        captured = 0
+        missing = self._adopted(missing, rows, found)
+        captured: set[Path] = set()
         if missing:
             self._require_room(CaptureSize(len(missing) * layout.nbytes, len(missing)), say)
             capture = _Capture(rows, batch_size, progress, say, missing)
             captured = self._capture_missing(missing, capture, found)
+        self.tally.add([file.path for of_teacher in wanted for file in of_teacher], captured)
         stored_files = [[found[file.key] for file in of_teacher] for of_teacher in wanted]
         names = [teacher.name for teacher in teachers]
-        return CachedOutputs(names, stored_files, layout, views, hits=len(found) - captured, misses=captured)
+        return CachedOutputs(names, stored_files, layout, views, len(found) - len(captured), len(captured))
+
+    def _adopted(
+        self, missing: list[tuple[Teacher, Wanted]], rows: Rows, found: dict[str, Stored]
+    ) -> list[tuple[Teacher, Wanted]]:
+        """Takes what the source has from elsewhere, once it is checked; returns what is missing then."""
+        if self.source is None or not missing:
+            return missing
+        self.root.mkdir(parents=True, exist_ok=True)
+        still = []
+        for teacher, file in missing:
+            stored = None
+            with suppress(Timeout), FileLock(file.path.with_suffix(".lock"), timeout=0):  # another process is at it
+                if file.path.exists() or adopt(self.source, teacher, rows, file):
+                    stored = _open(file, warn=False)
+            if stored is None:
+                still.append((teacher, file))
+            else:
+                found[file.key] = stored
+        return still
 
     def _require_room(self, size: CaptureSize, say: Callable[[str], None]) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
+        if self.source is not None:
+            self.source.make_room(size.bytes)
         free = shutil.disk_usage(self.root).free
         if size.bytes + _SPARE_BYTES > free:
             raise OSError(
@@ -172,9 +221,9 @@ class TeacherCache:
 
     def _capture_missing(
         self, missing: list[tuple[Teacher, Wanted]], capture: "_Capture", found: dict[str, Stored]
-    ) -> int:
+    ) -> set[Path]:
         """Computes what is missing. A file that another process is at is left for later, when it is usually done."""
-        captured = 0
+        captured: set[Path] = set()
         waiting = deque(missing)
         put_back = 0
         told = False
@@ -185,9 +234,11 @@ class TeacherCache:
                     with FileLock(file.path.with_suffix(".lock"), timeout=0):
                         stored = _open(file, warn=False)
                         if stored is None:
-                            write(file, capture.run(teacher, file))
+                            started = time.perf_counter()
+                            outputs = capture.run(teacher, file)
+                            write(file, outputs, seconds=time.perf_counter() - started)
                             stored = read(file)
-                            captured += 1
+                            captured.add(file.path)
                         else:
                             capture.skip()
                         found[file.key] = stored

@@ -6,6 +6,7 @@ every tensor byte. It is written beside its place and then renamed, so a stopped
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -173,12 +174,13 @@ def _checksum(fields: str, about: str, tensors: Stored) -> str:
     return digest.hexdigest()
 
 
-def write(file: Wanted, tensors: dict[str, Tensor]) -> None:
+def write(file: Wanted, tensors: dict[str, Tensor], seconds: float | None = None) -> None:
     """Puts the file in its place in one step. Call it with the file's lock held: leftovers of stopped writers go
-    then."""
+    then. seconds: what computing it took, so that whoever finds it knows what was spared."""
     for leftover in file.root.glob(f"{file.key}.*.tmp"):
         leftover.unlink(missing_ok=True)
-    fields, about = json.dumps(file.fields, sort_keys=True), json.dumps(file.about, sort_keys=True)
+    fields = json.dumps(file.fields, sort_keys=True)
+    about = json.dumps({**file.about, **({} if seconds is None else {"seconds": round(seconds, 3)})}, sort_keys=True)
     metadata = {"fields": fields, "about": about, "checksum": _checksum(fields, about, tensors)}
     unfinished = file.root / f"{file.key}.{os.getpid()}.tmp"
     try:
@@ -188,12 +190,13 @@ def write(file: Wanted, tensors: dict[str, Tensor]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def read(file: Wanted | Path) -> Stored:
+def read(file: Wanted | Path, path: Path | None = None) -> Stored:
     """The memory-mapped tensors. A path is checked against its own name and metadata, a wanted file also in its shapes.
+    path: where the wanted file lies, if not in its place.
 
     Raises FileNotFoundError, and DamagedFileError where contents, name and checksum do not agree.
     """
-    path = file if isinstance(file, Path) else file.path
+    path = path or (file if isinstance(file, Path) else file.path)
     if not path.is_file():
         raise FileNotFoundError(f"There are no teacher outputs at {path}.")
     try:
@@ -206,7 +209,11 @@ def read(file: Wanted | Path) -> Stored:
         raise DamagedFileError("its metadata is incomplete")
     if _checksum(metadata["fields"], metadata["about"], tensors) != metadata["checksum"]:
         raise DamagedFileError("its checksum is wrong")
-    if json_digest(json.loads(metadata["fields"])) != path.stem:
+    try:
+        digest = json_digest(json.loads(metadata["fields"]))
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError("its metadata cannot be read") from error
+    if digest != (path.stem if isinstance(file, Path) else file.key):
         raise DamagedFileError("it holds the outputs of something else than its name says")
     if isinstance(file, Wanted):
         wanted = {name: (value.shape, value.dtype) for name, value in file.layout.empty().items()}
@@ -223,6 +230,17 @@ def read_about(path: Path) -> dict[str, Any]:
         return {key: about[key] for key in ("teacher", "view", "mode", "rows", "classes")}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(f"it cannot be read: {error}") from error
+
+
+def read_seconds(path: Path) -> float | None:
+    """What computing the file took; None where it does not say."""
+    try:
+        with safe_open(path, "pt") as opened:
+            seconds = json.loads((opened.metadata() or {})["about"]).get("seconds")
+    except (SafetensorError, OSError, KeyError, AttributeError, ValueError, RecursionError):
+        return None
+    known = isinstance(seconds, int | float) and math.isfinite(seconds) and seconds >= 0
+    return float(seconds) if known else None
 
 
 def list_files(root: Path, with_leftovers: bool = False) -> list[Path]:

@@ -11,9 +11,14 @@ import threading
 import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from huggingface_hub import constants
+
 TOKEN = "hf_test"
+READ_TOKEN = "hf_test_that_may_only_read"
 USER = "tester"
 LARGE = (".safetensors", ".bin", ".png", ".parquet", ".arrow")
 TYPES = "models|datasets"
@@ -74,7 +79,8 @@ class Request:
 
 @dataclass
 class Fault:
-    """How requests go wrong: `times` of them get `status` and `text`, or no answer for `delay` seconds."""
+    """How requests go wrong: `times` of them get `status` and `text`, no answer for `delay` seconds, or a connection
+    that is cut "before" or "after" the server has done what was asked."""
 
     method: str
     pattern: str
@@ -82,6 +88,11 @@ class Fault:
     times: int
     text: str
     delay: float
+    cut: str | None = None
+
+
+class Cut(Exception):
+    """The connection ends without an answer."""
 
 
 class Reply(Exception):
@@ -93,7 +104,7 @@ class Reply(Exception):
 
 
 class HubServer:
-    """`with HubServer() as hub:` serves at `hub.url`; only `TOKEN` may enter, and it may write as USER."""
+    """`with HubServer() as hub:` serves at `hub.url`. `TOKEN` may enter and write as USER, `READ_TOKEN` may enter."""
 
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
@@ -126,16 +137,35 @@ class HubServer:
         }
 
     def fail(
-        self, method: str, pattern: str, status: int = 500, times: int = 1, text: str = "made ill", delay: float = 0.0
+        self,
+        method: str,
+        pattern: str,
+        status: int = 500,
+        times: int = 1,
+        text: str = "made ill",
+        delay: float = 0.0,
+        cut: str | None = None,
     ) -> None:
         """The next requests whose path matches `pattern` go wrong."""
-        self.faults.append(Fault(method, pattern, status, times, text, delay))
+        self.faults.append(Fault(method, pattern, status, times, text, delay, cut))
 
     def files(self, repo_id: str, kind: str = "models") -> dict[str, bytes]:
         return {path: blob.content for path, blob in self.repos[kind, repo_id].head.files.items()}
 
     def asked(self, method: str, pattern: str) -> list[Request]:
         return [one for one in self.requests if one.method == method and re.search(pattern, one.path)]
+
+
+def point_client(hub: HubServer, monkeypatch: Any, folder: Path) -> None:
+    """This process's client talks to the server. It read its settings at import, so they are set where it has them."""
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no-token"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -148,6 +178,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         try:
             self._send(self._reply(self._body()))
+        except Cut:
+            self.close_connection = True
         except (BrokenPipeError, ConnectionResetError):  # the client has given up
             self.close_connection = True
 
@@ -155,11 +187,14 @@ class _Handler(BaseHTTPRequestHandler):
         address = urlsplit(self.path)
         query = {key: values[-1] for key, values in parse_qs(address.query).items()}
         self.hub.requests.append(Request(self.command, self.path, body, dict(self.headers)))
+        cut_after = False
         try:
-            self._fall_ill(address.path)
+            cut_after = self._fall_ill(address.path)
             with self.hub.lock:
                 self._route(unquote(address.path), query, body)
         except Reply as reply:
+            if cut_after:
+                raise Cut from reply
             return reply
         return Reply(404, {"error": f"no route for {self.command} {self.path}"})
 
@@ -184,12 +219,18 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(reply.body)
 
-    def _fall_ill(self, path: str) -> None:
+    def _fall_ill(self, path: str) -> bool:
+        """Whether the answer shall be lost after the work is done."""
         for fault in self.hub.faults:
             if fault.times and fault.method == self.command and re.search(fault.pattern, path):
                 fault.times -= 1
                 time.sleep(fault.delay)
+                if fault.cut == "after":
+                    return True
+                if fault.cut:
+                    raise Cut
                 raise Reply(fault.status, {"error": fault.text}, X_Error_Message=fault.text)
+        return False
 
     # ---- routes ----------------------------------------------------------------------------------------------------
 
@@ -197,9 +238,13 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("/lfs/"):  # an address that was signed: no token needed, as with the Hub's store
             self._large(path.removeprefix("/lfs/"), body)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if token not in ("", TOKEN):
+        if token not in ("", TOKEN, READ_TOKEN):
             text = "Invalid credentials in Authorization header"
             raise Reply(401, {"error": text}, X_Error_Message=text)
+        writes = "/repos/create" in path or "/commit/" in path or "/objects/batch" in path or "/preupload/" in path
+        if token == READ_TOKEN and writes:
+            text = "This token may only read"
+            raise Reply(403, {"error": text}, X_Error_Message=text)
         if path == "/api/whoami-v2":
             raise Reply(200 if token else 401, {"type": "user", "name": USER, "orgs": []})
         if path == "/api/validate-yaml":

@@ -3,16 +3,17 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import tiny
-from hub_server import TOKEN, Blob, HubServer, Repo
+from hub_server import READ_TOKEN, TOKEN, Blob, HubServer, Repo, point_client
 from huggingface_hub import HfApi, constants, get_session
-from transformers import ViTImageProcessorPil
+from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
-from hf_hpmkd import hub_store
+from hf_hpmkd import hub_client
 from hf_hpmkd.hub_store import HubPushError, push_run
 from hf_hpmkd.run_record import ModelRecord, RunRecord, TeacherRecord
 
@@ -32,13 +33,7 @@ def hub():
 
 @pytest.fixture
 def client(hub, monkeypatch, tmp_path):
-    """This process's client talks to the server. It read its settings at import, so they are set where it has them."""
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    point_client(hub, monkeypatch, tmp_path)
     return hub
 
 
@@ -147,6 +142,51 @@ def test_what_an_earlier_run_left_is_deleted_in_the_same_commit(client, run_dir)
     assert "LICENSE" in repo.head.files
 
 
+def add_stage(run_dir, name, seed):
+    folder = run_dir / "chain" / name
+    tiny.tiny_vit(seed=seed).save_pretrained(folder)
+    (folder / "training_args.bin").write_bytes(b"a pickle")
+    (folder / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+    tiny.tiny_vit(seed=9).save_pretrained(folder / "checkpoints" / "checkpoint-3")
+    (run_dir / "chain" / f"{name}.trained.json").write_text("{}")
+
+
+def test_the_stages_of_a_chain_load_from_their_subfolders(client, run_dir, tmp_path):
+    add_stage(run_dir, "stage-1", seed=1)
+    add_stage(run_dir, "stage-2", seed=2)
+    push_run(run_dir, REPO)
+    repo = client.repos["models", REPO]
+    assert len(repo.commits) == 2
+    assert {path for path in client.files(REPO) if path.startswith("chain/")} == {
+        f"chain/stage-{stage}/{name}" for stage in (1, 2) for name in ("config.json", "model.safetensors")
+    }
+    for seed in (1, 2):
+        settings = {"subfolder": f"chain/stage-{seed}", "cache_dir": tmp_path / "cache"}
+        again = AutoModelForImageClassification.from_pretrained(REPO, **settings)
+        assert (tiny.weights_of(again) == tiny.weights_of(tiny.tiny_vit(seed=seed))).all()
+    shutil.rmtree(run_dir / "chain" / "stage-2")
+    push_run(run_dir, REPO)
+    assert sorted(repo.head.changed) == ["chain/stage-2/config.json", "chain/stage-2/model.safetensors"]
+
+
+@pytest.mark.parametrize("fault", [{"status": 500}, {"cut": "before"}, {"cut": "after"}])
+def test_a_push_that_broke_is_completed_without_sending_the_weights_again(client, run_dir, fault):
+    client.fail("POST", "/commit/", **fault)
+    refused(run_dir)
+    sent = len(client.asked("PUT", "/lfs/"))
+    assert sent == 2
+    push_run(run_dir, REPO)
+    assert "model.safetensors" in client.files(REPO) and len(client.asked("PUT", "/lfs/")) == sent
+    changed = [path for commit in client.repos["models", REPO].commits for path in commit.changed]
+    assert changed.count("model.safetensors") == 1
+
+
+def test_a_token_that_may_only_read(client, run_dir):
+    assert "refused the token (403)" in refused(run_dir, token=READ_TOKEN)
+    push_run(run_dir, REPO)
+    assert "model.safetensors" in client.files(REPO)
+
+
 def test_the_command_publishes_and_a_fresh_process_loads_the_student(hub, run_dir, tmp_path):
     """With nothing set but the environment, as a user would: the client's own reading of it is tested too."""
     code = f"""if True:
@@ -247,7 +287,7 @@ def test_the_client_retries_a_large_file(client, run_dir, monkeypatch):
 
 
 def test_a_server_that_does_not_answer(client, run_dir, monkeypatch):
-    monkeypatch.setattr(hub_store, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(hub_client, "TIMEOUT_SECONDS", 0.3)
     before = get_session().timeout
     client.fail("POST", "/commit/", delay=2.0)
     assert "no answer within 0.3 s" in refused(run_dir)

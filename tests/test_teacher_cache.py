@@ -535,7 +535,10 @@ def test_default_folder(monkeypatch):
     monkeypatch.setenv("HPMKD_CACHE", "/somewhere/else")
     assert TeacherCache().root == Path("/somewhere/else")
     monkeypatch.delenv("HPMKD_CACHE")
-    assert TeacherCache().root.parts[-2:] == ("hpmkd", "teacher_outputs")
+    monkeypatch.setenv("HPMKD_MEMORY", "/somewhere/memory")
+    assert TeacherCache().root == Path("/somewhere/memory/teacher_outputs")
+    monkeypatch.delenv("HPMKD_MEMORY")
+    assert TeacherCache().root.parts[-3:] == ("hpmkd", "memory", "teacher_outputs")
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of mapped files")
