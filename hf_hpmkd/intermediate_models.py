@@ -77,8 +77,8 @@ def find_intermediates(
     small = build_classifier(student, rows, meta=True, revision=revision, trust_remote_code=trust_remote_code)
     if not teachers:
         raise ValueError(
-            f"Models between {student!r} and its teachers can be built where the size of a teacher is known, and it is of "
-            "none here. Set chain.models to names of your own, or chain.length to 0."
+            f"Models between {student!r} and its teachers can be built where the size of a teacher is known, and it is "
+            "of none here. Set chain.models to names of your own, or chain.length to 0."
         )
     ranked = sorted(teachers, key=lambda teacher: -teacher[1])
     targets = geometric_sizes(ranked[0][1], small.num_params, count)
