@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -135,8 +136,19 @@ def count_parameters(name: str, rows: Rows, **options: Any) -> int:
 # ---- built from numbers ----------------------------------------------------------------------------------------------
 
 
+class _NoValues(TorchFunctionMode):
+    """Draws no initial values, which on the meta device change nothing and take most of a transformer's time."""
+
+    _FILLS = ("normal_", "uniform_", "erfinv_", "clamp_", "mul_", "add_", "fill_", "zero_", "copy_")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self._FILLS and args and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def _new_model(config: PretrainedConfig, request: _Request) -> PreTrainedModel:
-    with torch.device("meta") if request.meta else nullcontext():
+    with torch.device("meta") if request.meta else nullcontext(), _NoValues() if request.meta else nullcontext():
         return _AUTO_MODEL[request.rows.task].from_config(config, trust_remote_code=request.hub["trust_remote_code"])
 
 

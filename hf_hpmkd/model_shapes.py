@@ -208,8 +208,10 @@ def _config(config: PretrainedConfig) -> _Found | None:
         if isinstance(known.get("embed_dim"), int) and isinstance(heads, (list, tuple)):
             return _swin(kind, depths, known["embed_dim"], heads)
         return None
+    if "width_coefficient" in known:
+        return _efficientnet(known)
     name_of = {key: config.attribute_map.get(key, key) for key in ("hidden_size", "num_hidden_layers")}
-    if all(isinstance(known.get(name), int) for name in name_of.values()) and "width_coefficient" not in known:
+    if all(isinstance(known.get(name), int) for name in name_of.values()):
         return _transformer(config, known)
     if isinstance(known.get("depth_multiplier"), (int, float)):  # MobileNet: of its channels
         return (
@@ -229,6 +231,18 @@ def _config_stages(known: _Sizes, steps: Sequence[int]) -> Callable[[Sequence[in
         return {"depths": list(d), "hidden_sizes": widths, **more}
 
     return sizes
+
+
+def _efficientnet(known: _Sizes) -> _Found:
+    """Depth counts tenths of its coefficient. Its last layer must be told how many channels the one before it has."""
+
+    def sizes(d: Sequence[int], w: Sequence[float]) -> _Sizes:
+        width, step = max(2, round(20 * w[0])) / 20, known["depth_divisor"]
+        last = max(step, int(1280 * width + step / 2) // step * step)  # as EfficientNetModel rounds
+        last += step if last < 0.9 * 1280 * width else 0
+        return {"depth_coefficient": d[0] / 10, "hidden_dim": last, "width_coefficient": width}
+
+    return "efficientnet", (round(10 * known["depth_coefficient"]),), (known["width_coefficient"],), sizes
 
 
 def _transformer(config: PretrainedConfig, known: _Sizes) -> _Found:
