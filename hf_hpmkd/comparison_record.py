@@ -133,6 +133,7 @@ class MethodRecord:
     description: str
     overrides: list[str] = field(default_factory=list)
     teachers: str = "all"
+    loss: str = ""
 
 
 @dataclass

@@ -13,7 +13,8 @@ from typing import Literal
 from hf_hpmkd.recipe import Recipe, RecipeError, read_recipe, recipe_tree
 from hf_hpmkd.recipe_faults import did_you_mean
 
-Heard = Literal["all", "best"]
+Heard = Literal["all", "best", "best-network", "peer", "constant", "shuffled", "permuted"]
+Loss = Literal["", "at", "ctkd", "dml", "fitnets"]
 
 DEFAULT_METHODS = ("direct", "kd-best", "kd-mean", "hpmkd")
 SECTIONS = ("distillation", "training")
@@ -30,13 +31,16 @@ EQUAL_FOR_ALL = (
 class Method:
     """One way to train the student. overrides: `section.key=value` words, later ones win.
 
-    teachers: "all" hears every teacher of the recipe, "best" the one that is right on most guide rows.
+    teachers: "all" hears every teacher of the recipe; "best" the one that is right on most guide rows, "best-network"
+    the one of the networks that is; "peer" an untrained model like the student; "constant", "shuffled" and "permuted"
+    all of them, spoiled (`control_teachers`). loss: what takes the place of the KD loss (`baselines`), "" nothing.
     """
 
     name: str
     description: str
     overrides: tuple[str, ...] = ()
     teachers: Heard = "all"
+    loss: Loss = ""
 
 
 # Plain distillation: fixed weights, fixed T, the teachers as they are. alpha and T stay the recipe's.
@@ -47,6 +51,10 @@ PLAIN = (
     "distillation.calibrate_teachers=false",
     "distillation.feature_weight=0",
 )
+
+# The loss of a baseline is (1 - alpha) cross-entropy + alpha term, so one half each is the authors' 1 : weight.
+_HALF = (*PLAIN, "distillation.alpha=0.5")
+_LIVE = (*_HALF, "distillation.teacher_outputs=live", "distillation.topk=null")
 
 METHODS = (
     Method(
@@ -95,6 +103,18 @@ METHODS = (
             "distillation.temperature_max=6",
         ),
     ),
+    Method(
+        "ctkd",
+        "KD from the plain mean at a temperature learned against the student (CTKD, global form, alpha 0.9)",
+        (*PLAIN, "distillation.alpha=0.9"),
+        loss="ctkd",
+    ),
+    Method("fitnets", "a hint from the middle of the best network among teachers", _LIVE, "best-network", "fitnets"),
+    Method("at", "attention maps of the best network among teachers", _LIVE, "best-network", "at"),
+    Method("dml", "deep mutual learning with a second student, no teacher", _LIVE, "peer", "dml"),
+    Method("control-constant", "the recipe with teachers that answer every row alike", (), "constant"),
+    Method("control-shuffled", "the recipe with teachers that answer other rows", (), "shuffled"),
+    Method("control-permuted", "the recipe with teachers whose classes are exchanged", (), "permuted"),
 )
 
 
@@ -143,7 +163,7 @@ def parse_method(text: str) -> Method:
         raise ValueError(f"Method {name!r} must build on one method at most, got {', '.join(b.name for b in bases)}.")
     base = bases[0] if bases else Method("", "")
     description = " ".join([f"{base.name} with" if bases else "the recipe with", *(overrides or ["nothing changed"])])
-    return Method(name, description, (*base.overrides, *overrides), base.teachers)
+    return Method(name, description, (*base.overrides, *overrides), base.teachers, base.loss)
 
 
 def choose_methods(names: Sequence[str] | None, given: Sequence[str] = ()) -> list[Method]:

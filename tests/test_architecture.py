@@ -17,7 +17,7 @@ LEVELS = (
         "teacher_kinds", "sklearn_teachers", "teachers", "teacher_output_file", "teacher_outputs", "teacher_cache",
         "report", "run_summary", "comparison_record", "comparison_report", "model_card", "run_folder", "hub_store",
     ),
-    ("distiller", "trainer"),
+    ("control_teachers", "distiller", "trainer", "baselines"),
     (
         "recipe_faults", "recipe_rules", "recipe", "plan", "classifier_training", "teacher_training", "evaluation",
         "distill", "methods", "compare_jobs", "compare", "bench",
