@@ -40,6 +40,7 @@ from hf_hpmkd.teacher_cache import TeacherCache
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
 
 _POLL_SECONDS = 0.2
+_FRESH = 2**31  # views before they begin again
 _PEER_SEED = 1_000_003  # added to a seed, so that a peer is no other seed's student
 _PATIENCE_SECONDS = 10
 
@@ -144,6 +145,7 @@ class Workplace:
         """Of everything that decides a student: its recipe, and which teachers it hears."""
         recipe = fingerprint(method_recipe(self.recipe, job.method, job.seed))
         about = [recipe, job.method.teachers, self.teacher_key(job.seed), job.method.loss]
+        about += ["fresh views"] if job.method.fresh_views else []
         return hashlib.sha256(" ".join(about).strip().encode()).hexdigest()
 
     def train(self, job: Job) -> Result:
@@ -164,6 +166,11 @@ class Workplace:
             threads=torch.get_num_threads(),
         )
         result.save(job.result_file)
+        num_views = self.parts.num_views
+        if job.method.fresh_views and num_views:
+            if teachers:
+                raise ValueError(f"{job.name}: new views in every epoch go with no teacher, got {len(teachers)}.")
+            num_views = _FRESH
         trained = train_or_load(
             job.name,
             student_builder(recipe, self.parts),
@@ -172,7 +179,7 @@ class Workplace:
             job.student,
             self.parts.train,
             self.parts.validation,
-            num_views=self.parts.num_views,
+            num_views=num_views,
             teachers=teachers,
             guide=self.parts.guide if teachers and not job.method.loss else None,
             distiller_class=DISTILLERS[job.method.loss],

@@ -134,6 +134,7 @@ class MethodRecord:
     overrides: list[str] = field(default_factory=list)
     teachers: str = "all"
     loss: str = ""
+    fresh_views: bool = False
 
 
 @dataclass

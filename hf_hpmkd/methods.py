@@ -7,7 +7,7 @@ teachers, student, seed, number of steps.
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from hf_hpmkd.recipe import Recipe, RecipeError, read_recipe, recipe_tree
@@ -34,6 +34,7 @@ class Method:
     teachers: "all" hears every teacher of the recipe; "best" the one that is right on most guide rows, "best-network"
     the one of the networks that is; "peer" an untrained model like the student; "constant", "shuffled" and "permuted"
     all of them, spoiled (`control_teachers`). loss: what takes the place of the KD loss (`baselines`), "" nothing.
+    fresh_views: every epoch sees augmented views of its own, which no teacher's stored outputs can follow.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Method:
     overrides: tuple[str, ...] = ()
     teachers: Heard = "all"
     loss: Loss = ""
+    fresh_views: bool = False
 
 
 # Plain distillation: fixed weights, fixed T, the teachers as they are. alpha and T stay the recipe's.
@@ -61,6 +63,12 @@ METHODS = (
         "direct",
         "the labels alone: same steps, same augmented views, no teacher",
         ("distillation.alpha=0", "distillation.feature_weight=0"),
+    ),
+    Method(
+        "direct-fresh",
+        "the labels alone, with new augmented views in every epoch",
+        ("distillation.alpha=0", "distillation.feature_weight=0"),
+        fresh_views=True,
     ),
     Method("kd-best", "plain KD (Hinton) from the single teacher that is best on guide rows", PLAIN, "best"),
     Method("kd-mean", "plain KD from the plain mean of all teachers", PLAIN),
@@ -163,7 +171,7 @@ def parse_method(text: str) -> Method:
         raise ValueError(f"Method {name!r} must build on one method at most, got {', '.join(b.name for b in bases)}.")
     base = bases[0] if bases else Method("", "")
     description = " ".join([f"{base.name} with" if bases else "the recipe with", *(overrides or ["nothing changed"])])
-    return Method(name, description, (*base.overrides, *overrides), base.teachers, base.loss)
+    return replace(base, name=name, description=description, overrides=(*base.overrides, *overrides))
 
 
 def choose_methods(names: Sequence[str] | None, given: Sequence[str] = ()) -> list[Method]:

@@ -280,6 +280,19 @@ def test_every_method_trains_on_images(tmp_path):
     assert not any(same(one, other) for i, one in enumerate(students) for other in students[:i])
 
 
+def test_fresh_views_need_no_teacher(tmp_path, capsys):
+    line = [
+        "compare",
+        "quickstart",
+        "data.max_train_rows=60",
+        "training.epochs=1",
+        "teachers=[{model: cifar-resnet-8}]",
+    ]
+    line += ["--methods", "direct", "--method", "x: direct-fresh distillation.alpha=0.5", "--seeds", "1"]
+    assert main([*line, "--output", str(tmp_path / "out")]) == 2
+    assert "x, seed 0: new views in every epoch go with no teacher" in capsys.readouterr().err
+
+
 def test_a_method_that_cannot_learn_from_these_teachers_says_so(finished, tmp_path, capsys):
     line = ["compare", write_recipe(tmp_path), "--methods", "direct,at", "--seeds", "1"]
     assert main([*line, "--output", str(tmp_path / "out")]) == 2
