@@ -20,6 +20,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_hpmkd.classifiers import Classifier
+from hf_hpmkd.distiller import Distiller
 from hf_hpmkd.recipe import Recipe
 from hf_hpmkd.tasks.base import FedDataset, Rows
 from hf_hpmkd.teacher_kinds import Teacher
@@ -134,12 +135,13 @@ def train_or_load(
     num_views: int = 0,
     teachers: Sequence[Teacher] = (),
     guide: Rows | None = None,
+    distiller_class: type[Distiller] = Distiller,
     on_log: Callable[[list[dict[str, float]]], None] = lambda history: None,
 ) -> Trained:
     """The classifier called `name`, trained into `folder` or loaded from there.
 
     build: makes it with its initial weights. num_views: augmented views per training row, 0 for none. teachers: none
-    trains on labels alone. on_log: gets the log history at every evaluation.
+    trains on labels alone. distiller_class: what it learns from them. on_log: gets the log history at every evaluation.
     """
     classifier = build()
     done = done_file(folder)
@@ -160,6 +162,7 @@ def train_or_load(
         compute_metrics=_accuracy,
         callbacks=[_Bar(name), _Curve(on_log)],
     )
+    trainer.distiller_class = distiller_class
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -171,6 +174,7 @@ def train_or_load(
     if trainer.distiller is not None:
         trained.calibration = trainer.distiller.ensemble.calibration.tolist()
         trained.class_weights = trainer.distiller.class_weights()
+        trainer.distiller.close()  # teachers outlive it
     if trainer.is_world_process_zero():
         trainer.save_model(str(folder))
         (folder / "training_args.bin").unlink()  # a pickle with this machine's paths; the run record says it all

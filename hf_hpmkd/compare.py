@@ -157,7 +157,10 @@ def _open_record(recipe: Recipe, settings: Settings, source: str) -> ComparisonR
     record.baseline = baseline
     given = {method.name: method for method in settings.methods}
     kept = [method for method in record.methods if method.name not in given]
-    new = [MethodRecord(m.name, m.description, list(m.overrides), m.teachers) for m in settings.methods]
+    new = [
+        MethodRecord(m.name, m.description, list(m.overrides), m.teachers, m.loss, m.fresh_views)
+        for m in settings.methods
+    ]
     record.methods = new + kept
     record.seeds = sorted({*record.seeds, *settings.seeds})
     record.versions, record.hardware = versions_hardware

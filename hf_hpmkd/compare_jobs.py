@@ -23,11 +23,13 @@ from accelerate import PartialState
 from filelock import FileLock, Timeout
 from transformers.utils.logging import disable_progress_bar
 
+from hf_hpmkd.baselines import DISTILLERS
 from hf_hpmkd.chain import WarmBuild, build_chain
 from hf_hpmkd.classifier_training import student_schedule, train_or_load
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.comparison_record import Result, Score
 from hf_hpmkd.components.optimization_memory import OptimizationMemory
+from hf_hpmkd.control_teachers import CONTROLS, ControlTeacher
 from hf_hpmkd.data import DataParts, load_parts
 from hf_hpmkd.distill import get_teachers, student_builder
 from hf_hpmkd.evaluation import student_logits
@@ -38,9 +40,12 @@ from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_memory import RunMemory, open_memory
 from hf_hpmkd.run_record import RECORD_FILE, RunRecord, code_commit, environment
 from hf_hpmkd.tasks.base import Rows
+from hf_hpmkd.teacher_cache import TeacherCache
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
 
 _POLL_SECONDS = 0.2
+_FRESH = 2**31  # views before they begin again
+_PEER_SEED = 1_000_003  # added to a seed, so that a peer is no other seed's student
 _PATIENCE_SECONDS = 10
 
 
@@ -135,26 +140,38 @@ class Workplace:
             self._teachers = {key: get_teachers(run or self.teachers_run(key), self.parts)}
         return self._teachers[key]
 
-    def heard(self, method: Method, key: str) -> list[Teacher]:
-        """The teachers that a method listens to."""
+    def heard(self, job: Job, recipe: Recipe) -> list[Teacher]:
+        """The teachers that a job's method listens to. Raises ValueError where it needs a network and there is none."""
+        how, key = job.method.teachers, self.teacher_key(job.seed)
+        if how == "peer":
+            seed = (job.seed + _PEER_SEED) % 2**32
+            built = student_builder(read_recipe(recipe_tree(recipe), "the peer", [f"training.seed={seed}"]), self.parts)
+            return [TorchTeacher.of("peer", built(), self.parts.train, PartialState().device)]
         teachers = self.teachers(key)
-        if method.teachers == "best":
-            best = RunRecord.load(self.folder / key / RECORD_FILE).best_teacher("guide")
-            assert best is not None  # they are measured before any student is trained
-            return [teacher for teacher in teachers if teacher.name == best.name]
-        return teachers
+        if how in CONTROLS:
+            cache = TeacherCache(recipe.distillation.cache_dir)
+            return [ControlTeacher(teacher, how, self.parts.num_views, cache) for teacher in teachers]
+        if how == "all":
+            return teachers
+        if how == "best-network":
+            teachers = [teacher for teacher in teachers if isinstance(teacher, TorchTeacher)]
+        if not teachers:
+            raise ValueError(f"{job.method.name} needs a teacher that is one network, this recipe has none.")
+        accuracy = {one.name: one.accuracy["guide"] for one in RunRecord.load(self.folder / key / RECORD_FILE).teachers}
+        return [max(teachers, key=lambda teacher: accuracy[teacher.name])]
 
     def fingerprint(self, job: Job) -> str:
         """Of everything that decides a student: its recipe, and which teachers it hears."""
-        about = [fingerprint(method_recipe(self.recipe, job.method, job.seed)), job.method.teachers]
-        return hashlib.sha256(" ".join([*about, self.teacher_key(job.seed)]).encode()).hexdigest()
+        recipe = fingerprint(method_recipe(self.recipe, job.method, job.seed))
+        about = [recipe, job.method.teachers, self.teacher_key(job.seed), job.method.loss]
+        about += ["fresh views"] if job.method.fresh_views else []
+        return hashlib.sha256(" ".join(about).strip().encode()).hexdigest()
 
     def train(self, job: Job) -> Result:
         """Trains the student of a job, scores it on validation rows and writes both down."""
         run = self.run(method_recipe(self.recipe, job.method, job.seed), job.run_folder)
         recipe = run.recipe
-        key = self.teacher_key(job.seed)
-        teachers = self.heard(job.method, key) if uses_teachers(recipe) else []
+        teachers = self.heard(job, recipe) if uses_teachers(recipe) else []
         result = Result(
             job.method.name,
             job.seed,
@@ -162,7 +179,7 @@ class Workplace:
             status="running",
             overrides=list(job.method.overrides),
             teachers=[teacher.name for teacher in teachers],
-            taught_by=key,
+            taught_by=self.teacher_key(job.seed),
             started=now(),
             commit=code_commit(),
             hardware=environment()[1],
@@ -173,6 +190,11 @@ class Workplace:
         build = student_builder(recipe, self.parts)
         chain = build_chain(run, self.parts, teachers, build)
         guides = chain.guides if teachers else []
+        num_views = self.parts.num_views
+        if job.method.fresh_views and num_views:
+            if teachers:
+                raise ValueError(f"{job.name}: new views in every epoch go with no teacher, got {len(teachers)}.")
+            num_views = _FRESH
         trained = train_or_load(
             job.name,
             WarmBuild(build, chain.above),
@@ -181,9 +203,10 @@ class Workplace:
             job.student,
             self.parts.train,
             self.parts.validation,
-            num_views=self.parts.num_views,
+            num_views=num_views,
             teachers=guides,
-            guide=self.parts.guide if guides else None,
+            guide=self.parts.guide if guides and not job.method.loss else None,
+            distiller_class=DISTILLERS[job.method.loss],
         )
         result.steps, result.curve = trained.steps, trained.curve
         result.seconds, result.chain = trained.seconds + chain_seconds(run.record), run.record.chain

@@ -135,6 +135,8 @@ class MethodRecord:
     description: str
     overrides: list[str] = field(default_factory=list)
     teachers: str = "all"
+    loss: str = ""
+    fresh_views: bool = False
 
 
 @dataclass

@@ -14,6 +14,8 @@ from hf_hpmkd.report import markdown
 
 # Okabe and Ito's palette, told apart with every common colour blindness.
 _BASELINE, _OTHER, _REFERENCE = "#0072B2", "#D55E00", "#666666"
+_PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D")
 
 
 @dataclass(frozen=True)
@@ -234,17 +236,23 @@ def _accuracy_figure(record: ComparisonRecord, part: str) -> Figure:
 
 
 def _seconds_figure(record: ComparisonRecord, part: str) -> Figure:
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    figure = Figure(figsize=(8.2, 4.2), layout="constrained")
     axes = figure.subplots()
-    for line in lines(record, part):
-        if line.seconds is None:
-            continue
-        colour = _BASELINE if line.method == record.baseline else _OTHER
-        point = (line.seconds.mean, 100 * line.accuracy.mean)
-        axes.errorbar(*point, yerr=_bars(line.accuracy), fmt="o", color=colour, capsize=3)
-        axes.annotate(line.method, point, xytext=(6, 4), textcoords="offset points", fontsize=8.5)
+    found = [line for line in lines(record, part) if line.seconds is not None]
+    for place, line in enumerate(sorted(found, key=lambda line: -line.accuracy.mean)):  # the legend reads like the plot
+        assert line.seconds is not None
+        axes.errorbar(
+            line.seconds.mean,
+            100 * line.accuracy.mean,
+            yerr=_bars(line.accuracy),
+            fmt=_MARKERS[place // len(_PALETTE) % len(_MARKERS)],
+            color=_PALETTE[place % len(_PALETTE)],
+            label=line.method,
+            capsize=3,
+        )
+    axes.set_xlim(left=0)
     axes.set_ylabel(f"{part} accuracy (%)", fontsize=10)
-    axes.margins(x=0.15)
+    axes.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _dress(axes, "Accuracy against the student's training time", "seconds of training, mean over seeds")
     return figure
 

@@ -122,6 +122,8 @@ class Distiller:
         # The loss is observed on every step or never, whatever the scheduler settles on, so that ranks stay in step.
         self._observes_loss = self.scheduler.needs_loss
         self._generator = torch.Generator().manual_seed(args.seed)
+        # What a subclass trains beside the student, with the student's optimizer and schedule.
+        self.extras: nn.Module | None = None
         self.projections: nn.ModuleList | None = None
         self._projection_optimizer: torch.optim.Optimizer | None = None
         self._remembered: list[_Remembered] = []
@@ -190,6 +192,11 @@ class Distiller:
             self._step_loss = loss.detach() if self._step_loss is None else self._step_loss + loss.detach()
 
     @property
+    def temperature(self) -> float:
+        """T of the coming step."""
+        return self.scheduler.temperature
+
+    @property
     def _learns_after_this_step(self) -> bool:
         return self.args.temperature_schedule == "learned" and (self.step + 1) % self.args.guide_every == 0
 
@@ -218,9 +225,9 @@ class Distiller:
 
     def finish_step(self) -> torch.Tensor | None:
         """Updates gate, projections and temperature; returns the mixture's loss on guide rows where some were seen."""
-        self.ensemble.joint_step(_average_gradients)
+        self.ensemble.joint_step(average_gradients)
         if self.projections is not None and self._projection_optimizer is not None:
-            _average_gradients(self.projections)
+            average_gradients(self.projections)
             self._projection_optimizer.step()
             self._projection_optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -243,7 +250,7 @@ class Distiller:
         guide_loss = None
         if self.ensemble.is_trained_on_guide:
             teacher_logits = self.ensemble.calibrated(self.guide.teacher_logits[:, chosen])
-            guide_loss = self.ensemble.guide_step(features, teacher_logits, labels, _average_gradients)
+            guide_loss = self.ensemble.guide_step(features, teacher_logits, labels, average_gradients)
         if learns and self._remembered:
             self._learn_temperature(HeadBatch(features, logits, labels))
         return guide_loss
@@ -305,6 +312,8 @@ class Distiller:
         if self.projections is not None and self._projection_optimizer is not None:
             tensors |= {f"projections.{name}": tensor for name, tensor in self.projections.state_dict().items()}
             tensors |= {f"projections.{k}": v for k, v in flatten_optimizer(self._projection_optimizer).items()}
+        if self.extras is not None:
+            tensors |= {f"extras.{name}": tensor for name, tensor in self.extras.state_dict().items()}
         metadata = {"format": _STATE_FORMAT, "step": self.step, "temperature": self.scheduler.state_dict()}
         return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"hpmkd": json.dumps(metadata)}
 
@@ -320,6 +329,8 @@ class Distiller:
         self._generator.set_state(tensors["guide_generator"])
         self.scheduler.load_state_dict(saved["temperature"])
         self.step = saved["step"]
+        if self.extras is not None:
+            self.extras.load_state_dict(_without_prefix(tensors, "extras."))
         projections = _without_prefix(tensors, "projections.")
         if projections:
             weights = {name: tensor for name, tensor in projections.items() if not name.startswith("optimizer.")}
@@ -357,7 +368,8 @@ def _average_float(value: float, device: torch.device) -> float:
     return float(_average(torch.tensor(value, dtype=torch.float64, device=device))) if _world_size() > 1 else value
 
 
-def _average_gradients(module: nn.Module) -> None:
+def average_gradients(module: nn.Module) -> None:
+    """Makes the gradients of a module that is in no DDP wrapper the same on all processes."""
     if _world_size() > 1:
         for parameter in module.parameters():
             if parameter.grad is not None:

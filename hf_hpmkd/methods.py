@@ -7,13 +7,14 @@ teachers, student, seed, number of steps.
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from hf_hpmkd.recipe import Recipe, RecipeError, read_recipe, recipe_tree
 from hf_hpmkd.recipe_faults import did_you_mean
 
-Heard = Literal["all", "best"]
+Heard = Literal["all", "best", "best-network", "peer", "constant", "shuffled", "permuted"]
+Loss = Literal["", "at", "ctkd", "dml", "fitnets"]
 
 DEFAULT_METHODS = ("direct", "kd-best", "kd-mean", "hpmkd")
 SECTIONS = ("distillation", "chain", "training")
@@ -30,13 +31,18 @@ EQUAL_FOR_ALL = (
 class Method:
     """One way to train the student. overrides: `section.key=value` words, later ones win.
 
-    teachers: "all" hears every teacher of the recipe, "best" the one that is right on most guide rows.
+    teachers: "all" hears every teacher of the recipe; "best" the one that is right on most guide rows, "best-network"
+    the one of the networks that is; "peer" an untrained model like the student; "constant", "shuffled" and "permuted"
+    all of them, spoiled (`control_teachers`). loss: what takes the place of the KD loss (`baselines`), "" nothing.
+    fresh_views: every epoch sees augmented views of its own, which no teacher's stored outputs can follow.
     """
 
     name: str
     description: str
     overrides: tuple[str, ...] = ()
     teachers: Heard = "all"
+    loss: Loss = ""
+    fresh_views: bool = False
 
 
 # Plain distillation: fixed weights, fixed T, the teachers as they are, no chain. alpha and T stay the recipe's.
@@ -50,11 +56,21 @@ PLAIN = (
     "chain.warm_start=false",
 )
 
+# The loss of a baseline is (1 - alpha) cross-entropy + alpha term, so one half each is the authors' 1 : weight.
+_HALF = (*PLAIN, "distillation.alpha=0.5")
+_LIVE = (*_HALF, "distillation.teacher_outputs=live", "distillation.topk=null")
+
 METHODS = (
     Method(
         "direct",
         "the labels alone: same steps, same augmented views, no teacher",
         ("distillation.alpha=0", "distillation.feature_weight=0", "chain.length=0", "chain.warm_start=false"),
+    ),
+    Method(
+        "direct-fresh",
+        "the labels alone, with new augmented views in every epoch",
+        ("distillation.alpha=0", "distillation.feature_weight=0"),
+        fresh_views=True,
     ),
     Method("kd-best", "plain KD (Hinton) from the single teacher that is best on guide rows", PLAIN, "best"),
     Method("kd-mean", "plain KD from the plain mean of all teachers", PLAIN),
@@ -97,6 +113,18 @@ METHODS = (
             "distillation.temperature_max=6",
         ),
     ),
+    Method(
+        "ctkd",
+        "KD from the plain mean at a temperature learned against the student (CTKD, global form, alpha 0.9)",
+        (*PLAIN, "distillation.alpha=0.9"),
+        loss="ctkd",
+    ),
+    Method("fitnets", "a hint from the middle of the best network among teachers", _LIVE, "best-network", "fitnets"),
+    Method("at", "attention maps of the best network among teachers", _LIVE, "best-network", "at"),
+    Method("dml", "deep mutual learning with a second student, no teacher", _LIVE, "peer", "dml"),
+    Method("control-constant", "the recipe with teachers that answer every row alike", (), "constant"),
+    Method("control-shuffled", "the recipe with teachers that answer other rows", (), "shuffled"),
+    Method("control-permuted", "the recipe with teachers whose classes are exchanged", (), "permuted"),
 )
 
 
@@ -145,7 +173,7 @@ def parse_method(text: str) -> Method:
         raise ValueError(f"Method {name!r} must build on one method at most, got {', '.join(b.name for b in bases)}.")
     base = bases[0] if bases else Method("", "")
     description = " ".join([f"{base.name} with" if bases else "the recipe with", *(overrides or ["nothing changed"])])
-    return Method(name, description, (*base.overrides, *overrides), base.teachers)
+    return replace(base, name=name, description=description, overrides=(*base.overrides, *overrides))
 
 
 def choose_methods(names: Sequence[str] | None, given: Sequence[str] = ()) -> list[Method]:

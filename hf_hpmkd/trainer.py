@@ -47,6 +47,7 @@ class HPMKDTrainer(Trainer):
     dataset no longer has, and where settings need guide rows or features that are not there.
     """
 
+    distiller_class: type[Distiller] = Distiller  # another one makes this the trainer of another method
     args: HPMKDTrainingArguments
     model: Any  # upstream's own type allows None, which it never is here
 
@@ -199,8 +200,19 @@ class HPMKDTrainer(Trainer):
         if self._outputs is not None:
             if self.distiller is not None:
                 self.distiller.close()
-            self.distiller = Distiller(self.args, self.model, self._outputs, self._guide, num_training_steps)
+            self.distiller = self.distiller_class(self.args, self.model, self._outputs, self._guide, num_training_steps)
+            self._train_extras(self.distiller.extras)
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def _train_extras(self, extras: nn.Module | None) -> None:
+        """Puts what a distiller trains beside the student into the student's optimizer, before the schedule is made."""
+        if extras is None:
+            return
+        decayed = set(self.get_decay_parameter_names(extras))
+        for decays in (True, False):
+            group = [one for name, one in extras.named_parameters() if (name in decayed) == decays]
+            weight_decay = self.args.weight_decay if decays else 0.0
+            self.optimizer.add_param_group({"params": group, "weight_decay": weight_decay})  # type: ignore[union-attr]
 
     # ---- data ------------------------------------------------------------------------------------------------------
 
@@ -279,7 +291,7 @@ class HPMKDTrainer(Trainer):
         metrics = self._metrics["train"]
         metrics["kd_loss"].append(losses.kd.mean())
         metrics["ce_loss"].append(losses.ce.mean().detach())
-        metrics["temperature"].append(self.distiller.scheduler.temperature)
+        metrics["temperature"].append(self.distiller.temperature)
         if losses.feature is not None:
             metrics["feature_loss"].append(losses.feature.mean().detach())
         means = losses.weights.mean(0)

@@ -20,7 +20,7 @@ LEVELS = (
         "teacher_cache", "report", "run_summary", "comparison_record", "comparison_report", "model_card", "run_folder",
         "hub_store", "memory_hub", "memory_commands",
     ),
-    ("distiller", "trainer"),
+    ("control_teachers", "distiller", "trainer", "baselines"),
     (
         "recipe_faults", "recipe_rules", "recipe", "run_memory", "classifier_training", "plan", "teacher_training",
         "evaluation", "run_context", "chain", "distill", "methods", "compare_jobs", "compare", "bench",

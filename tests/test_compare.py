@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,12 @@ from hf_hpmkd import classifier_training, compare_jobs
 from hf_hpmkd.cli import main
 from hf_hpmkd.comparison_record import ComparisonRecord, Result
 from hf_hpmkd.data import DataConfig, load_parts
+from hf_hpmkd.distill import student_builder
+from hf_hpmkd.methods import METHODS as KNOWN
+from hf_hpmkd.methods import Method, method_recipe
 from hf_hpmkd.models.tabular import TabularForClassification
+from hf_hpmkd.recipe import load_recipe
+from hf_hpmkd.run_record import RunRecord
 
 ROOT = Path(__file__).parents[1]
 METHODS = ["--methods", "direct,kd-mean,hpmkd,kd-best", "--method", "again: kd-mean"]
@@ -114,6 +120,40 @@ def test_the_best_teacher_is_the_best_on_guide_rows(finished):
         assert len({teacher.accuracy["guide"] for teacher in teachers}) == 2  # else this test shows nothing
 
 
+def test_what_each_method_hears(finished):
+    """Guide rows decide who is best: here they and all other parts say different things."""
+    run = RunRecord.load(finished / "out" / "seed-0" / "run_record.json")
+    for teacher, share in zip(run.teachers, (0.9, 0.8), strict=True):
+        teacher.accuracy = {"guide": 1 - share, "train": share, "validation": share}
+    folder = finished / "heard"
+    (folder / "seed-0").mkdir(parents=True)
+    run.save(folder / "seed-0" / "run_record.json")
+    shutil.copytree(finished / "out" / "seed-0" / "teachers", folder / "seed-0" / "teachers")
+    recipe = load_recipe(write_recipe(finished))
+    place = compare_jobs.Workplace(recipe, folder)
+
+    def names(**method):
+        job = compare_jobs.Job(Method("m", "", **method), 0, folder)
+        return [teacher.name for teacher in place.heard(job, recipe)]
+
+    assert names() == ["mlp-32", "DecisionTreeClassifier"]
+    assert names(teachers="best") == ["DecisionTreeClassifier"]
+    assert names(teachers="best-network") == ["mlp-32"]
+    assert names(teachers="shuffled") == ["mlp-32-shuffled", "DecisionTreeClassifier-shuffled"]
+    assert names(teachers="peer") == ["peer"]
+
+
+def test_a_peer_is_no_seeds_student(finished):
+    recipe = load_recipe(write_recipe(finished))
+    place = compare_jobs.Workplace(recipe, finished / "peers")
+    made = [student_builder(method_recipe(recipe, Method("m", ""), seed), place.parts)().model for seed in (0, 1)]
+    for seed in (0, 1):
+        job = compare_jobs.Job(Method("m", "", teachers="peer"), seed, finished / "peers")
+        made.append(place.heard(job, recipe)[0].model)
+    first = [next(model.parameters()).flatten() for model in made]
+    assert len({tuple(one.tolist()) for one in first}) == 4
+
+
 def test_finished_students_are_not_trained_again(finished, capsys, monkeypatch):
     before = {p: t for p, t in files(finished / "out").items() if "seed-" in str(p)}
     table = (finished / "out" / "table.md").read_text()
@@ -126,8 +166,6 @@ def test_finished_students_are_not_trained_again(finished, capsys, monkeypatch):
 
 
 def test_a_method_and_a_seed_may_be_added_later(finished, tmp_path, monkeypatch):
-    import shutil
-
     shutil.copytree(finished / "out", tmp_path / "out")
     trained = []
     train_or_load = compare_jobs.train_or_load
@@ -225,6 +263,40 @@ def test_one_teacher_seed_for_all(tmp_path):
     assert list(record(tmp_path).teachers) == ["seed-5"]
     assert result(tmp_path, "kd-mean", 2).taught_by == "seed-5"
     assert not (tmp_path / "out" / "seed-1" / "teachers").exists()
+
+
+def test_every_method_trains_on_images(tmp_path):
+    """One network and one estimator as teachers, augmented views; all students take the same steps."""
+    teachers = "teachers=[{model: cifar-resnet-14x4, epochs: 1}, {model: 'sklearn:LogisticRegression', folds: 2}]"
+    words = ["data.max_train_rows=100", "student.model=cifar-resnet-8x4", "training.epochs=2", teachers]
+    names = [method.name for method in KNOWN]
+    line = ["compare", "quickstart", *words, "--methods", ",".join(names), "--seeds", "1"]
+    assert main([*line, "--output", str(tmp_path / "out")]) == 0
+    found = {one.method: one for one in record(tmp_path).results}
+    assert list(found) == names and {one.steps for one in found.values()} == {4}
+    assert found["at"].teachers == found["fitnets"].teachers == ["cifar-resnet-14x4"]
+    assert found["dml"].teachers == ["peer"] and len(found["ctkd"].teachers) == 2
+    students = [weights(tmp_path / "out" / "seed-0" / name) for name in names]
+    assert not any(same(one, other) for i, one in enumerate(students) for other in students[:i])
+
+
+def test_fresh_views_need_no_teacher(tmp_path, capsys):
+    line = [
+        "compare",
+        "quickstart",
+        "data.max_train_rows=60",
+        "training.epochs=1",
+        "teachers=[{model: cifar-resnet-8}]",
+    ]
+    line += ["--methods", "direct", "--method", "x: direct-fresh distillation.alpha=0.5", "--seeds", "1"]
+    assert main([*line, "--output", str(tmp_path / "out")]) == 2
+    assert "x, seed 0: new views in every epoch go with no teacher" in capsys.readouterr().err
+
+
+def test_a_method_that_cannot_learn_from_these_teachers_says_so(finished, tmp_path, capsys):
+    line = ["compare", write_recipe(tmp_path), "--methods", "direct,at", "--seeds", "1"]
+    assert main([*line, "--output", str(tmp_path / "out")]) == 2
+    assert "at, seed 0: failed, ValueError: Feature maps are read after the stages" in capsys.readouterr().err
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

@@ -75,6 +75,21 @@ def test_a_method_with_a_missing_seed_is_compared_on_the_others():
     assert "Not every method has all 4 seeds" in summary(record)
 
 
+def test_a_seed_that_the_baseline_lacks_is_left_out_of_the_difference():
+    record = make()
+    record.results = [one for one in record.results if (one.method, one.seed) != ("direct", 3)]
+    line = next(line for line in lines(record, "validation") if line.method == "kd")
+    assert line.accuracy.count == 4 and line.difference.count == 3
+    assert line.p is not None
+
+
+def test_another_baseline_comes_first():
+    record = make()
+    record.baseline = "odd"
+    assert [line.method for line in lines(record, "validation")] == ["odd", "kd", "direct"]
+    assert "difference to odd" in table(record, "validation")
+
+
 def test_one_seed_is_tested_by_rows():
     found = {line.method: line for line in lines(make([0]), "validation")}
     first, second = (hits(SHARES[name][0], 0, name) for name in ("kd", "direct"))

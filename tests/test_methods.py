@@ -80,6 +80,9 @@ def test_a_method_of_ones_own():
     built = parse_method("soft: kd-best distillation.temperature=8")
     base = known_methods()["kd-best"]
     assert built.teachers == "best" and built.overrides == (*base.overrides, "distillation.temperature=8")
+    assert (
+        parse_method("own: direct-fresh").fresh_views and parse_method("own: at training.weight_decay=0").loss == "at"
+    )
     assert parse_method("again: kd-mean").overrides == known_methods()["kd-mean"].overrides
 
 
