@@ -112,11 +112,17 @@ def patience(seconds: float) -> Iterator[None]:
         client.timeout = before
 
 
-def push_error(what: str, error: BaseException, kept: str, token: str) -> tuple[HubPushError, BaseException | None]:
+def push_error(
+    what: str, error: BaseException, kept: str, token: str | None
+) -> tuple[HubPushError, BaseException | None]:
     """The error to raise and its cause: without the token, and without a cause that shows it."""
-    leaks = token in "".join(traceback.format_exception(error))
-    text = f"{what} failed: {reason(error)}".replace(token, "(token)")
-    return HubPushError(f"{text} {kept}"), None if leaks else error
+    leaks = bool(token) and str(token) in "".join(traceback.format_exception(error))
+    return HubPushError(f"{hide_token(f'{what} failed: {reason(error)}', token)} {kept}"), None if leaks else error
+
+
+def hide_token(text: str, token: str | None) -> str:
+    """The text without the token, whoever has put it there."""
+    return text.replace(token, "(token)") if token else text
 
 
 def status_code(error: BaseException) -> int | None:

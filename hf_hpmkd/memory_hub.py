@@ -120,7 +120,7 @@ class HubMemory(OptimizationMemory):
                     self._pull_outputs(gained)
                 return gained
         except FAILURES as error:
-            told, cause = push_error(f"Reading {self.where}", error, "What arrived before is kept.", self._token or " ")
+            told, cause = push_error(f"Reading {self.where}", error, "What arrived before is kept.", self._token)
             raise told from cause
 
     def _pull_records(self, into: OptimizationMemory) -> Gained:
@@ -239,7 +239,7 @@ class HubMemory(OptimizationMemory):
             self.say(f"Memory: {self.where} is not there yet{token}.")
         except FAILURES as error:
             self._reachable = False
-            why = hub_client.reason(error).replace(self._token or " ", "(token)" if self._token else " ")
+            why = hub_client.hide_token(hub_client.reason(error), self._token)
             self.say(f"Memory: {what} could not be read from {self.where}: {why} The run goes on with what is here.")
         return None
 

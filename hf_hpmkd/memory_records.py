@@ -107,7 +107,9 @@ def memory_row(record: RunRecord) -> Row:
     distillation, training = record.recipe.get("distillation", {}), record.recipe.get("training", {})
     best = record.best_teacher()
     details = record.to_dict()
-    configuration = {key: value for key, value in details.pop("recipe").items() if key not in ("output", "hub")}
+    configuration = {
+        key: value for key, value in details.pop("recipe").items() if key not in ("output", "hub", "memory")
+    }
     for key in ("curves", "events"):
         details.pop(key)
 

@@ -128,6 +128,7 @@ def _named_sources(record: RunRecord) -> RunRecord:
             place["path"] = _shown(place["path"], _data_on_hub(record))
     record.recipe.get("distillation", {}).pop("cache_dir", None)
     record.recipe.pop("output", None)
+    record.recipe.pop("memory", None)
     return record
 
 

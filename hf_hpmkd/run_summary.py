@@ -40,8 +40,8 @@ def summary(records: Sequence[RunRecord]) -> str:
 
 def _recipe_key(record: RunRecord) -> str:
     tree = copy.deepcopy(record.recipe)
-    tree.pop("output", None)
-    tree.pop("hub", None)
+    for section in ("output", "hub", "memory"):
+        tree.pop(section, None)
     tree["training"].pop("seed", None)
     tree["distillation"].pop("cache_dir", None)
     return json.dumps(tree, sort_keys=True)

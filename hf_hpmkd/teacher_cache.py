@@ -108,7 +108,8 @@ class Tally:
                 self.computed += 1
             else:
                 self.found += 1
-                self.found_bytes += path.stat().st_size
+                with suppress(FileNotFoundError):  # read before, and deleted since
+                    self.found_bytes += path.stat().st_size
                 self.found_seconds += read_seconds(path) or 0.0
 
 

@@ -297,6 +297,8 @@ def test_no_token_and_one_that_may_only_read(hub, tmp_path, monkeypatch, there):
     assert nobody.refresh() == 0
     assert "set HF_TOKEN" in told[0]
     assert "set HF_TOKEN" in refused(nobody)
+    with pytest.raises(HubPushError, match="Reading hf://datasets/tester/shared failed: "):
+        nobody.pull()
 
 
 def test_a_token_that_the_server_repeats_is_not_shown(hub, here, quick):

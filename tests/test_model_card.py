@@ -108,6 +108,16 @@ def test_the_metadata_survives_the_hubs_reader(record, tmp_path, student):
     assert again.data.to_dict() == data and again.data.eval_results == card.data.eval_results
 
 
+def test_what_lies_on_the_hub_is_linked(record, tmp_path, student):
+    record.memory = {"where": "hf://datasets/owner/memory"}
+    text = card_of(record, tmp_path).text
+    for link in ("owner/vit", "datasets/owner/pictures", "datasets/owner/memory"):
+        assert f"](https://huggingface.co/{link})" in text
+    record.memory = {"where": "local"}
+    assert "optimization memory" not in card_of(record, tmp_path).text
+    assert text.count("https://huggingface.co/") == 3, "what is local has no link"
+
+
 def test_a_licence_is_named_only_when_given(record, tmp_path, student):
     assert "No licence has been chosen" in card_of(record, tmp_path).text
     card = card_of(record, tmp_path, license="apache-2.0")

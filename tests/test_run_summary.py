@@ -23,6 +23,8 @@ def record(seed, direct, student, teacher=0.9, **distillation):
     recipe["training"]["seed"] = seed
     recipe["output"]["dir"] = f"run{seed}"
     recipe["distillation"] |= distillation
+    if seed:  # records of older versions know no memory
+        recipe["memory"] = {"use": True, "path": f"memory{seed}"}
     models = {"student": ModelRecord("student", 100, {"test": {"accuracy": student}})}
     if direct is not None:
         models["direct"] = ModelRecord("direct", 100, {"test": {"accuracy": direct}})
