@@ -83,6 +83,7 @@ def training_arguments(
         learning_rate=schedule.learning_rate,
         weight_decay=training.weight_decay,
         optim=training.optimizer,
+        optim_args=training.optimizer_args,
         lr_scheduler_type=training.lr_scheduler,
         warmup_steps=training.warmup_steps,
         gradient_accumulation_steps=training.gradient_accumulation_steps,

@@ -197,6 +197,9 @@ class TrainingConfig:
     optimizer: str = Field(
         "adamw_torch", description="Name of an optimizer of TrainingArguments.optim: adamw_torch, sgd."
     )
+    optimizer_args: str | None = Field(
+        None, description="Arguments of the optimizer, as TrainingArguments.optim_args: momentum=0.9,nesterov=true."
+    )
     lr_scheduler: str = Field("cosine", description="Name of a scheduler of TrainingArguments.lr_scheduler_type.")
     warmup_steps: int | float = Field(0.05, ge=0, description="Steps of rising learning rate; below 1, a share of all.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Batches per optimizer step.")
