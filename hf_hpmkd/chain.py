@@ -43,12 +43,12 @@ from hf_hpmkd.data import DataParts
 from hf_hpmkd.evaluation import student_logits
 from hf_hpmkd.intermediate_models import Intermediate, find_intermediates
 from hf_hpmkd.memory_files import MANIFEST
-from hf_hpmkd.model_card import write_stage_card
 from hf_hpmkd.model_cost import training_flops
 from hf_hpmkd.recipe import recipe_tree
 from hf_hpmkd.recipe_rules import uses_teachers
 from hf_hpmkd.run_context import Run
 from hf_hpmkd.run_record import ChainDecision, ChainRecord, StageRecord
+from hf_hpmkd.stage_card import write_stage_card
 from hf_hpmkd.tasks.base import json_digest
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
 from hf_hpmkd.warm_start import can_warm_start, warm_start

@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_hpmkd import report
-from hf_hpmkd.run_record import RunRecord, StageRecord, TeacherRecord, last_name
+from hf_hpmkd.run_record import RunRecord, TeacherRecord, last_name
 
 CARD_FILE = "README.md"
 
@@ -64,7 +64,7 @@ def write_card(
     links = _links(folder, plots)
     config_file = student_folder / "config.json"
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-    public = _named_sources(record.public())
+    public = named_sources(record.public())
     data = card_data(public, config, license)
     text = "\n\n".join(section for section in _sections(public, config, student_folder.name, links, license) if section)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
@@ -113,7 +113,7 @@ def _shown(source: str, on_hub: bool) -> str:
     return last_name(source.removeprefix("local-dir:"))
 
 
-def _named_sources(record: RunRecord) -> RunRecord:
+def named_sources(record: RunRecord) -> RunRecord:
     """The record with local sources, absolute or relative, cut down to their last name, and no output folders."""
     commits = {one.source: one.commit for one in record.teachers}
     for one in record.teachers:
@@ -125,7 +125,7 @@ def _named_sources(record: RunRecord) -> RunRecord:
         student["model"] = _shown(student["model"], hub_id(student["model"], record.commits.get("student")) is not None)
     for place in (record.parts, record.recipe.get("data", {})):
         if "path" in place:
-            place["path"] = _shown(place["path"], _data_on_hub(record))
+            place["path"] = _shown(place["path"], data_on_hub(record))
     record.recipe.get("distillation", {}).pop("cache_dir", None)
     record.recipe.pop("output", None)
     record.recipe.pop("memory", None)
@@ -137,15 +137,15 @@ def _linked(name: str, place: str | None) -> str:
     return f"[`{name}`](https://huggingface.co/{place})" if place else f"`{name}`"
 
 
-def _data_on_hub(record: RunRecord) -> bool:
+def data_on_hub(record: RunRecord) -> bool:
     return record.parts.get("kind") == "hub"
 
 
-def _data_name(record: RunRecord) -> str:
+def data_name(record: RunRecord) -> str:
     return str(record.parts.get("path") or record.recipe.get("data", {}).get("path") or "unnamed data")
 
 
-def _student_name(record: RunRecord) -> str:
+def student_name(record: RunRecord) -> str:
     return str(record.recipe.get("student", {}).get("model") or "student")
 
 
@@ -171,7 +171,7 @@ def card_data(record: RunRecord, config: dict[str, Any], license: str | None = N
         "pipeline_tag": kind,
         "license": license,
         "tags": [tag for tag in tags if tag],
-        "datasets": [_data_name(record)] if _data_on_hub(record) else None,
+        "datasets": [data_name(record)] if data_on_hub(record) else None,
         "metrics": sorted({one.metric_type for one in results} - {"calibration_error"}) or None,
         "base_model": base_models(record) or None,
         # The Hub has no relation for distillation; without one it would guess "merge" for several teachers.
@@ -180,7 +180,7 @@ def card_data(record: RunRecord, config: dict[str, Any], license: str | None = N
     values = {key: value for key, value in values.items() if value is not None}
     if results:
         repo_id = record.recipe.get("hub", {}).get("repo_id")
-        made_up = f"{last_name(_student_name(record))}-{last_name(_data_name(record))}".replace(":", "-")
+        made_up = f"{last_name(student_name(record))}-{last_name(data_name(record))}".replace(":", "-")
         values |= {"model_name": last_name(repo_id or made_up), "eval_results": results}
     return ModelCardData(**values)
 
@@ -198,8 +198,8 @@ def eval_results(record: RunRecord) -> list[EvalResult]:
         found.append(
             EvalResult(
                 task_type=kind,
-                dataset_type=_data_name(record),
-                dataset_name=last_name(_data_name(record)),
+                dataset_type=data_name(record),
+                dataset_name=last_name(data_name(record)),
                 dataset_config=record.parts.get("name"),
                 dataset_split=part.get("split"),
                 dataset_revision=record.parts.get("commit"),
@@ -233,9 +233,9 @@ def _sections(
         "## Results\n\n" + report.markdown_table(record) + "\n\n" + _reading(record),
         _metrics(record),
         "\n\n".join(f"![{_CAPTIONS.get(Path(link).stem, Path(link).stem)}]({link})" for link in links),
-        _use(record, config, student_folder),
+        usage(record, config, student_folder),
         _teachers(record),
-        _chain(record),
+        report.chain_section(record),
         _data(record),
         _training(record),
         _limits(record),
@@ -246,7 +246,7 @@ def _sections(
 def _opening(record: RunRecord) -> str:
     count = len(record.teachers)
     teachers = "one teacher" if count == 1 else f"{count} teachers"
-    name, data = last_name(_student_name(record)), last_name(_data_name(record))
+    name, data = last_name(student_name(record)), last_name(data_name(record))
     lines = [f"# {name}, distilled from {teachers} on {data}"]
     if record.status != "completed":
         lines.append(f"> **This run did not finish (status: {record.status}).** The figures below may be incomplete.")
@@ -267,80 +267,6 @@ def _opening(record: RunRecord) -> str:
         )
     lines.append(f"**{report.verdict(record)}**")
     return "\n\n".join(lines)
-
-
-def _chain(record: RunRecord) -> str:
-    """The chain's stages and what decided on them."""
-    if record.chain is None or not record.chain.reason:
-        return ""
-    lines = [f"## Chain\n\nBetween the teachers and the student: {record.chain.reason}"]
-    if record.chain.stages:
-        cells = [
-            [
-                f"`chain/{stage.name}`",
-                f"`{last_name(stage.model)}`",
-                f"{stage.num_params:,}",
-                "-" if stage.accuracy is None else f"{stage.accuracy:.2%}",
-                ", ".join(stage.guides),
-                f"{stage.warm_start:.0%}",
-                "-" if stage.seconds is None else f"{stage.seconds:.0f}{' (an earlier run)' if stage.reused else ''}",
-            ]
-            for stage in record.chain.stages
-        ]
-        header = ("stage", "model", "parameters", "validation accuracy", "learned from", "copied", "training s")
-        lines.append(report.markdown(header, cells, left=2))
-        lines.append("Copied: share of the parameters that began as those of a larger model of the same family.")
-    if record.chain.decisions:
-        cells = [
-            [
-                f"{one.num_params:,} parameters",
-                "probe" if one.moment == "probe" else "finished stage",
-                f"{one.gain:+.2f} ± {one.standard_error:.2f}",
-                f"{one.required:.2f}",
-                f"{one.cost:.1f}",
-                "yes" if one.accepted else "no",
-            ]
-            for one in record.chain.decisions
-        ]
-        columns = (
-            "stage of",
-            "judged by",
-            "gain of the student, points",
-            "asked for",
-            "cost, student trainings",
-            "kept",
-        )
-        lines.append(report.markdown(columns, cells, left=2))
-        lines.append("The gains are those of shortly trained students on validation rows.")
-    return "\n\n".join(lines)
-
-
-def write_stage_card(record: RunRecord, stage: StageRecord, folder: str | os.PathLike[str]) -> Path:
-    """Writes the card of one intermediate model into its folder and returns it. record: of the run, still going on."""
-    folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    public = _named_sources(record.public())
-    kind = task(public)
-    tags = ["knowledge-distillation", "hf_hpmkd", kind, "custom_code" if "auto_map" in config else None]
-    values: dict[str, Any] = {
-        "library_name": "hf_hpmkd" if kind == _TABULAR else "transformers",
-        "pipeline_tag": kind,
-        "tags": [tag for tag in tags if tag],
-        "datasets": [_data_name(public)] if _data_on_hub(public) else None,
-    }
-    data = ModelCardData(**{key: value for key, value in values.items() if value is not None})
-    accuracy = "" if stage.accuracy is None else f" It answers {stage.accuracy:.2%} of the validation rows right."
-    sections = [
-        f"# {last_name(stage.model)}, {stage.name} of a distillation chain",
-        f"An intermediate model with {stage.num_params:,} parameters, trained with `hf_hpmkd` on {_data_name(public)} "
-        f"from {', '.join(stage.guides)}, to teach a smaller student ({_student_name(public)}). It can be used alone."
-        f"{accuracy} It was not measured on test rows.",
-        _use(public, config, folder.name),
-    ]
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
-    path = folder / CARD_FILE
-    card.save(path)
-    return path
 
 
 def _reading(record: RunRecord) -> str:
@@ -368,7 +294,7 @@ def _metrics(record: RunRecord) -> str:
     return report.markdown(("part", "metric", *models), lines, left=2) if lines else ""
 
 
-def _use(record: RunRecord, config: dict[str, Any], student_folder: str) -> str:
+def usage(record: RunRecord, config: dict[str, Any], student_folder: str) -> str:
     repo_id = record.recipe.get("hub", {}).get("repo_id")
     where = f'"{repo_id}"' if repo_id else f'"{student_folder}"  # the folder of the student, or its id on the Hub'
     kind, model_type = task(record), str(config.get("model_type", ""))
@@ -435,13 +361,13 @@ def _data(record: RunRecord) -> str:
     about = record.parts
     local = about.get("kind") in ("folder", "file")
     details = [
-        "on the Hub" if _data_on_hub(record) else f"a local {about['kind']}" if local else "",
+        "on the Hub" if data_on_hub(record) else f"a local {about['kind']}" if local else "",
         f"configuration {about['name']}" if about.get("name") else "",
         f"commit {about['commit']}" if about.get("commit") else "",
     ]
     listed = ", ".join(detail for detail in details if detail)
-    place = f"datasets/{_data_name(record)}" if _data_on_hub(record) else None
-    text = f"## Data\n\n{_linked(_data_name(record), place)}" + (f" ({listed})" if listed else "") + "."
+    place = f"datasets/{data_name(record)}" if data_on_hub(record) else None
+    text = f"## Data\n\n{_linked(data_name(record), place)}" + (f" ({listed})" if listed else "") + "."
     lines = [
         [part, f"{one['rows']:,}", str(one.get("split", "-")), str(one.get("how", "-"))]
         for part, one in about.get("parts", {}).items()
@@ -491,7 +417,7 @@ def _training(record: RunRecord) -> str:
 def _limits(record: RunRecord) -> str:
     lines = [
         f"One run with seed {record.seed}; how much the figures vary from seed to seed was not measured.",
-        f"Rows that are not like those of `{_data_name(record)}`: other sources, noise, adversarial inputs.",
+        f"Rows that are not like those of `{data_name(record)}`: other sources, noise, adversarial inputs.",
         "Differences between groups of people, and other unwanted bias. What its teachers have, it may have learnt.",
     ]
     if "calibration_error" not in record.models["student"].metrics.get("test", {}):
@@ -507,7 +433,7 @@ def _licences(record: RunRecord, license: str | None) -> str:
         return f"- {what}: {found or 'unknown'}" + (f" - **{warning}**" if warning else "")
 
     own = f"The student: {license}." if license else "No licence has been chosen for the student."
-    lines = [line(f"data `{_data_name(record)}`", record.parts.get("license"))]
+    lines = [line(f"data `{data_name(record)}`", record.parts.get("license"))]
     lines += [_teacher_licence(one, line) for one in record.teachers]
     start = record.recipe.get("student", {})
     if start.get("pretrained"):

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from hf_hpmkd.run_record import ModelRecord, RunRecord
+from hf_hpmkd.run_record import ModelRecord, RunRecord, last_name
 
 HEADER = ("model", "parameters", "compression", "test accuracy", "retention", "training s", "ms/sample")
 
@@ -109,6 +109,52 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], left: int) -
     ruler = [":--" if column < left else "--:" for column in range(len(header))]
     escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ruler, *escaped])
+
+
+def chain_section(record: RunRecord) -> str:
+    """The chain's stages and what decided on them, as Markdown; "" for a run without a chain."""
+    if record.chain is None or not record.chain.reason:
+        return ""
+    lines = [f"## Chain\n\nBetween the teachers and the student: {record.chain.reason}"]
+    if record.chain.stages:
+        cells = [
+            [
+                f"`chain/{stage.name}`",
+                f"`{last_name(stage.model)}`",
+                f"{stage.num_params:,}",
+                "-" if stage.accuracy is None else f"{stage.accuracy:.2%}",
+                ", ".join(stage.guides),
+                f"{stage.warm_start:.0%}",
+                "-" if stage.seconds is None else f"{stage.seconds:.0f}{' (an earlier run)' if stage.reused else ''}",
+            ]
+            for stage in record.chain.stages
+        ]
+        header = ("stage", "model", "parameters", "validation accuracy", "learned from", "copied", "training s")
+        lines.append(markdown(header, cells, left=2))
+        lines.append("Copied: share of the parameters that began as those of a larger model of the same family.")
+    if record.chain.decisions:
+        cells = [
+            [
+                f"{one.num_params:,} parameters",
+                "probe" if one.moment == "probe" else "finished stage",
+                f"{one.gain:+.2f} ± {one.standard_error:.2f}",
+                f"{one.required:.2f}",
+                f"{one.cost:.1f}",
+                "yes" if one.accepted else "no",
+            ]
+            for one in record.chain.decisions
+        ]
+        columns = (
+            "stage of",
+            "judged by",
+            "gain of the student, points",
+            "asked for",
+            "cost, student trainings",
+            "kept",
+        )
+        lines.append(markdown(columns, cells, left=2))
+        lines.append("The gains are those of shortly trained students on validation rows.")
+    return "\n\n".join(lines)
 
 
 # ---- what a run shows ------------------------------------------------------------------------------------------------

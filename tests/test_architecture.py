@@ -17,8 +17,8 @@ LEVELS = (
      "model_shapes", "intermediate_models", "warm_start", "model_cost"),
     (
         "teacher_kinds", "sklearn_teachers", "teachers", "teacher_output_file", "foreign_outputs", "teacher_outputs",
-        "teacher_cache", "report", "run_summary", "comparison_record", "comparison_report", "model_card", "run_folder",
-        "hub_store", "memory_hub", "memory_commands",
+        "teacher_cache", "report", "run_summary", "comparison_record", "comparison_report", "model_card", "stage_card",
+        "run_folder", "hub_store", "memory_hub", "memory_commands",
     ),
     ("control_teachers", "distiller", "trainer", "baselines"),
     (
@@ -48,6 +48,7 @@ ONLY = {
     "comparison_record": {"run_record"},
     "comparison_report": {"comparison_record", "paired_tests", "report"},
     "model_card": {"run_record", "report"},
+    "stage_card": {"run_record", "model_card"},
     "hub_client": set(),
     "hub_store": {"run_record", "hub_client"},
     "memory_hub": {"memory_records", "memory_files", "hub_client", "components"},

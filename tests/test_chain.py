@@ -140,7 +140,7 @@ def test_auto_follows_what_is_measured(tmp_path, monkeypatch, probe, measured, l
     record = run(tmp_path, min_gain=0.05)
     assert len(record.chain.stages) == length
     assert record.chain.decisions[0].accepted == (probe > 0)
-    assert f"{probe:+.2f} ± 0.10 points" in record.chain.reason
+    assert f"{measured if probe > 0 else probe:+.2f} ± 0.10 points" in record.chain.reason
     stages = {path.name for path in (tmp_path / "run" / "chain").glob("stage-?")}
     assert stages == {f"stage-{number}" for number in range(1, length + 1)}
     assert not (tmp_path / "run" / "chain" / "probes").exists()
@@ -183,7 +183,10 @@ def test_a_finished_stage_is_never_trained_twice(tmp_path: Path, trainings: list
     assert "stage-1" in trainings
 
 
-@pytest.mark.parametrize("where", ["stage-1", "probes", "student"])
+@pytest.mark.parametrize(
+    "where",
+    ["stage-1", pytest.param("probes", marks=pytest.mark.slow), pytest.param("student", marks=pytest.mark.slow)],
+)
 def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path, monkeypatch, trainings, where) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "stopped").mkdir()

@@ -175,7 +175,7 @@ def test_message_counts_the_faults_and_names_the_source() -> None:
         ("training.metrics=[]", "training.metrics: must be a list of at least one, got []"),
         ("training=3", "training: must be a mapping of keys to values, got 3"),
         ("training=", r"training: must be a mapping of keys to values, got nothing (null)"),
-        ("distillation.epochs=3", "Did you mean `teachers.0.epochs` or `training.epochs`?"),
+        ("distillation.epochs=3", "Did you mean `teachers.0.epochs` or `chain.epochs` or `training.epochs`?"),
         ("distillation.topk=5", "distillation.topk: is for teacher_outputs topk, got teacher_outputs full"),
         ("distillation.teacher_outputs=topk", "distillation.topk: teacher_outputs topk needs the number"),
         ("distillation.feature_weight=1", "distillation.feature_weight: above 0 needs teacher_outputs live"),
