@@ -3,6 +3,7 @@ the preprocessing that fits it, for students, models between, and teachers train
 """
 
 import difflib
+import inspect
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -305,11 +306,21 @@ def _new_variant(config: PretrainedConfig, request: _Request) -> PreTrainedModel
             sizes["layer_types"] = [kinds[index % layers] for index in range(wanted)]
     try:
         if not isinstance(config, TimmWrapperConfig):
-            # Made anew, because a config works out some sizes from others while it is made.
-            config = type(config).from_dict({**settings, **sizes})
+            config = _remade(config, {**settings, **sizes})
         return _new_model(config, request)
     except _UNBUILDABLE as error:
         raise ValueError(f"{name!r} cannot be built with these sizes ({error}). Choose others.") from error
+
+
+def _remade(config: PretrainedConfig, settings: dict[str, Any]) -> PretrainedConfig:
+    """A config makes some numbers from others (Swin's hidden_size). They are no arguments, and must be made anew."""
+    arguments = inspect.signature(type(config)).parameters
+    made = {key: settings.pop(key) for key in list(settings) if key not in arguments and type(settings[key]) is int}
+    new = type(config).from_dict(settings)
+    for key, value in made.items():
+        if not hasattr(new, key):  # not made, but added by hand
+            setattr(new, key, value)
+    return new
 
 
 def _config(request: _Request, source: str) -> PretrainedConfig:

@@ -16,8 +16,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    Qwen3Config,
     ResNetConfig,
     ResNetForImageClassification,
+    SwinConfig,
     TimmWrapperForImageClassification,
 )
 
@@ -28,6 +30,7 @@ from hf_hpmkd.classifiers import (
     parse_name,
     pixel_statistics,
 )
+from hf_hpmkd.model_names import split_variant, with_variant
 from hf_hpmkd.models import CifarResNetForImageClassification, TabularForClassification
 from hf_hpmkd.tasks.images import ImageFeed, ImageRows, ProcessorFeed
 from hf_hpmkd.tasks.tables import TableRows
@@ -118,6 +121,41 @@ def test_a_folder_is_a_name(tmp_path):
 def test_bad_names(name, task, message):
     with pytest.raises(ValueError, match=message):
         parse_name(name, task)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "source", "variant"),
+    [
+        ("timm/resnet18[layers=1x1x2x1]", IMAGE, "resnet18", {"layers": [1, 1, 2, 1]}),
+        ("hf-hub:timm/vit_tiny.a[num_heads=3,depth=6]", IMAGE, "vit_tiny.a", {"num_heads": 3, "depth": 6}),
+        ("user/model[hidden_size=128]", TEXT, "user/model", {"hidden_size": 128}),
+        ("user/model[depth_multiplier=0.75]", IMAGE, "user/model", {"depth_multiplier": 0.75}),
+    ],
+)
+def test_sizes_in_brackets(name, task, source, variant):
+    parsed = parse_name(name, task)
+    assert (parsed.source, parsed.variant) == (source, variant)
+    assert parse_name(with_variant(source, variant), task).variant == variant
+
+
+def test_one_model_has_one_name(tmp_path):
+    assert with_variant("a", {"z": 1, "b": [2, 3]}) == "a[b=2x3,z=1]" == with_variant("a", {"b": [2, 3], "z": 1})
+    assert with_variant("a", {}) == "a" and split_variant("a") == ("a", {})
+    assert split_variant("./a[b=2x3,z=1]") == ("./a", {"b": [2, 3], "z": 1})
+    folder = tmp_path / "run[1]"
+    folder.mkdir()
+    assert split_variant(str(folder)) == (str(folder), {})  # a folder that is called so
+
+
+@pytest.mark.parametrize("brackets", ["[]", "[layers]", "[layers=]", "[layers=1,layers=2]", "[layers=1x]", "[a=1;b=2]"])
+def test_bad_brackets(brackets):
+    with pytest.raises(ValueError, match=r"hold distinct sizes, key=number .* in '.*timm/resnet18\[layers=1x1x2x1\]"):
+        parse_name(f"timm/resnet18{brackets}", IMAGE)
+
+
+def test_names_with_numbers_take_no_brackets():
+    with pytest.raises(ValueError, match="positive numbers must follow"):
+        parse_name("cifar-resnet-8[width=4]", IMAGE)
 
 
 # ---- built here ------------------------------------------------------------------------------------------------------
@@ -264,6 +302,30 @@ def test_timm_unknown_architecture():
         build_classifier("timm/resnet10", image_rows()[0])
 
 
+def test_timm_with_sizes_of_its_own(tmp_path):
+    rows, _ = image_rows(32, 32)
+    built = build_classifier("timm/resnet10t[channels=8x16x24x32,layers=1x1x2x1]", rows)
+    torch.manual_seed(0)
+    expected = timm.create_model("resnet10t", channels=(8, 16, 24, 32), layers=(1, 1, 2, 1), num_classes=3)
+    shapes = {name: parameter.shape for name, parameter in expected.named_parameters()}
+    assert {name: p.shape for name, p in built.model.timm_model.named_parameters()} == shapes
+    built.model.save_pretrained(tmp_path)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path)
+    pixels = built.feed(rows.raw(range(3)))["pixel_values"]
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(pixels).logits, built.model.eval()(pixels).logits)
+
+
+def test_sizes_that_cannot_be():
+    rows, _ = image_rows(32, 32)
+    with pytest.raises(
+        ValueError, match=r"'resnet10t\[depth=3\]' cannot be built .*depth.* other sizes in the brackets"
+    ):
+        build_classifier("timm/resnet10t[depth=3]", rows, meta=True)
+    with pytest.raises(ValueError, match=r"no pre-trained weights for the sizes in .*: timm/resnet10t\."):
+        build_classifier("timm/resnet10t[layers=1x1x1x2]", rows, pretrained=True)
+
+
 def timm_folder(folder, **extra):
     """A folder as timm's own push_to_hub leaves it."""
     torch.manual_seed(0)
@@ -345,6 +407,46 @@ def test_configuration_without_weights(tmp_path):
     key = "bert.embeddings.word_embeddings.weight"
     assert not torch.equal(built.model.state_dict()[key], original.state_dict()[key])
     assert count_parameters(str(tmp_path), rows, pretrained=True) == original.num_parameters()  # from config alone
+
+
+def test_a_folder_with_sizes_of_its_own(tmp_path):
+    bert_folder(tmp_path, ["bad", "good"])
+    built = build_classifier(f"{tmp_path}[hidden_size=24,intermediate_size=40,num_hidden_layers=2]", text_rows())
+    config = built.model.config
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (24, 40, 2)
+    assert len(built.model.bert.encoder.layer) == 2 and config.id2label == {0: "bad", 1: "good"}
+    assert logits(built, text_rows()).shape == (12, 2)
+    with pytest.raises(ValueError, match=r"a bert has no size 'hidden_sizes'\. Did you mean hidden_size"):
+        build_classifier(f"{tmp_path}[hidden_sizes=24]", text_rows())
+    with pytest.raises(ValueError, match=r"hidden_size=25\]' cannot be built with these sizes \(.*\)\. Choose others"):
+        build_classifier(f"{tmp_path}[hidden_size=25]", text_rows())
+    with pytest.raises(ValueError, match="no pre-trained weights for the sizes"):
+        build_classifier(f"{tmp_path}[hidden_size=24]", text_rows(), pretrained=True)
+
+
+def test_a_timm_folder_with_sizes_of_its_own(tmp_path):
+    timm_folder(tmp_path)
+    built = build_classifier(f"{tmp_path}[layers=1x1x1x2]", image_rows(32, 32)[0], meta=True)
+    assert [len(getattr(built.model.timm_model, f"layer{i}")) for i in (1, 2, 3, 4)] == [1, 1, 1, 2]
+
+
+def test_sizes_that_a_config_works_out_follow(tmp_path):
+    SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[1, 2], image_size=32, mine=7).save_pretrained(tmp_path)
+    ImageFeed((32, 32), (0.5,) * 3, (0.5,) * 3).processor.save_pretrained(tmp_path)
+    built = build_classifier(f"{tmp_path}[embed_dim=16]", image_rows()[0], meta=True)
+    assert built.model.config.hidden_size == 32 and built.model.config.mine == 7
+    assert built.model.classifier.in_features == 32
+
+
+def test_layer_types_are_as_many_as_layers(tmp_path):
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    config = Qwen3Config(**sizes, num_hidden_layers=3, intermediate_size=16, layer_types=kinds, vocab_size=100)
+    config.save_pretrained(tmp_path)
+    train_tokenizer(["a dull film", "a fine film"], 100).save_pretrained(tmp_path)
+    for layers, expected in ((2, kinds[:2]), (5, kinds + kinds[:2])):
+        built = build_classifier(f"{tmp_path}[num_hidden_layers={layers}]", text_rows(), meta=True)
+        assert built.model.config.layer_types == expected
 
 
 def test_an_image_model_brings_its_processor(tmp_path):

@@ -236,6 +236,17 @@ def test_files_are_looked_for_only_when_asked(tmp_path: Path) -> None:
     check_recipe(recipe)
 
 
+def test_sizes_in_brackets(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    student = f"student.model={tmp_path}/model[hidden_size=8]"
+    read_recipe(SOUND, "x", [student], check_files=True)
+    assert "nowhere[hidden_size=8]' here" in only_fault(f"student.model={tmp_path}/nowhere[hidden_size=8]")
+    assert "hold distinct sizes" in only_fault("student.model=timm/resnet18[layers]")
+    assert "no trained weights for sizes of your own" in only_fault(student, "student.pretrained=true")
+    teacher = only_fault(f"teachers.0.model={tmp_path}/model[hidden_size=8]")
+    assert teacher.startswith("teachers.0.model: there are no trained weights") and "student" not in teacher
+
+
 def test_safetensors_teacher_needs_its_description(tmp_path: Path) -> None:
     weights = tmp_path / "net.safetensors"
     weights.touch()
