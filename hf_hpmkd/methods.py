@@ -53,6 +53,7 @@ PLAIN = (
     "distillation.calibrate_teachers=false",
     "distillation.feature_weight=0",
     "chain.length=0",
+    "chain.models=[]",
     "chain.warm_start=false",
 )
 
@@ -64,7 +65,13 @@ METHODS = (
     Method(
         "direct",
         "the labels alone: same steps, same augmented views, no teacher",
-        ("distillation.alpha=0", "distillation.feature_weight=0", "chain.length=0", "chain.warm_start=false"),
+        (
+            "distillation.alpha=0",
+            "distillation.feature_weight=0",
+            "chain.length=0",
+            "chain.models=[]",
+            "chain.warm_start=false",
+        ),
     ),
     Method(
         "direct-fresh",

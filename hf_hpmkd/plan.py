@@ -261,7 +261,7 @@ def _chain_lines(
 ) -> list[str]:
     """The intermediate models that would be built: all of them, or the first where the run decides by itself."""
     config = recipe.chain
-    if not uses_teachers(recipe) or config.length == 0:
+    if not uses_teachers(recipe) or (config.length == 0 and not config.models):
         return ["Chain    no intermediate models"]
     if rows is None or student.num_params is None:
         return ["Chain    unknown until the data is loaded and the student's size is known"]

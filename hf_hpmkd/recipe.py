@@ -154,12 +154,12 @@ class ChainConfig:
     """The progressive chain: intermediate models between the teachers and the student, trained before it."""
 
     length: Literal["auto"] | int = Field(
-        "auto",
-        description="Number of intermediate models; auto lets short probes on validation rows decide, 0 is legal.",
+        0, description="Number of intermediate models; auto lets short probes on validation rows decide."
     )
     max_length: int = Field(2, ge=1, description="The most that auto may train.")
     models: list[str] = Field(
-        default_factory=list, description="Names of intermediate models, largest first; empty builds them by size."
+        default_factory=list,
+        description="Names of intermediate models, largest first, to be used as they are; empty builds them by size.",
     )
     guidance: Literal["dense", "previous"] = Field(
         "dense",
@@ -167,7 +167,7 @@ class ChainConfig:
         "paper's), the one right above.",
     )
     warm_start: bool = Field(
-        True, description="Start a model from layers and leading channels of the one above, where they share a family."
+        False, description="Start a model from layers and leading channels of the one above, where they share a family."
     )
     epochs: int | None = Field(None, ge=1, description="Epochs of a stage; null takes training.epochs.")
     learning_rate: float | None = Field(

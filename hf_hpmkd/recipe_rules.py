@@ -217,11 +217,11 @@ def _chain_rules(recipe: "Recipe") -> Iterator[Fault]:
     if length != "auto" and length < 0:
         yield ("chain.length",), f"chain.length: must be auto or a number from 0 on, got {length}."
         return
-    if models and length not in ("auto", len(models)):
+    if models and length not in ("auto", 0, len(models)):
         yield (
             ("chain.length", "chain.models"),
-            f"chain.length: must be auto or the number of chain.models ({len(models)}), got {length}. Remove one of "
-            "the two.",
+            f"chain.length: with chain.models it must be left out or be their number ({len(models)}), got {length}. "
+            "Remove one of the two.",
         )
     if (models or length not in ("auto", 0)) and distillation.alpha == 0 and distillation.feature_weight == 0:
         yield (

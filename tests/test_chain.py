@@ -25,7 +25,7 @@ def recipe_file(folder: Path, **chain: object) -> Path:
         "teachers": [{"model": "mlp-48x48", "epochs": 6}, {"model": "sklearn:LogisticRegression", "folds": 0}],
         "student": {"model": "mlp-3"},
         "distillation": {"direct": False},
-        "chain": {"probe_share": 0.5, **chain},
+        "chain": {"length": "auto", "warm_start": True, "probe_share": 0.5, **chain},
         "training": {"epochs": 4, "batch_size": 16, "learning_rate": 0.01, "evaluations": 2},
         "output": {"dir": str(folder / "run")},
     }
@@ -230,7 +230,7 @@ def test_a_stage_says_by_which_key_it_is_found(tmp_path: Path) -> None:
     ("chain", "message"),
     [
         ({"length": -1}, "auto or a number from 0 on, got -1"),
-        ({"length": 3, "models": ["mlp-9"]}, r"the number of chain.models \(1\), got 3"),
+        ({"length": 3, "models": ["mlp-9"]}, r"be their number \(1\), got 3"),
         ({"models": ["sklearn:SVC"]}, "must be a network that is trained here"),
         ({"length": "long"}, "chain.length"),
         ({"probe_share": 0}, "chain.probe_share"),

@@ -55,7 +55,16 @@ def test_commands_parse_and_name_recipes_that_exist():
         parser.parse_args(shlex.split(line)[1:])
 
 
-@pytest.mark.parametrize("prefix, recipe", [("quickstart", "quickstart"), ("cifar10", "cifar10_resnet8")])
+@pytest.mark.parametrize(
+    ("prefix", "recipe"),
+    [
+        ("quickstart", "quickstart"),
+        ("cifar10", "cifar10_resnet8"),
+        ("adult", "adult"),
+        ("trec6", "trec6"),
+        ("fashion", "fashion_mnist"),
+    ],
+)
 def test_a_recipe_expects_what_its_records_gave(prefix, recipe):
     records = [RunRecord.load(path) for path in RECORDS if path.stem.startswith(f"{prefix}-")]
     cells = [cell.strip() for cell in summary(records).splitlines()[2].strip("|").split("|")]
