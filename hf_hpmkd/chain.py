@@ -50,7 +50,7 @@ from hf_hpmkd.run_context import Run
 from hf_hpmkd.run_record import ChainDecision, ChainRecord, StageRecord
 from hf_hpmkd.stage_card import write_stage_card
 from hf_hpmkd.tasks.base import json_digest
-from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
+from hf_hpmkd.teacher_kinds import FoldedTeacher, Teacher, TorchTeacher
 from hf_hpmkd.warm_start import can_warm_start, warm_start
 
 FOLDER = "chain"
@@ -226,7 +226,8 @@ class _Stages:
 
     def above(self, stages: Sequence[TorchTeacher]) -> list[TorchTeacher]:
         """What the next model may start from: the lowest stage first, then the teachers, the smallest first."""
-        networks = [one for one in self.teachers if isinstance(one, TorchTeacher)]
+        whole = [one.full if isinstance(one, FoldedTeacher) else one for one in self.teachers]
+        networks = [one for one in whole if isinstance(one, TorchTeacher)]
         return [*reversed(stages), *sorted(networks, key=lambda one: one.num_params or 0)]
 
     def builder(self, wanted: Intermediate) -> WarmBuild:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from hf_hpmkd.comparison_record import COMPARISON_FILE, ComparisonRecord, Result
 from hf_hpmkd.paired_tests import Mean, holm, mcnemar, mean_of, paired_t
 from hf_hpmkd.report import markdown
+from hf_hpmkd.run_record import last_name
 
 # Okabe and Ito's palette, told apart with every common colour blindness.
 _BASELINE, _OTHER, _REFERENCE = "#0072B2", "#D55E00", "#666666"
@@ -124,6 +125,16 @@ def summary(record: ComparisonRecord) -> str:
         blocks.insert(1, table(record, "test"))
     meaning = [f"- {m.name}: {m.description}" for m in record.methods]
     return "\n\n".join([*blocks, "\n".join(meaning)])
+
+
+def collection(records: Sequence[ComparisonRecord], part: str) -> str:
+    """The tables of several comparisons on one part, each under its data and student."""
+    blocks = []
+    for record in records:
+        data = last_name(str(record.parts.get("path") or record.recipe["data"]["path"]))
+        student, epochs = record.recipe["student"]["model"], record.recipe["training"]["epochs"]
+        blocks.append(f"**{data}**, {student}, {epochs} epochs:\n\n{table(record, part)}")
+    return "\n\n".join(blocks)
 
 
 def show(path: Path) -> str:

@@ -46,7 +46,7 @@ ONLY = {
     "report": {"run_record"},
     "run_summary": {"run_record", "report"},
     "comparison_record": {"run_record"},
-    "comparison_report": {"comparison_record", "paired_tests", "report"},
+    "comparison_report": {"comparison_record", "paired_tests", "report", "run_record"},
     "model_card": {"run_record", "report"},
     "stage_card": {"run_record", "model_card"},
     "hub_client": set(),

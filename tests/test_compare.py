@@ -371,7 +371,8 @@ def session(leader):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_two_processes_are_stopped_without_a_trace_and_go_on(finished, tmp_path, how, capfd):
     """Whatever ends the first process ends the others, and the same command then gives what one process gave."""
     process = start(tmp_path)

@@ -10,12 +10,16 @@ import yaml
 
 from hf_hpmkd.bench import bench_table
 from hf_hpmkd.cli import build_parser
+from hf_hpmkd.comparison_record import ComparisonRecord
+from hf_hpmkd.comparison_report import collection
 from hf_hpmkd.recipe import load_recipe
 from hf_hpmkd.run_record import RunRecord
 from hf_hpmkd.run_summary import summary
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+LOCAL_PATH = re.compile(r"[\"' ]/(?:work|home|root|tmp|mnt)/")
+COMPARISONS = sorted((ROOT / "model_cards" / "comparisons").glob("*.json"))
 RECORDS = sorted((ROOT / "model_cards" / "runs").glob("*.json"))
 
 
@@ -35,10 +39,22 @@ def test_the_costs_are_those_of_the_bench_record():
     assert block("bench") == bench_table(record)
 
 
+def test_the_comparisons_are_those_of_their_records():
+    assert COMPARISONS
+    assert block("comparisons") == collection([ComparisonRecord.load(path) for path in COMPARISONS], "validation")
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_published_comparisons_tell_no_paths_and_their_commit(path):
+    assert not LOCAL_PATH.search(path.read_text(encoding="utf-8"))
+    results = ComparisonRecord.load(path).results
+    assert results and all(one.commit and "+" not in one.commit for one in results)
+
+
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
 def test_published_records_tell_no_paths(path):
     text = path.read_text(encoding="utf-8")
-    assert not re.search(r"[\"' ]/(?:work|home|root|tmp|mnt)/", text)
+    assert not LOCAL_PATH.search(text)
     assert RunRecord.load(path).commits["hf_hpmkd"]
 
 
