@@ -21,12 +21,12 @@ FORMAT_VERSION = 1
 SUFFIX = ".parquet"
 MAX_BYTES = 2**20
 """A record takes some tens of kB; a larger file is none."""
-_MAX_UNPACKED_BYTES = 16 * 2**20
 
 Row = dict[str, Any]
 
 _NAME = re.compile(r"[0-9a-f]{64}\.parquet")
-_TEXTS, _NUMBERS = pa.list_(pa.string()), pa.list_(pa.float64())
+# Flat on purpose: one row without lists and without compression cannot unpack to more than the file's own size.
+# `teachers`, `configuration`, `versions`, `hardware` and `details` are JSON.
 SCHEMA = pa.schema(
     [
         ("format_version", pa.int64()),
@@ -41,10 +41,7 @@ SCHEMA = pa.schema(
         ("validation_rows", pa.int64()),
         ("test_rows", pa.int64()),
         ("classes", pa.int64()),
-        ("teachers", _TEXTS),
-        ("teacher_params", pa.list_(pa.int64())),
-        ("teacher_validation_accuracy", _NUMBERS),
-        ("teacher_test_accuracy", _NUMBERS),
+        ("teachers", pa.string()),
         ("student", pa.string()),
         ("student_params", pa.int64()),
         ("compression", pa.float64()),
@@ -124,10 +121,7 @@ def memory_row(record: RunRecord) -> Row:
         "data_commit": record.commits.get("data"),
         **{f"{part}_rows": record.num_rows(part) for part in ("train", "guide", "validation", "test")},
         "classes": len(record.class_names) or None,
-        "teachers": [one.source for one in record.teachers],
-        "teacher_params": [one.num_params for one in record.teachers],
-        "teacher_validation_accuracy": [_number(one.accuracy.get("validation")) for one in record.teachers],
-        "teacher_test_accuracy": [_number(one.accuracy.get("test")) for one in record.teachers],
+        "teachers": _json([{key: one[key] for key in ("source", "num_params", "accuracy")} for one in details["teachers"]]),
         "student": record.recipe.get("student", {}).get("model"),
         "student_params": None if student is None else student.num_params,
         "compression": None if student is None else _number(student.compression),
@@ -167,14 +161,14 @@ def row_bytes(row: Row) -> bytes:
     """The Parquet file of a row."""
     buffer = BytesIO()
     metadata = {"hf_hpmkd_memory_format": str(FORMAT_VERSION)}
-    pq.write_table(pa.Table.from_pylist([row], schema=SCHEMA.with_metadata(metadata)), buffer, compression="zstd")
+    pq.write_table(pa.Table.from_pylist([row], schema=SCHEMA.with_metadata(metadata)), buffer, compression="none")
     return buffer.getvalue()
 
 
 def read_row(path: Path) -> Row:
-    """The row of a file, be it from whom it may. Nothing in it is run, and no more is unpacked than a record needs.
+    """The row of a file, be it from whom it may. Nothing in it is run or unpacked.
 
-    Raises FileNotFoundError, and BadRecordError for another form, size or number of rows, for a newer format, and where
+    Raises FileNotFoundError, and BadRecordError for another form, size or number of rows, for another format, and where
     the contents do not give the id that the file's name says.
     """
     size = path.stat().st_size
@@ -182,12 +176,13 @@ def read_row(path: Path) -> Row:
         raise BadRecordError(f"a record is a file of at most {MAX_BYTES:,} bytes, this one has {size:,} or is a link")
     try:
         with pq.ParquetFile(path) as file:
-            # The sizes stand in the file's end and can lie; the schema has no nesting that could unpack beyond them.
-            unpacked = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
             if not file.schema_arrow.equals(SCHEMA):
                 raise BadRecordError(_other_schema(file.schema_arrow))
-            if file.metadata.num_rows != 1 or unpacked > _MAX_UNPACKED_BYTES:
-                raise BadRecordError(f"it holds {file.metadata.num_rows} rows and {unpacked:,} bytes, a record one row")
+            groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
+            if file.metadata.num_rows != 1 or [group.num_rows for group in groups] != [1]:
+                raise BadRecordError(f"it holds {file.metadata.num_rows} rows, a record has one")
+            if any(groups[0].column(index).compression != "UNCOMPRESSED" for index in range(len(SCHEMA))):
+                raise BadRecordError("it is compressed, which a record is not")
             rows = file.read().to_pylist()
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         if isinstance(error, (BadRecordError, FileNotFoundError)):

@@ -80,6 +80,7 @@ def test_a_published_run_is_remembered_as_it_was(memory, path):
     assert found["train_rows"] == record.num_rows("train") and found["classes"] == len(record.class_names)
     assert found["alpha"] == record.recipe["distillation"]["alpha"] and found["seed"] == record.seed
     assert json.loads(found["configuration"])["data"] == record.recipe["data"]
+    assert [one["accuracy"] for one in json.loads(found["teachers"])] == [one.accuracy for one in record.teachers]
 
 
 def test_records_tell_no_path_and_are_small(memory):
@@ -132,7 +133,8 @@ def write_bad(path, change):
     elif change == "bomb":
         changed = {**good, "details": "a" * (20 * 2**20)}
         path = path.with_stem(row_id(changed))
-        path.write_bytes(row_bytes({**changed, "id": row_id(changed)}))
+        table = pa.Table.from_pylist([{**changed, "id": row_id(changed)}], schema=SCHEMA)
+        pq.write_table(table, path, compression="zstd")
         assert path.stat().st_size < memory_records.MAX_BYTES
     elif change == "changed":
         path.write_bytes(row_bytes({**good, "test_accuracy": 0.99}))
@@ -157,7 +159,7 @@ BAD = {
     "other columns": "columns are not those",
     "other type": "columns are not those",
     "large": "at most 1,048,576 bytes",
-    "bomb": "bytes, a record one row",
+    "bomb": "it is compressed",
     "changed": "not those that its name stands for",
     "NaN": "not those that its name stands for",
     "newer": "format 2, this version of hf_hpmkd reads 1",
