@@ -38,6 +38,25 @@ def summary(records: Sequence[RunRecord]) -> str:
     return markdown(HEADER, [_line(group) for group in groups.values()], left=2)
 
 
+def memory_table(records: Sequence[RunRecord]) -> str:
+    """A Markdown table of what runs found in their memory, in the order given."""
+    header = ("student", "seed", "run, s", "teacher outputs found", "bytes spared", "seconds of computing spared")
+    lines = []
+    for record in records:
+        memory = record.memory
+        lines.append(
+            [
+                record.recipe["student"]["model"],
+                str(record.seed),
+                f"{sum(record.seconds.values()):.0f}",
+                f"{memory['outputs_found']} of {memory['outputs_found'] + memory['outputs_computed']} files",
+                f"{memory['bytes_saved']:,}",
+                f"{memory['seconds_saved']:.0f}",
+            ]
+        )
+    return markdown(header, lines, left=1)
+
+
 def _recipe_key(record: RunRecord) -> str:
     tree = copy.deepcopy(record.recipe)
     for section in ("output", "hub", "memory"):

@@ -14,12 +14,13 @@ from hf_hpmkd.comparison_record import ComparisonRecord
 from hf_hpmkd.comparison_report import collection
 from hf_hpmkd.recipe import load_recipe
 from hf_hpmkd.run_record import RunRecord
-from hf_hpmkd.run_summary import summary
+from hf_hpmkd.run_summary import memory_table, summary
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LOCAL_PATH = re.compile(r"[\"' ]/(?:work|home|root|tmp|mnt)/")
 COMPARISONS = sorted((ROOT / "model_cards" / "comparisons").glob("*.json"))
+MEMORY_RUNS = sorted((ROOT / "model_cards" / "memory").glob("*.json"))
 RECORDS = sorted((ROOT / "model_cards" / "runs").glob("*.json"))
 
 
@@ -42,6 +43,10 @@ def test_the_costs_are_those_of_the_bench_record():
 def test_the_comparisons_are_those_of_their_records():
     assert COMPARISONS
     assert block("comparisons") == collection([ComparisonRecord.load(path) for path in COMPARISONS], "validation")
+
+
+def test_what_the_memory_spared_is_what_its_runs_recorded():
+    assert block("memory") == memory_table([RunRecord.load(path) for path in MEMORY_RUNS])
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
