@@ -121,7 +121,9 @@ def memory_row(record: RunRecord) -> Row:
         "data_commit": record.commits.get("data"),
         **{f"{part}_rows": record.num_rows(part) for part in ("train", "guide", "validation", "test")},
         "classes": len(record.class_names) or None,
-        "teachers": _json([{key: one[key] for key in ("source", "num_params", "accuracy")} for one in details["teachers"]]),
+        "teachers": _json(
+            [{key: one[key] for key in ("source", "num_params", "accuracy")} for one in details["teachers"]]
+        ),
         "student": record.recipe.get("student", {}).get("model"),
         "student_params": None if student is None else student.num_params,
         "compression": None if student is None else _number(student.compression),
