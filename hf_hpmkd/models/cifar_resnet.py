@@ -43,7 +43,10 @@ def option_a_shortcut(x: torch.Tensor, channels: int, stride: int) -> torch.Tens
     missing = channels - x.shape[1]
     if stride == 1 and missing == 0:
         return x
-    return F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, missing // 2, missing - missing // 2))
+    # Pooling over one pixel takes every stride-th; the backward pass of a slice would lose the memory layout, which
+    # makes a training step a fifth slower.
+    taken = F.avg_pool2d(x, 1, stride) if stride > 1 else x
+    return F.pad(taken, (0, 0, 0, 0, missing // 2, missing - missing // 2))
 
 
 class BasicBlock(nn.Module):
