@@ -9,8 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from hf_hpmkd import chain as chain_module
-from hf_hpmkd import classifier_training
+from hf_hpmkd import chain_probes, classifier_training
 from hf_hpmkd.cli import main
 from hf_hpmkd.components.progressive_chain import GainEstimate
 from hf_hpmkd.models.tabular import TabularForClassification
@@ -127,21 +126,21 @@ def test_warm_starts_are_told_and_change_the_start(tmp_path: Path, monkeypatch: 
 def test_auto_follows_what_is_measured(tmp_path, monkeypatch, probe, measured, length) -> None:
     """The estimates are given; what is made of them is under test."""
     given = {"-probe": GainEstimate(probe, 0.1), "-measured": GainEstimate(measured, 0.1)}
-    original, asked = chain_module._Probes._students, []
+    original, asked = chain_probes.Probes._student, []
 
-    def students(self, name, above):
+    def student(self, name, extra, above):
         asked.append(name)
-        return original(self, name, above)
+        return original(self, name, extra, above)
 
     def estimate(with_stage, without):
         assert with_stage.shape == without.shape == (1, 17)
-        moment = "-measured" if any(name.endswith("-measured") for name in asked[-2:]) else "-probe"
-        return given[moment]
+        return given["-probe" if "below-probe" in asked[-2] else "-measured"]
 
-    monkeypatch.setattr(chain_module._Probes, "_students", students)
-    monkeypatch.setattr(chain_module, "estimate_gain", estimate)
+    monkeypatch.setattr(chain_probes.Probes, "_student", student)
+    monkeypatch.setattr(chain_probes, "estimate_gain", estimate)
     record = run(tmp_path, min_gain=0.05)
     assert len(record.chain.stages) == length
+    assert len(record.chain.left_out) == (measured < 0)
     assert record.chain.decisions[0].accepted == (probe > 0)
     assert f"{measured if probe > 0 else probe:+.2f} ± 0.10 points" in record.chain.reason
     stages = {path.name for path in (tmp_path / "run" / "chain").glob("stage-?")}
@@ -194,8 +193,8 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path, monkeypatch, training
     (tmp_path / "whole").mkdir()
     (tmp_path / "stopped").mkdir()
     settings = {"min_gain": 0, "max_length": 1, "warm_start": True}
-    monkeypatch.setattr(chain_module, "is_promising", lambda gain, required: True)
-    monkeypatch.setattr(chain_module, "is_confirmed", lambda gain, required: True)
+    monkeypatch.setattr(chain_probes, "is_promising", lambda gain, required: True)
+    monkeypatch.setattr(chain_probes, "is_confirmed", lambda gain, required: True)
     whole = run(tmp_path / "whole", **settings)
     monkeypatch.setenv("HPMKD_MEMORY", str(tmp_path / "other memory"))
     keep_curve = classifier_training._Curve.on_evaluate
