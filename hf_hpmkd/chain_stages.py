@@ -33,7 +33,7 @@ from hf_hpmkd.run_context import Run
 from hf_hpmkd.run_record import StageRecord
 from hf_hpmkd.stage_card import write_stage_card
 from hf_hpmkd.tasks.base import json_digest
-from hf_hpmkd.teacher_kinds import FoldedTeacher, Teacher, TorchTeacher
+from hf_hpmkd.teacher_kinds import FoldedTeacher, Teacher, TorchTeacher, architecture
 from hf_hpmkd.warm_start import can_warm_start, warm_start
 
 STAGE_FILE = "stage.json"
@@ -44,8 +44,6 @@ _NOT_IN_KEY = {
     "training": ("report_to", "num_workers", "save_total_limit", "metrics", "log_every", "epochs", "seed"),
     "distillation": ("cache_dir", "direct"),
 }
-# What a model's config says that changes nothing in its weights.
-_NOT_IN_CONFIG = ("transformers_version", "_name_or_path", "dtype")
 
 
 class Builder(Protocol):
@@ -81,8 +79,7 @@ class WarmBuild:
         """All that decides the initial weights but the seed."""
         model = self.build(meta=True).model
         start = self.source(model)
-        config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_IN_CONFIG}
-        return {"class": type(model).__name__, "config": config, "start": start.fingerprint if start else None}
+        return {**architecture(model), "start": start.fingerprint if start else None}
 
 
 class Stages:

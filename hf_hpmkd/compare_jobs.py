@@ -39,7 +39,7 @@ from hf_hpmkd.recipe import Recipe, fingerprint, read_recipe, recipe_tree
 from hf_hpmkd.recipe_rules import is_trained_here, uses_teachers
 from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_memory import RunMemory, open_memory
-from hf_hpmkd.run_record import RECORD_FILE, RunRecord, code_commit, environment
+from hf_hpmkd.run_record import RECORD_FILE, ChainRecord, RunRecord, code_commit, environment
 from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.teacher_cache import TeacherCache
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
@@ -218,7 +218,7 @@ class Workplace:
         run.record.status = "completed"
         run.save()
         result.steps, result.curve = trained.steps, trained.curve
-        result.seconds, result.chain = trained.seconds + chain_seconds(run.record), run.record.chain
+        result.seconds, result.chain = trained.seconds + chain_seconds(run.record.chain), run.record.chain
         result.num_params = trained.classifier.num_params
         result.scores["validation"] = self.score(trained.classifier, self.parts.validation)
         result.status, result.finished = "completed", now()
@@ -244,11 +244,10 @@ class Workplace:
         return Score.of((logits.argmax(-1) == rows.labels).numpy())
 
 
-def chain_seconds(record: RunRecord) -> float:
+def chain_seconds(chain: ChainRecord | None) -> float:
     """Seconds that a chain's stages (those left out too) and decisions took, however often the run was stopped; of a
     stage found in the memory those of its training.
     """
-    chain = record.chain
     if chain is None:
         return 0.0
     stages = sum(stage.seconds or 0.0 for stage in (*chain.stages, *chain.left_out))
