@@ -167,8 +167,12 @@ def notes(record: ComparisonRecord) -> list[str]:
     steps = sorted({one.steps for one in record.results if one.steps is not None})
     params = sorted({one.num_params for one in record.results if one.num_params is not None})
     said.append(f"Measured on {sizes}; students of {_listed(params)} parameters, {_listed(steps)} steps.")
-    if len(steps) > 1 or len(params) > 1:
-        said.append("The terms were not equal: parameters or steps differ between students.")
+    if len(params) > 1:
+        said.append("The terms were not equal: students differ in parameters.")
+    if len(steps) > 1:
+        of_method = {one.method: one.steps for one in record.results}
+        told = ", ".join(f"{name} {count:,}" for name, count in of_method.items() if count is not None)
+        said.append(f"The terms were not equal in steps: {told}.")
     if len({one.threads for one in record.results}) > 1:
         said.append("Students were trained with different numbers of threads, which round differently.")
     if len({one.commit for one in record.results}) > 1:

@@ -1,7 +1,8 @@
 """What `hpmkd compare` compares: a method is a name, the recipe's values that it changes, and which teachers it hears.
 
 Methods differ in how the student learns and in nothing else, so they may not touch what makes the terms equal: data,
-teachers, student, seed, number of steps.
+teachers, student, seed, rows per step. Epochs they may, to set one method's time beside that of a longer one; the table
+then says how many steps each had.
 """
 
 import re
@@ -20,7 +21,6 @@ DEFAULT_METHODS = ("direct", "kd-best", "kd-mean", "hpmkd")
 SECTIONS = ("distillation", "chain", "training")
 EQUAL_FOR_ALL = (
     "training.seed",
-    "training.epochs",
     "training.max_steps",
     "training.batch_size",
     "training.gradient_accumulation_steps",

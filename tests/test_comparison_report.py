@@ -123,8 +123,8 @@ def test_the_test_part_is_shown_where_it_was_opened():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"steps": 90}, "The terms were not equal"),
-        ({"num_params": 38}, "The terms were not equal"),
+        ({"steps": 90}, "The terms were not equal in steps: "),
+        ({"num_params": 38}, "students differ in parameters"),
         ({"threads": 2}, "different numbers of threads"),
         ({"commit": "another"}, "different versions of this package"),
     ],
