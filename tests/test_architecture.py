@@ -22,9 +22,9 @@ LEVELS = (
     ),
     ("control_teachers", "distiller", "trainer", "baselines"),
     (
-        "recipe_faults", "recipe_rules", "recipe", "run_memory", "classifier_training", "plan", "teacher_training",
-        "evaluation", "run_context", "chain_stages", "chain_probes", "chain", "distill", "methods", "ablation",
-        "tuning", "compare_jobs", "compare", "bench",
+        "recipe_faults", "recipe_rules", "recipe", "run_memory", "classifier_training", "plan", "evaluation",
+        "kept_classifiers", "teacher_training", "run_context", "chain_stages", "chain_probes", "chain", "distill",
+        "methods", "ablation", "tuning", "compare_jobs", "compare", "bench",
     ),
     ("cli", "__main__"),
 )  # fmt: skip
