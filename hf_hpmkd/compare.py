@@ -17,6 +17,7 @@ from accelerate import PartialState
 from filelock import FileLock, Timeout
 from transformers.utils.logging import disable_progress_bar
 
+from hf_hpmkd.chain import named_stages
 from hf_hpmkd.compare_jobs import Job, Workplace, now, run_jobs
 from hf_hpmkd.comparison_record import COMPARISON_FILE, ComparisonRecord, Look, MethodRecord, Result
 from hf_hpmkd.comparison_report import draw_plots, summary
@@ -56,7 +57,7 @@ def compare(
     _check(settings)
     PartialState(cpu=not torch.accelerator.is_available())
     disable_progress_bar()
-    recipe = _with_seed_zero(recipe)
+    recipe = _shared_recipe(recipe, settings.folder)
     jobs = [Job(method, seed, settings.folder) for seed in settings.seeds for method in settings.methods]
     for method in settings.methods:
         method_recipe(recipe, method, 0)  # its faults come before any file is made
@@ -67,6 +68,7 @@ def compare(
         for method in settings.methods:
             one = method_recipe(recipe, method, 0)
             check_student(one, student_builder(one, place.parts)(meta=True), len(place.parts.class_names))
+            named_stages(one, place.parts.train)
         record.parts = place.parts.provenance
         record.save(settings.folder / COMPARISON_FILE)
         unfinished = [job for job in jobs if (result := job.result()) is None or result.status != "completed"]
@@ -107,9 +109,11 @@ def _check(settings: Settings) -> None:
         raise ValueError("A comparison is started as one process. Use `--jobs` to train several students at a time.")
 
 
-def _with_seed_zero(recipe: Recipe) -> Recipe:
-    """The seed is the comparison's to choose, so the recipe's own makes no difference."""
-    return read_recipe(recipe_tree(recipe), "the recipe", ["training.seed=0"])
+def _shared_recipe(recipe: Recipe, folder: Path) -> Recipe:
+    """Seed and folder are the comparison's to choose, so the recipe's own make no difference."""
+    tree = recipe_tree(recipe)
+    tree["training"]["seed"], tree["output"]["dir"] = 0, str(folder)
+    return read_recipe(tree, "the recipe")
 
 
 @contextmanager
@@ -172,7 +176,8 @@ def _check_jobs(place: Workplace, jobs: Sequence[Job]) -> None:
     """What lies in the folder under a job's name must be of that job."""
     for job in jobs:
         result = job.result()
-        touched = result is not None and (result.status == "completed" or job.student.exists())
+        began = job.student.exists() or job.run_folder.exists()
+        touched = result is not None and (result.status == "completed" or began)
         if result is not None and touched and result.recipe_fingerprint != place.fingerprint(job):
             raise ValueError(
                 f"{job.folder} holds a student of {job.name} that was trained with other values "

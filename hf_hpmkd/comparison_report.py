@@ -162,6 +162,8 @@ def notes(record: ComparisonRecord) -> list[str]:
         said.append("The terms were not equal: parameters or steps differ between students.")
     if len({one.threads for one in record.results}) > 1:
         said.append("Students were trained with different numbers of threads, which round differently.")
+    if len({one.commit for one in record.results}) > 1:
+        said.append("Students were trained by different versions of this package.")
     counts = {line.accuracy.count for line in found}
     if len(counts) > 1 or max(counts) < len(record.seeds):
         said.append(f"Not every method has all {len(record.seeds)} seeds: some students are missing.")

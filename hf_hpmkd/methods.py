@@ -45,6 +45,9 @@ class Method:
     fresh_views: bool = False
 
 
+_NO_CHAIN = ("chain.length=0", "chain.models=[]", "chain.warm_start=false")
+_DIRECT = ("distillation.alpha=0", "distillation.feature_weight=0", *_NO_CHAIN)
+
 # Plain distillation: fixed weights, fixed T, the teachers as they are, no chain. alpha and T stay the recipe's.
 PLAIN = (
     "distillation.kd_kind=forward_kl",
@@ -52,9 +55,7 @@ PLAIN = (
     "distillation.gate=uniform",
     "distillation.calibrate_teachers=false",
     "distillation.feature_weight=0",
-    "chain.length=0",
-    "chain.models=[]",
-    "chain.warm_start=false",
+    *_NO_CHAIN,
 )
 
 # The loss of a baseline is (1 - alpha) cross-entropy + alpha term, so one half each is the authors' 1 : weight.
@@ -65,18 +66,12 @@ METHODS = (
     Method(
         "direct",
         "the labels alone: same steps, same augmented views, no teacher",
-        (
-            "distillation.alpha=0",
-            "distillation.feature_weight=0",
-            "chain.length=0",
-            "chain.models=[]",
-            "chain.warm_start=false",
-        ),
+        _DIRECT,
     ),
     Method(
         "direct-fresh",
         "the labels alone, with new augmented views in every epoch",
-        ("distillation.alpha=0", "distillation.feature_weight=0"),
+        _DIRECT,
         fresh_views=True,
     ),
     Method("kd-best", "plain KD (Hinton) from the single teacher that is best on guide rows", PLAIN, "best"),

@@ -23,7 +23,8 @@ LEVELS = (
     ("control_teachers", "distiller", "trainer", "baselines"),
     (
         "recipe_faults", "recipe_rules", "recipe", "run_memory", "classifier_training", "plan", "teacher_training",
-        "evaluation", "run_context", "chain", "distill", "methods", "compare_jobs", "compare", "bench",
+        "evaluation", "run_context", "chain_stages", "chain_probes", "chain", "distill", "methods", "compare_jobs",
+        "compare", "bench",
     ),
     ("cli", "__main__"),
 )  # fmt: skip

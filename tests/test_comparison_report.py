@@ -124,6 +124,7 @@ def test_the_test_part_is_shown_where_it_was_opened():
         ({"steps": 90}, "The terms were not equal"),
         ({"num_params": 38}, "The terms were not equal"),
         ({"threads": 2}, "different numbers of threads"),
+        ({"commit": "another"}, "different versions of this package"),
     ],
 )
 def test_what_weakens_the_figures_is_said(change, said):
