@@ -44,11 +44,14 @@ from hf_hpmkd.teachers import load_teacher
 _CHECKED_ROWS = 64
 
 
-def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
+def distill(
+    recipe: Recipe, recipe_source: str = "a recipe", ahead: Callable[[Run, DataParts], None] | None = None
+) -> Path:
     """Runs a recipe and returns its output folder, with `student/`, `run_record.json`, `plots/` and `README.md`.
 
-    A finished run of the same recipe is left as it is and its table shown again. Raises ValueError (with the rule, what
-    arrived and the way out) on anything that cannot work, before the long work starts.
+    A finished run of the same recipe is left as it is and its table shown again. ahead: does long jobs before they are
+    needed, on workers (`run_ahead`); None leaves everything to this process, one after the other. Raises ValueError
+    (with the rule, what arrived and the way out) on anything that cannot work, before the long work starts.
     """
     folder = Path(recipe.output.dir)
     if recipe.hub.push and recipe.hub.repo_id is not None:
@@ -70,7 +73,7 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
         else:
             memory.before()
             with run.recording():
-                _run(run)
+                _run(run, ahead)
         memory.after(record, folder / "student")
     run.say("\n" + report.result_table(record))
     run.say(f"\nThe student is in {folder / 'student'}, its card in {folder / 'README.md'}.")
@@ -79,7 +82,7 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
     return folder
 
 
-def _run(run: Run) -> None:
+def _run(run: Run, ahead: Callable[[Run, DataParts], None] | None) -> None:
     recipe, record = run.recipe, run.record
     for metric in recipe.training.metrics:
         load_metric(metric)  # a name that does not exist should not be found out at the end
@@ -97,6 +100,9 @@ def _run(run: Run) -> None:
         if recipe.student.pretrained:
             record.commits["student"] = getattr(blueprint.model.config, "_commit_hash", None)
 
+    if ahead is not None:
+        with run.phase("pipeline"):
+            ahead(run, parts)
     with run.phase("teachers"):
         teachers = get_teachers(run, parts)
         run.warn_if_larger_than_every_teacher(num_params, teachers)

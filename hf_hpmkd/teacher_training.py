@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from hf_hpmkd.classifier_training import Schedule, train_or_load, write_json
+from hf_hpmkd.classifier_training import Schedule, done_file, train_or_load, write_json
 from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.recipe import Recipe, TeacherConfig
@@ -31,6 +31,15 @@ def train_teacher(
         folds = SKLEARN_FOLDS if config.folds is None else config.folds
         return _sklearn(config, name, folds, schedule.seed, parts.train, folder)
     return _network(config, name, config.folds or 0, schedule, recipe, parts, folder)
+
+
+def folders_done(config: TeacherConfig, folder: Path) -> bool:
+    """Whether the teacher lies finished in `folder`, its folds included."""
+    if is_sklearn(config.model):
+        return (folder / _DONE).is_file()
+    return all(
+        done_file(one).is_file() for one in (folder, *(folder / f"fold{fold}" for fold in range(config.folds or 0)))
+    )
 
 
 def _sklearn(
