@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
+    from hf_hpmkd.methods import Method
     from hf_hpmkd.recipe import Recipe
 
 _LINE = ("teacher", "student", "dataset")
@@ -99,6 +100,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_compare(one)
     one.set_defaults(after_stop="The same command goes on where this one stood.")
 
+    one = command(commands, "ablate", "Train a recipe without each of its components, and compare.", _ablate)
+    one.add_argument("recipe", metavar="RECIPE")
+    one.add_argument("words", nargs="*", metavar="section.key=value", help="overrides")
+    _add_comparison(one, "-ablation")
+    one.set_defaults(after_stop="The same command goes on where this one stood.")
+
     recipe = commands.add_parser("recipe", help="Check, list or describe recipes.")
     group = recipe.add_subparsers(title="recipe commands", required=True, metavar="COMMAND")
     one = command(group, "check", "Tell every fault of a recipe.", _recipe_check)
@@ -172,7 +179,7 @@ def _add_memory_commands(group: argparse._SubParsersAction, command: Callable[..
     one.add_argument("where", metavar="WHERE", help="hf://datasets/USER/NAME, or USER/NAME")
     one.add_argument("--models", action="store_true", help="also all models")
     one.add_argument("--outputs", action="store_true", help="also all teacher outputs; runs check them before use")
-    one = add("merge", "Take what the memory in another folder has into this one.")
+    one = add("merge", "Take what the memory in another folder has, or a folder of teacher outputs, into this one.")
     one.add_argument("folder", metavar="DIR", type=Path)
     add("verify", "Read every file and compare its checksum.")
     one = add("gc", "Clear away what stopped runs left, and what is above a limit.")
@@ -206,9 +213,30 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         help="a method of your own, beside those of --methods: 'soft: distillation.temperature=8' changes the recipe, "
         "'soft: kd-mean distillation.temperature=8' builds on a method; give it once per method",
     )
-    add("--seeds", default="3", metavar="N | A,B,C", help="3 (the default) takes 0,1,2; a comma makes it a list: 7,")
     add("--baseline", metavar="NAME", help="method that the others are tested against (default: the first)")
-    add("--output", metavar="DIR", type=Path, help="folder (default: the recipe's, with -compare); it may be added to")
+    add(
+        "--tune",
+        type=int,
+        default=0,
+        metavar="N",
+        help="full trainings that each method spends on choosing alpha, temperature and learning rate (default: 0)",
+    )
+    _add_comparison(parser, "-compare")
+    add(
+        "--table",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="print the table of comparisons again (folders or files comparison.json)",
+    )
+    add("--plot", type=Path, metavar="FILE", help="with --table: also draw retention against compression, all in one")
+    add("--list", action="store_true", help="list the methods that come with the package")
+
+
+def _add_comparison(parser: argparse.ArgumentParser, suffix: str) -> None:
+    add = parser.add_argument
+    add("--seeds", default="3", metavar="N | A,B,C", help="3 (the default) takes 0,1,2; a comma makes it a list: 7,")
+    add("--output", metavar="DIR", type=Path, help=f"folder (default: the recipe's, with {suffix}); it may be added to")
     add("--jobs", type=int, default=1, metavar="N", help="students trained at a time, in processes that share the CPU")
     add(
         "--teacher-seed",
@@ -217,8 +245,6 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         help="teachers trained on the spot are trained once, with this seed (default: anew for each seed)",
     )
     add("--final", action="store_true", help="also score on the test part; every look at it goes into the record")
-    add("--table", type=Path, metavar="DIR", help="print the table of a comparison again (folder or comparison.json)")
-    add("--list", action="store_true", help="list the methods that come with the package")
 
 
 def _add_cache_dir(parser: argparse.ArgumentParser) -> None:
@@ -267,9 +293,8 @@ def _options_as_words(args: argparse.Namespace) -> list[str]:
 
 def _run(recipe: "Recipe", source: str) -> None:
     from hf_hpmkd.distill import distill
-    from hf_hpmkd.run_ahead import run_ahead
 
-    distill(recipe, source, ahead=run_ahead)
+    distill(recipe, source)
 
 
 def _init(args: argparse.Namespace) -> None:
@@ -313,17 +338,36 @@ def _compare(args: argparse.Namespace) -> None:
     if args.table is not None:
         from hf_hpmkd.comparison_report import show
 
-        return _say(show(args.table))
+        return _say(show(args.table, args.plot))
     if not args.words or "=" in args.words[0]:
         raise ValueError("compare needs a recipe: a file, or a name from `hpmkd recipe list`.")
     methods = choose_methods(args.methods.split(",") if args.methods else None, args.method)
-    seeds = _seeds(args.seeds)
     recipe = load_recipe(args.words[0], args.words[1:], check_files=True)
+    _run_comparison(args, recipe, methods, "-compare", args.words, args.baseline, args.tune)
+
+
+def _ablate(args: argparse.Namespace) -> None:
+    from hf_hpmkd.ablation import FULL, ablation_methods
+    from hf_hpmkd.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.words, check_files=True)
+    _run_comparison(args, recipe, ablation_methods(recipe), "-ablation", [args.recipe, *args.words], FULL)
+
+
+def _run_comparison(
+    args: argparse.Namespace,
+    recipe: "Recipe",
+    methods: "list[Method]",
+    suffix: str,
+    words: list[str],
+    baseline: str | None,
+    tune: int = 0,
+) -> None:
     from hf_hpmkd.compare import Settings, compare
 
-    folder = args.output or Path(f"{recipe.output.dir}-compare")
-    settings = Settings(methods, seeds, folder, args.baseline, args.teacher_seed, args.final, args.jobs)
-    compare(recipe, settings, shlex.join(args.words), say=_say)
+    folder, seeds = args.output or Path(f"{recipe.output.dir}{suffix}"), _seeds(args.seeds)
+    settings = Settings(methods, seeds, folder, baseline, args.teacher_seed, args.final, args.jobs, tune)
+    compare(recipe, settings, shlex.join(words), say=_say)
 
 
 def _seeds(text: str) -> list[int]:

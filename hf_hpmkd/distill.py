@@ -1,6 +1,7 @@
 """The main job: several teachers in, one small, trained, documented student out. Reads like the algorithm.
 
     parts    = train, guide, validation, test                      (data)
+    pipeline = the long ones of these steps, where several workers are faster (run_ahead)
     teachers = loaded, or trained on the spot without guide rows    (teachers, classifier_training)
     direct   = the student trained on labels alone, to compare      (classifier_training)
     chain    = intermediate models between them, if they pay        (chain, components.progressive_chain)
@@ -12,7 +13,6 @@ Every step leaves its result in the output folder, so that the same command goes
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -22,36 +22,30 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_hpmkd import report
 from hf_hpmkd.chain import build_chain, named_stages
-from hf_hpmkd.chain_probes import StudentBuilder
 from hf_hpmkd.chain_stages import WarmBuild
-from hf_hpmkd.classifier_training import Schedule, Trained, student_schedule, train_or_load
-from hf_hpmkd.classifiers import Classifier, build_classifier
-from hf_hpmkd.data import DataParts, load_parts
+from hf_hpmkd.classifier_training import Trained, student_schedule, train_or_load
+from hf_hpmkd.classifiers import Classifier
+from hf_hpmkd.data import load_parts
 from hf_hpmkd.evaluation import evaluate_teachers, evaluate_test
 from hf_hpmkd.heads import find_classifier_head
 from hf_hpmkd.hub_store import check_can_push, push_run
 from hf_hpmkd.metrics import load_metric
-from hf_hpmkd.recipe import Recipe, TeacherConfig, fingerprint, recipe_tree
-from hf_hpmkd.recipe_rules import is_sklearn, is_trained_here, teacher_names, uses_teachers
+from hf_hpmkd.recipe import Recipe, fingerprint, recipe_tree
+from hf_hpmkd.recipe_rules import is_trained_here, uses_teachers
+from hf_hpmkd.run_ahead import run_ahead
 from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_folder import claim
 from hf_hpmkd.run_memory import run_memory
 from hf_hpmkd.run_record import RECORD_FILE, ModelRecord, code_commit
-from hf_hpmkd.teacher_kinds import Teacher, check_teacher
-from hf_hpmkd.teacher_training import train_teacher
-from hf_hpmkd.teachers import load_teacher
-
-_CHECKED_ROWS = 64
+from hf_hpmkd.run_steps import get_teachers, student_builder
+from hf_hpmkd.teacher_kinds import Teacher
 
 
-def distill(
-    recipe: Recipe, recipe_source: str = "a recipe", ahead: Callable[[Run, DataParts], None] | None = None
-) -> Path:
+def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
     """Runs a recipe and returns its output folder, with `student/`, `run_record.json`, `plots/` and `README.md`.
 
-    A finished run of the same recipe is left as it is and its table shown again. ahead: does long jobs before they are
-    needed, on workers (`run_ahead`); None leaves everything to this process, one after the other. Raises ValueError
-    (with the rule, what arrived and the way out) on anything that cannot work, before the long work starts.
+    A finished run of the same recipe is left as it is and its table shown again. Raises ValueError (with the rule, what
+    arrived and the way out) on anything that cannot work, before the long work starts.
     """
     folder = Path(recipe.output.dir)
     if recipe.hub.push and recipe.hub.repo_id is not None:
@@ -73,7 +67,7 @@ def distill(
         else:
             memory.before()
             with run.recording():
-                _run(run, ahead)
+                _run(run)
         memory.after(record, folder / "student")
     run.say("\n" + report.result_table(record))
     run.say(f"\nThe student is in {folder / 'student'}, its card in {folder / 'README.md'}.")
@@ -82,7 +76,7 @@ def distill(
     return folder
 
 
-def _run(run: Run, ahead: Callable[[Run, DataParts], None] | None) -> None:
+def _run(run: Run) -> None:
     recipe, record = run.recipe, run.record
     for metric in recipe.training.metrics:
         load_metric(metric)  # a name that does not exist should not be found out at the end
@@ -100,9 +94,8 @@ def _run(run: Run, ahead: Callable[[Run, DataParts], None] | None) -> None:
         if recipe.student.pretrained:
             record.commits["student"] = getattr(blueprint.model.config, "_commit_hash", None)
 
-    if ahead is not None:
-        with run.phase("pipeline"):
-            ahead(run, parts)
+    with run.phase("pipeline"):
+        run_ahead(run, parts)
     with run.phase("teachers"):
         teachers = get_teachers(run, parts)
         run.warn_if_larger_than_every_teacher(num_params, teachers)
@@ -121,6 +114,7 @@ def _run(run: Run, ahead: Callable[[Run, DataParts], None] | None) -> None:
                 num_views=parts.num_views,
                 teachers=with_teachers,
                 guide=parts.guide if with_teachers else None,
+                cache=run.memory.cache,
                 on_log=lambda history: run.keep_curve(name, history),
             )
         run.keep_curve(name, trained.curve)
@@ -144,24 +138,6 @@ def _run(run: Run, ahead: Callable[[Run, DataParts], None] | None) -> None:
         run.write_report()
 
 
-def student_builder(recipe: Recipe, parts: DataParts) -> StudentBuilder:
-    """A function that makes the student with its initial weights (or on the meta device), from the recipe alone."""
-    student = recipe.student
-
-    def build(*, meta: bool = False, seed: int | None = None) -> Classifier:
-        return build_classifier(
-            student.model,
-            parts.train,
-            seed=recipe.training.seed if seed is None else seed,
-            pretrained=student.pretrained,
-            revision=student.revision,
-            trust_remote_code=student.trust_remote_code,
-            meta=meta,
-        )
-
-    return build
-
-
 def check_student(recipe: Recipe, student: Classifier, num_classes: int) -> int:
     """The student's parameters. Raises ValueError where the settings need features that its architecture lacks."""
     assert student.model is not None
@@ -170,47 +146,3 @@ def check_student(recipe: Recipe, student: Classifier, num_classes: int) -> int:
     if uses_teachers(recipe) and (reads or distillation.feature_weight > 0):
         find_classifier_head(student.model, num_classes)
     return student.num_params
-
-
-def get_teachers(run: Run, parts: DataParts) -> list[Teacher]:
-    """The recipe's teachers, loaded or trained on the spot (or found in the run's folder), written into the record."""
-    named = list(zip(teacher_names(run.recipe), run.recipe.teachers, strict=True))
-    # What is loaded can be wrong in many ways, so it comes before what takes minutes to train.
-    loaded = {name: load(run, name, one, parts) for name, one in named if not is_trained_here(one.model)}
-    teachers = [loaded.get(name) or train(run, name, one, parts) for name, one in named]
-    for one, (_, config) in zip(teachers, named, strict=True):
-        run.keep_teacher(one, config)
-    return teachers
-
-
-def load(run: Run, name: str, config: TeacherConfig, parts: DataParts) -> Teacher:
-    """A teacher from the Hub, timm, a file or a column, checked on a few guide rows."""
-    teacher = load_teacher(
-        config.model,
-        parts.train,
-        name=name,
-        labels=config.labels,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        trusted_types=config.trusted_types,
-        device=run.device,
-    )
-    few = torch.arange(min(_CHECKED_ROWS, len(parts.guide)))
-    check_teacher(teacher, teacher.logits(parts.guide, few).cpu(), parts.guide.labels[few])
-    return teacher
-
-
-def train(run: Run, name: str, config: TeacherConfig, parts: DataParts) -> Teacher:
-    """A teacher trained on the spot into `teachers/<name>`, or found there when the run is resumed."""
-    training = run.recipe.training
-    schedule = Schedule(
-        epochs=config.epochs or training.epochs,
-        max_steps=-1,
-        learning_rate=config.learning_rate or training.learning_rate,
-        batch_size=config.batch_size or training.batch_size,
-        seed=training.seed,
-    )
-    folder = run.folder / "teachers" / name
-    with PartialState().main_process_first() if is_sklearn(config.model) else nullcontext():
-        teacher, run.training_seconds[name] = train_teacher(config, name, schedule, run.recipe, parts, folder)
-    return teacher.to(run.device)

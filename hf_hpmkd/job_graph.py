@@ -9,6 +9,7 @@ student        the student trained on the outputs of all of them
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ from hf_hpmkd.components.parallel_pipeline import Estimates, Graph, Job
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.memory_records import Row
 from hf_hpmkd.model_cost import estimated_seconds, operations_per_second, training_flops
-from hf_hpmkd.recipe import Recipe, TeacherConfig, fingerprint
+from hf_hpmkd.recipe import Recipe, StudentConfig, TeacherConfig, fingerprint
 from hf_hpmkd.recipe_rules import family, is_sklearn, is_trained_here, teacher_names, uses_teachers
 from hf_hpmkd.tasks.base import json_digest
 
@@ -133,7 +134,7 @@ class _Costs:
     @cached_property
     def _student(self) -> float:
         steps = total_steps(self.recipe, student_schedule(self.recipe), len(self.parts.train))
-        return self._training(self.recipe.student.model, self.recipe.training.batch_size, steps)
+        return self._training(self.recipe.student, self.recipe.training.batch_size, steps)
 
     @cached_property
     def _chain(self) -> float:
@@ -149,31 +150,32 @@ class _Costs:
             return _SKLEARN_SECONDS * (1 + (_SKLEARN_FOLDS if teacher.folds is None else teacher.folds))
         training = self.recipe.training
         batch = teacher.batch_size or training.batch_size
-        steps = -(-len(self.parts.train) // batch) * (teacher.epochs or training.epochs)
-        return self._training(teacher.model, batch, steps) * (1 + (teacher.folds or 0))
+        steps = math.ceil(len(self.parts.train) / batch) * (teacher.epochs or training.epochs)
+        return self._training(teacher, batch, steps) * (1 + (teacher.folds or 0))
 
-    def _training(self, model: str, batch: int, steps: int) -> float:
+    def _training(self, model: TeacherConfig | StudentConfig, batch: int, steps: int) -> float:
         accumulated = self.recipe.training.gradient_accumulation_steps
         return estimated_seconds(self._flops_of(model) or 0, batch * accumulated, steps)
 
     def _outputs(self, teacher: TeacherConfig, rows: int) -> float:
-        flops = self._flops_of(teacher.model)
-        return rows * (_SECONDS_PER_ROW + _FORWARD_SHARE * (flops or 0) / operations_per_second())
+        flops = self._flops_of(teacher) or 0
+        return rows * (_SECONDS_PER_ROW + _FORWARD_SHARE * flops / operations_per_second())
 
-    def _flops_of(self, model: str) -> int | None:
+    def _flops_of(self, model: TeacherConfig | StudentConfig) -> int | None:
         """Operations of a training step per row; None where they cannot be counted."""
-        if model not in self._flops:
-            self._flops[model] = self._count(model)
-        return self._flops[model]
+        if model.model not in self._flops:
+            self._flops[model.model] = self._count(model)
+        return self._flops[model.model]
 
-    def _count(self, model: str) -> int | None:
-        kind = family(model)
+    def _count(self, model: TeacherConfig | StudentConfig) -> int | None:
+        kind, name, rows = family(model.model), model.model, self.parts.train
         if kind in ("sklearn", "skops", "column"):
             return None
         if kind == "safetensors":
-            about = json.loads(Path(model).expanduser().with_suffix(".json").read_text(encoding="utf-8"))
-            model = f"cifar-resnet-{about['architecture']['depth']}"
+            about = json.loads(Path(name).expanduser().with_suffix(".json").read_text(encoding="utf-8"))
+            name = f"cifar-resnet-{about['architecture']['depth']}"
+        trusted = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
         try:
-            return training_flops(build_classifier(model, self.parts.train, meta=True), self.parts.train)
+            return training_flops(build_classifier(name, rows, meta=True, **trusted), rows)
         except OSError:  # transformers' and huggingface_hub's answer when a config is neither here nor reachable
             return None

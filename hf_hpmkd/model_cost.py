@@ -60,16 +60,16 @@ def operations_per_second() -> float:
     return operations / min(seconds)
 
 
-def thread_gain(classifier: Classifier, rows: Rows, batch_size: int, threads: int) -> float:
-    """Training steps per second of `threads` models of one thread each, side by side, over those of one model with all
-    threads, measured on this machine: above 1 says that several jobs at a time do more work than one after the other.
+def thread_gain(classifier: Classifier, rows: Rows, batch_size: int, threads: int, count: int) -> float:
+    """Training steps per second of `count` models side by side, which share the threads, over those of one model with
+    all threads, measured on this machine: above 1, several jobs at a time do more work than one after the other.
 
-    The models share one Python process, which slows the first side a little where separate processes would not.
+    The models share one Python process, which slows them a little where separate processes would not be.
     """
-    count = min(batch_size, len(rows))
-    inputs = classifier.feed(rows.raw(list(range(count))))
+    inputs = classifier.feed(rows.raw(list(range(min(batch_size, len(rows))))))
 
-    def seconds(model: torch.nn.Module) -> float:
+    def seconds(model: torch.nn.Module, own_threads: int) -> float:
+        torch.set_num_threads(own_threads)  # of this Python thread
         times = []
         for _ in range(_TIMED_STEPS + 1):  # the first one warms up
             started = time.perf_counter()
@@ -77,18 +77,14 @@ def thread_gain(classifier: Classifier, rows: Rows, batch_size: int, threads: in
             times.append(time.perf_counter() - started)
         return statistics.median(times[1:])
 
-    def beside(model: torch.nn.Module) -> float:
-        torch.set_num_threads(1)  # of this Python thread
-        return seconds(model)
-
-    models = [copy.deepcopy(classifier.model).train() for _ in range(threads)]
+    models = [copy.deepcopy(classifier.model).train() for _ in range(count)]
+    together = seconds(models[0], threads)
     try:
-        together = seconds(models[0])
-        with ThreadPoolExecutor(threads) as pool:
-            side_by_side = statistics.mean(pool.map(beside, models))
+        with ThreadPoolExecutor(count) as pool:
+            side_by_side = statistics.mean(pool.map(seconds, models, [max(1, threads // count)] * count))
     finally:
         torch.set_num_threads(threads)
-    return threads * together / side_by_side
+    return count * together / side_by_side
 
 
 def activation_bytes(blueprint: Classifier, rows: Rows) -> int | None:

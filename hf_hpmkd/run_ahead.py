@@ -7,6 +7,7 @@ The jobs leave their results where the run itself would: trainings in its folder
 import atexit
 import dataclasses
 import json
+import math
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,16 +26,16 @@ from hf_hpmkd.chain_stages import WarmBuild
 from hf_hpmkd.classifier_training import done_file, student_schedule, train_or_load, write_json
 from hf_hpmkd.components.parallel_pipeline import Graph, equal_workers, simulate
 from hf_hpmkd.data import DataParts, load_parts
-from hf_hpmkd.distill import get_teachers, load, student_builder, train
 from hf_hpmkd.engines import Ended, LocalWorkers, PipelineConfig, run_jobs, run_on_ray
 from hf_hpmkd.evaluation import capture
 from hf_hpmkd.job_graph import Task, corrected, has_chain, run_graph, run_tasks
-from hf_hpmkd.model_cost import thread_gain
+from hf_hpmkd.model_cost import operations_per_second, thread_gain, training_flops
 from hf_hpmkd.recipe import Recipe, read_recipe, recipe_tree
 from hf_hpmkd.recipe_rules import is_trained_here, teacher_names, uses_teachers
 from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_memory import RunMemory, run_memory
 from hf_hpmkd.run_record import ChainRecord, JobRecord, environment, plain_values
+from hf_hpmkd.run_steps import get_teachers, load, student_builder, train
 from hf_hpmkd.teacher_cache import Tally
 from hf_hpmkd.teacher_kinds import Teacher
 from hf_hpmkd.teacher_training import folders_done
@@ -42,8 +43,10 @@ from hf_hpmkd.teacher_training import folders_done
 LOGS = "logs"
 _DECIDED = "decided.json"
 _START_SECONDS = 12.0  # of a worker: Python, torch, transformers
+_MEASURED_SECONDS = 0.3  # of a training step with all threads
+_MOST_WORKERS = 8  # that are taken unasked: each holds the data and a model
 _WORTH_IT = 0.95  # estimates err, so workers must promise more than nothing
-_COUNTED = ("models_found", "models_computed")
+_COUNTED = ("models_found", "models_computed", "model_seconds")
 
 
 # ---- in the run's own process ----------------------------------------------------------------------------------------
@@ -58,11 +61,10 @@ def run_ahead(run: Run, parts: DataParts) -> None:
     devices = _devices()
     if config.engine == "in-process" or PartialState().num_processes > 1:
         return
-    count = config.workers or len(devices) or threads
+    count = config.workers or len(devices) or min(threads, _MOST_WORKERS)
     if config.engine == "auto" and (count < 2 or len(devices) == 1):
         return  # nothing to share out
-    whole = run_graph(run.recipe, parts)
-    raw = whole.without(_finished(run, parts))
+    raw = run_graph(run.recipe, parts).without(_finished(run, parts))
     if not any(name.split()[0] != "outputs" for name in raw.jobs):
         return  # what is left is a matter of moments
     store = run.memory.store
@@ -84,14 +86,16 @@ def _devices() -> list[str]:
 
 def _faster(run: Run, parts: DataParts, graph: Graph, count: int, threads: int) -> str | None:
     """Why workers are worth it; None where one process with all threads is estimated to be as fast."""
-    gain = thread_gain(student_builder(run.recipe, parts)(), parts.train, run.recipe.training.batch_size, threads)
+    build = student_builder(run.recipe, parts)
+    rows = math.ceil(_MEASURED_SECONDS * operations_per_second() / training_flops(build(meta=True), parts.train))
+    gain = thread_gain(build(), parts.train, min(rows, run.recipe.training.batch_size), threads, count)
     slower = count / gain  # seconds of a job on one of the workers, over those with all threads
     alone = Graph(dataclasses.replace(job, seconds=slower * job.seconds) for job in graph.jobs.values())
     starting = _START_SECONDS + float(run.record.seconds.get("data", 0.0))
     together = simulate(alone, equal_workers(count)).makespan + starting
     told = f"estimated at {together:.0f} s, one process with {threads} threads at {graph.work:.0f} s"
     if together > _WORTH_IT * graph.work:
-        run.say(f"Pipeline: {count} workers are {told}: one process.")
+        run.say(f"Pipeline: {count} workers are {told}, so one process does it all.")
         return None
     return told
 
@@ -143,6 +147,9 @@ def _keep(run: Run, raw: Graph, one: Ended) -> None:
     if one.error is None:
         if "chain" in one.value:
             run.record.chain = TypeAdapter(ChainRecord).validate_python(one.value["chain"])
+            run.record.curves |= one.value["curves"]
+            for warning in one.value["warnings"]:
+                run.warn(warning)
         _count(run.memory, one.value)
     run.save()
 
@@ -279,7 +286,8 @@ class _Place:
         if what == "chain":
             assert run.record.chain is not None
             _keep_chain(run.folder, run.record.chain)
-            return {"chain": json.loads(decided.read_text(encoding="utf-8"))}
+            told = {"curves": run.record.curves, "warnings": run.record.warnings}
+            return {"chain": json.loads(decided.read_text(encoding="utf-8")), **told}
         self.train_student("student", chain.guides if uses_teachers(run.recipe) else [], WarmBuild(build, chain.above))
         return {}
 
@@ -296,4 +304,5 @@ class _Place:
             num_views=parts.num_views,
             teachers=guides,
             guide=parts.guide if guides else None,
+            cache=run.memory.cache,
         )

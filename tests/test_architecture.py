@@ -23,8 +23,9 @@ LEVELS = (
     ("control_teachers", "distiller", "trainer", "baselines"),
     (
         "recipe_faults", "recipe_rules", "recipe", "run_memory", "classifier_training", "job_graph", "plan",
-        "plan_schedule", "teacher_training", "evaluation", "run_context", "chain_stages", "chain_probes", "chain",
-        "distill", "run_ahead", "methods", "compare_jobs", "compare", "bench", "bench_pipeline",
+        "plan_schedule", "evaluation", "kept_classifiers", "teacher_training", "run_context", "chain_stages",
+        "chain_probes", "chain", "run_steps", "run_ahead", "distill", "methods", "ablation", "tuning", "compare_jobs",
+        "compare", "bench", "bench_pipeline",
     ),
     ("cli", "__main__"),
 )  # fmt: skip

@@ -188,7 +188,7 @@ def test_measuring_leaves_the_threads_and_the_model_as_they_were(one_thread):
     torch.set_num_threads(2)
     built = build_classifier("cifar-resnet-8x4", parts.train)
     before = {key: value.clone() for key, value in built.model.state_dict().items()}
-    assert thread_gain(built, parts.train, 16, 2) > 0
+    assert thread_gain(built, parts.train, 16, 2, 2) > 0
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
     assert all(torch.equal(value, before[key]) for key, value in built.model.state_dict().items())
