@@ -157,7 +157,8 @@ def _runs(
         "auto": (cores, ["pipeline.engine=auto"]),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    shares, jobs = [], {}
+    shares: list[float] = []
+    jobs: dict[str, float] = {}
     for turn in range(turns):
         for name, (threads, settings) in list(sides.items())[:: 1 if turn % 2 == 0 else -1]:
             with tempfile.TemporaryDirectory() as folder:

@@ -315,7 +315,6 @@ def _init(args: argparse.Namespace) -> None:
 
 def _plan(args: argparse.Namespace) -> None:
     from hf_hpmkd.plan import plan
-    from hf_hpmkd.plan_schedule import plan_schedule
     from hf_hpmkd.recipe import load_recipe
 
     if args.gantt is not None and args.workers is None:
@@ -326,6 +325,8 @@ def _plan(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, args.words)
     _say(plan(recipe))
     if workers:
+        from hf_hpmkd.plan_schedule import plan_schedule
+
         _say("\n" + plan_schedule(recipe, [int(word) for word in workers], args.gantt))
 
 

@@ -72,7 +72,7 @@ class JobsFailedError(ValueError):
     def __init__(self, graph: Graph, ended: Sequence[Ended], logs: Path) -> None:
         self.ended = list(ended)
         failed = [one for one in ended if one.error is not None]
-        left_out = set().union(*(graph.depending_on(one.job) for one in failed))
+        left_out = {name for one in failed for name in graph.depending_on(one.job)}
         lines = []
         for one in failed:
             inputs = ", ".join(graph.jobs[one.job].needs) or "none"
@@ -238,7 +238,7 @@ def run_on_ray(
     import ray
 
     logs.mkdir(parents=True, exist_ok=True)
-    cluster = ray.init(address=address, num_cpus=None if address else num_workers, log_to_driver=False)
+    ray.init(address=address, num_cpus=None if address else num_workers, log_to_driver=False)
     try:
         remote = ray.remote(_call_on_ray)
         handed = time.time()
@@ -260,7 +260,6 @@ def run_on_ray(
                 tell(one)
     finally:
         ray.shutdown()
-    del cluster
     if any(one.error is not None for one in ended):
         raise JobsFailedError(graph, ended, logs)
     return ended

@@ -174,8 +174,9 @@ class _Costs:
         if kind == "safetensors":
             about = json.loads(Path(name).expanduser().with_suffix(".json").read_text(encoding="utf-8"))
             name = f"cifar-resnet-{about['architecture']['depth']}"
-        trusted = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
         try:
-            return training_flops(build_classifier(name, rows, meta=True, **trusted), rows)
-        except OSError:  # transformers' and huggingface_hub's answer when a config is neither here nor reachable
+            trusted = model.trust_remote_code
+            built = build_classifier(name, rows, meta=True, revision=model.revision, trust_remote_code=trusted)
+            return training_flops(built, rows)
+        except (OSError, ValueError):  # a teacher whose config is not at hand, or that is no model of such rows
             return None

@@ -62,15 +62,15 @@ def run_ahead(run: Run, parts: DataParts) -> None:
     if config.engine == "in-process" or PartialState().num_processes > 1:
         return
     count = config.workers or len(devices) or min(threads, _MOST_WORKERS)
-    if config.engine == "auto" and (count < 2 or len(devices) == 1):
-        return  # nothing to share out
+    if config.engine == "auto" and (count < 2 or devices):
+        return  # nothing to share out, or a GPU that one job at a time may fill
     raw = run_graph(run.recipe, parts).without(_finished(run, parts))
     if not any(name.split()[0] != "outputs" for name in raw.jobs):
         return  # what is left is a matter of moments
     store = run.memory.store
     graph = corrected(raw, store.records()[0] if store is not None else [], environment()[1])
     reason = "as the recipe asks"
-    if config.engine == "auto" and not devices:
+    if config.engine == "auto":
         faster = _faster(run, parts, graph, count, threads)
         if faster is None:
             return

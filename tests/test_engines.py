@@ -113,12 +113,15 @@ def test_no_process_is_left_behind(tmp_path, how):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(words, env=environment, start_new_session=True, **quiet) as process:
-        while not all((tmp_path / name).exists() for name in "ab"):
-            assert process.poll() is None
-            time.sleep(0.05)
-        assert len(processes_of(process.pid)) >= 3
-        process.send_signal(how)
-        process.wait(60)
+        try:
+            while not all((tmp_path / name).exists() for name in "ab"):
+                assert process.poll() is None
+                time.sleep(0.05)
+            assert len(processes_of(process.pid)) >= 3
+            process.send_signal(how)
+            process.wait(60)
+        finally:
+            process.kill()
     for _ in range(600):
         if not processes_of(process.pid):
             return
