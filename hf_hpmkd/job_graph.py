@@ -67,7 +67,7 @@ def run_tasks(recipe: Recipe, num_views: int) -> list[Task]:
     if has_chain(recipe):
         tasks.append(Task("chain"))
     tasks.append(Task("student"))
-    return tasks
+    return tasks + [Task("outputs", name, "test") for name in names]
 
 
 def has_chain(recipe: Recipe) -> bool:
@@ -81,16 +81,18 @@ def run_graph(recipe: Recipe, parts: DataParts) -> Graph:
     teachers = dict(zip(teacher_names(recipe), recipe.teachers, strict=True))
     tasks = run_tasks(recipe, parts.num_views)
     trained = {task.teacher: task.name for task in tasks if task.what == "train"}
-    heard = [task.name for task in tasks if task.what == "outputs" and task.part != "validation"]
+    heard = [task.name for task in tasks if task.part in ("train", "guide")]
     if recipe.distillation.teacher_outputs == "live":
         heard += trained.values()
     if not uses_teachers(recipe):
         heard = []
     jobs = []
     for task in tasks:
-        needs: Sequence[str] = ()
-        if task.what == "outputs" and task.teacher in trained:
-            needs = [trained[task.teacher]]
+        needs: list[str] = []
+        if task.what == "outputs":
+            needs = [trained[task.teacher]] if task.teacher in trained else []
+            # Nobody looks at the test part before everything is trained.
+            needs += [other.name for other in tasks if other.what in ("direct", "student")] * (task.part == "test")
         elif task.what == "chain" or (task.what == "student" and not has_chain(recipe)):
             needs = heard
         elif task.what == "student":

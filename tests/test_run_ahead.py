@@ -78,11 +78,13 @@ def test_workers_change_nothing_in_the_result(tmp_path, alone, workers):
     assert found == {key: expected.memory[key] for key in found}
 
     jobs = {job.name: job for job in record.jobs if job.worker != "main"}
-    parts = ("train", "guide", "validation")
+    parts = ("train", "guide", "validation", "test")
     outputs = {f"outputs {name} {part}" for name in ("mlp-16", "LogisticRegression") for part in parts}
     assert set(jobs) == {"train mlp-16", "train LogisticRegression", "direct", "chain", "student"} | outputs
     assert {job.worker for job in jobs.values()} == {str(index + 1) for index in range(workers)}
-    heard = [job.ended for name, job in jobs.items() if name in outputs and "validation" not in name]
+    heard = [job.ended for name, job in jobs.items() if name in outputs and name.endswith(("train", "guide"))]
+    tested = [job.started for name, job in jobs.items() if name.endswith("test")]
+    assert min(tested) >= max(jobs["student"].ended, jobs["direct"].ended)
     assert max(heard) <= jobs["chain"].started and jobs["chain"].ended <= jobs["student"].started
     assert all(job.started < job.ended and job.estimated > 0 for job in jobs.values())
     assert (tmp_path / "run" / "plots" / "pipeline.png").stat().st_size > 5000
@@ -90,13 +92,18 @@ def test_workers_change_nothing_in_the_result(tmp_path, alone, workers):
     assert not [job for job in expected.jobs if job.worker != "main"]
 
 
+def _stop(*words, **options):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.slow
-def test_a_failed_job_is_told_and_the_same_command_goes_on(tmp_path, alone, capsys):
+def test_a_failed_job_is_told_and_the_same_command_goes_on(tmp_path, alone, capsys, monkeypatch):
     """Its folder cannot be written: the job fails, the direct student is trained all the same."""
     words = ["chain.length=1", "pipeline.engine=local", "pipeline.workers=2"]
     blocked = tmp_path / "run" / "teachers" / "mlp-16"
-    (tmp_path / "run").mkdir()
-    assert distill(tmp_path, *words, "training.metrics=[nothing_of_that_name]") == 2  # claims the folder
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_hpmkd.distill.load_parts", _stop)
+        assert distill(tmp_path, *words) == 130  # the folder is this run's now
     blocked.parent.mkdir(parents=True)
     blocked.write_text("a file where a folder should be")
     capsys.readouterr()
@@ -145,8 +152,9 @@ def test_the_graph_of_a_run():
     outputs = [f"outputs cifar-resnet-14x8 train view {view}" for view in range(3)]
     assert all(graph.jobs[name].needs == ("train cifar-resnet-14x8",) for name in outputs)
     assert set(outputs) < set(graph.jobs["student"].needs) and graph.jobs["direct"].needs == ()
-    assert not [name for name in graph.jobs["student"].needs if "validation" in name]
-    assert len({job.key for job in graph.jobs.values()}) == len(graph.jobs) == 2 + 2 * 5 + 2
+    assert not [name for name in graph.jobs["student"].needs if name.endswith(("validation", "test"))]
+    assert {"student", "direct"} < set(graph.jobs["outputs SVC test"].needs)
+    assert len({job.key for job in graph.jobs.values()}) == len(graph.jobs) == 2 + 2 * 6 + 2
     assert graph_of(digits("chain.length=2")).jobs["student"].needs == ("chain",)
     live = graph_of(digits("distillation.teacher_outputs=live"))
     assert set(live.jobs["student"].needs) >= {"train cifar-resnet-14x8", "train SVC"}
@@ -177,10 +185,10 @@ def test_estimates_are_corrected_by_runs_on_like_hardware():
     assert corrected(graph, rows, {"cores": 8}).jobs["student"].seconds == 10
 
 
-def test_task_names_tell_jobs_apart():
-    for words in ([], ["data.augmentation=none", "data.views=null"], ["chain.length=auto"]):
-        names = [task.name for task in run_tasks(digits(*words), num_views=0 if words else 3)]
-        assert len(set(names)) == len(names)
+@pytest.mark.parametrize("num_views", [0, 3])
+def test_task_names_tell_jobs_apart(num_views):
+    names = [task.name for task in run_tasks(digits("chain.length=auto"), num_views)]
+    assert len(set(names)) == len(names) == 2 + 2 * (3 + max(num_views, 1)) + 3
 
 
 def test_measuring_leaves_the_threads_and_the_model_as_they_were(one_thread):
