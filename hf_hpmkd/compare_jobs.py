@@ -181,7 +181,7 @@ class Workplace:
         """Trains the student of a job, scores it on validation rows and writes both down."""
         run = self.run(method_recipe(self.recipe, job.method, job.seed), job.run_folder)
         recipe = run.recipe
-        teachers = self.heard(job, recipe) if uses_teachers(recipe) else []
+        teachers = self.heard(job, recipe) if uses_teachers(recipe) or recipe.chain.warm_start else []
         result = Result(
             job.method.name,
             job.seed,
@@ -199,11 +199,11 @@ class Workplace:
         job.run_folder.mkdir(exist_ok=True)
         build = student_builder(recipe, self.parts)
         chain = build_chain(run, self.parts, teachers, build)
-        guides = chain.guides if teachers else []
+        guides = chain.guides if uses_teachers(recipe) else []
         num_views = self.parts.num_views
         if job.method.fresh_views and num_views:
-            if teachers:
-                raise ValueError(f"{job.name}: new views in every epoch go with no teacher, got {len(teachers)}.")
+            if guides:
+                raise ValueError(f"{job.name}: new views in every epoch go with no teacher, got {len(guides)}.")
             num_views = _FRESH
         build_warm = WarmBuild(build, chain.above)
         trained = train_or_load(
@@ -220,7 +220,8 @@ class Workplace:
             cache=run.memory.cache,
             distiller_class=DISTILLERS[job.method.loss],
         )
-        run.keep_weights(trained, guides, build_warm.share)
+        run.keep_start(build_warm.share, build_warm.origin)
+        run.keep_weights(trained, guides)
         run.memory.count(run.record)
         run.record.status = "completed"
         run.save()
