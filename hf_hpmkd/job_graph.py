@@ -85,7 +85,7 @@ def run_graph(recipe: Recipe, parts: DataParts) -> Graph:
     if recipe.distillation.teacher_outputs == "live":
         heard += trained.values()
     if not uses_teachers(recipe):
-        heard = []
+        heard = list(trained.values())  # it may start from their weights
     jobs = []
     for task in tasks:
         needs: list[str] = []

@@ -159,7 +159,8 @@ def test_the_graph_of_a_run():
     live = graph_of(digits("distillation.teacher_outputs=live"))
     assert set(live.jobs["student"].needs) >= {"train cifar-resnet-14x8", "train SVC"}
     assert not [name for name in live.jobs if "view" in name]
-    assert graph_of(digits("distillation.alpha=0")).jobs["student"].needs == ()
+    deaf = graph_of(digits("distillation.alpha=0"))  # it may still start from a teacher's weights
+    assert set(deaf.jobs["student"].needs) == {"train cifar-resnet-14x8", "train SVC"}
     assert "direct" not in graph_of(digits("distillation.direct=false")).jobs
 
 
