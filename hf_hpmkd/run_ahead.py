@@ -161,6 +161,8 @@ def _count(memory: RunMemory, value: dict[str, Any]) -> None:
         for key in ("found", "computed", "found_bytes", "found_seconds"):
             setattr(tally, key, getattr(tally, key) + found[key])
         tally.names.update(found["names"])
+    elif not found["names"]:
+        tally.computed += found["computed"]  # outputs of stages of the chain
     if memory.store is not None:
         for key in _COUNTED:
             setattr(memory.store, key, getattr(memory.store, key) + value[key])
@@ -263,8 +265,9 @@ class _Place:
             self.train_student("direct", [], WarmBuild(student_builder(run.recipe, self.parts), []))
         else:
             value = self.chain_or_student(task.what)
-        tally = run.memory.cache.tally if task.what == "outputs" else Tally()  # others read what these computed
-        value["tally"] = {**vars(tally), "names": sorted(tally.names)}
+        tally = run.memory.cache.tally
+        # What other jobs find is what these computed, or what the run itself will find and count.
+        value["tally"] = {**vars(tally), "names": sorted(tally.names) if task.what == "outputs" else []}
         return value | {key: getattr(run.memory.store, key, 0) - before[key] for key in _COUNTED}
 
     def teacher(self, name: str) -> Teacher:
