@@ -27,6 +27,9 @@ from hf_hpmkd.components.parallel_pipeline import Graph, Job, Scheduler, Worker
 Do = Callable[[str], dict[str, Any]]
 """A job by its name; picklable, and safe to be called again after it was lost."""
 
+Called = tuple[float, float, dict[str, Any], str | None]
+"""Of a call: seconds since 1970 at its start and its end, what it returned, and what went wrong."""
+
 _ATTEMPTS = 3
 _POLL_SECONDS = 1.0
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -114,7 +117,7 @@ def run_jobs(
             job, worker, handed = running.pop(future)
             now, count = time.time(), attempts[job.name]
             try:
-                one = Ended(job.name, worker.name, *future.result()[:2], handed, now, count, *future.result()[2:])
+                one = _ended(job.name, worker.name, future.result(), handed, now, count)
             except BrokenProcessPool as error:
                 pool.renew(worker)
                 if count < _ATTEMPTS:
@@ -192,7 +195,12 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)  # killed, the first process could not end this one
 
 
-def _call(do: Do, name: str, log: Path) -> tuple[float, float, dict[str, Any], str | None]:
+def _ended(job: str, worker: str, called: Called, handed: float, received: float, attempts: int) -> Ended:
+    started, ended, value, error = called
+    return Ended(job, worker, started, ended, handed, received, attempts, value, error)
+
+
+def _call(do: Do, name: str, log: Path) -> Called:
     """A job in a worker: when it started and ended, its value, and what went wrong."""
     with output_to(log):
         started = time.time()
@@ -275,7 +283,7 @@ def _ended_on_ray(ray: Any, ref: Any, name: str, handed: float) -> Ended | None:
         return Ended(name, "ray", now, now, handed, now, _ATTEMPTS, {}, told)
     if found is None:
         return None
-    return Ended(name, found["worker"], *found["call"][:2], handed, time.time(), 1, *found["call"][2:])
+    return _ended(name, found["worker"], found["call"], handed, time.time(), 1)
 
 
 def _call_on_ray(do: Do, name: str, log: Path, *needed: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
