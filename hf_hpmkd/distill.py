@@ -12,6 +12,7 @@
 Every step leaves its result in the output folder, so that the same command goes on where an interrupted run stood.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,16 @@ from hf_hpmkd.run_steps import get_teachers, student_builder
 from hf_hpmkd.teacher_kinds import Teacher
 
 
+def check_launch(device_type: str) -> None:
+    """Raises ValueError where `accelerate launch` was asked for what it has for GPUs alone, and would leave out."""
+    for asked in ("FSDP", "DEEPSPEED"):
+        if device_type == "cpu" and os.environ.get(f"ACCELERATE_USE_{asked}", "").lower() == "true":
+            raise ValueError(
+                f"accelerate has {asked} for GPUs alone, but this process found none and would train as under DDP. "
+                "Launch with recipes/accelerate/ddp_cpu.yaml, or where there are GPUs."
+            )
+
+
 def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
     """Runs a recipe and returns its output folder, with `student/`, `run_record.json`, `plots/` and `README.md`.
 
@@ -52,6 +63,7 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
         check_can_push(recipe.hub.repo_id)
     # Several processes without a GPU find each other (gloo) only where the CPU is asked for in so many words.
     state = PartialState(cpu=not torch.accelerator.is_available())
+    check_launch(state.device.type)
     disable_progress_bar()  # transformers draws one for every checkpoint it writes
     with state.main_process_first():
         known = claim(folder, fingerprint(recipe), recipe.output.overwrite and state.is_main_process)

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
+from hf_hpmkd.distill import check_launch
+
 FOLDER = Path(__file__).parents[1] / "recipes" / "accelerate"
 FILES = sorted(FOLDER.glob("*.yaml"))
 
@@ -30,3 +32,12 @@ def test_its_header_says_how_and_whether_it_was_tried(path):
 
 def test_there_is_one_for_each_way():
     assert {path.stem.split("_")[0] for path in FILES} == {"ddp", "fsdp2", "deepspeed"}
+
+
+@pytest.mark.parametrize("asked", ["FSDP", "DEEPSPEED"])
+def test_what_accelerate_leaves_out_without_a_gpu_is_refused(asked, monkeypatch):
+    check_launch("cpu")
+    monkeypatch.setenv(f"ACCELERATE_USE_{asked}", "true")
+    check_launch("cuda")
+    with pytest.raises(ValueError, match=f"accelerate has {asked} for GPUs alone.*ddp_cpu.yaml"):
+        check_launch("cpu")
