@@ -39,10 +39,10 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 class PipelineConfig:
     """Who does the jobs of a run: teachers' trainings and outputs, the direct student, the chain, the student."""
 
-    engine: Literal["auto", "in-process", "local", "ray"] = Field(
-        "auto",
+    engine: Literal["in-process", "auto", "local", "ray"] = Field(
+        "in-process",
         description="in-process: one job after the other, with all threads; local: worker processes on this machine; "
-        "ray: a Ray cluster that sees this folder; auto: workers where they are estimated to be faster.",
+        "ray: a Ray cluster that sees this folder; auto: workers where they are estimated to save minutes.",
     )
     workers: int | None = Field(
         None, ge=1, description="Jobs at a time; null: one per GPU, without GPUs one per thread of the run."

@@ -45,7 +45,8 @@ _DECIDED = "decided.json"
 _START_SECONDS = 12.0  # of a worker: Python, torch, transformers
 _MEASURED_SECONDS = 0.3  # of a training step with all threads
 _MOST_WORKERS = 8  # that are taken unasked: each holds the data and a model
-_WORTH_IT = 0.95  # estimates err, so workers must promise more than nothing
+_WORTH_IT = 0.9  # estimates err, so workers must promise more than nothing,
+_LEAST_SAVED = 60.0  # and more seconds than the start of workers may err by
 _COUNTED = ("models_found", "models_computed", "model_seconds")
 
 
@@ -94,7 +95,7 @@ def _faster(run: Run, parts: DataParts, graph: Graph, count: int, threads: int) 
     starting = _START_SECONDS + float(run.record.seconds.get("data", 0.0))
     together = simulate(alone, equal_workers(count)).makespan + starting
     told = f"estimated at {together:.0f} s, one process with {threads} threads at {graph.work:.0f} s"
-    if together > _WORTH_IT * graph.work:
+    if together > min(_WORTH_IT * graph.work, graph.work - _LEAST_SAVED):
         run.say(f"Pipeline: {count} workers are {told}, so one process does it all.")
         return None
     return told
