@@ -13,11 +13,12 @@ __version__ = "0.1.0"
 
 
 def _started_as_command() -> bool:
-    """Whether this process is `hpmkd ...` or `python -m hf_hpmkd ...`."""
-    return Path(sys.argv[0]).name == "hpmkd" or ("-m" in sys.orig_argv and __name__ in sys.orig_argv)
+    """Whether this process is `hpmkd ...`, `python -m hf_hpmkd ...` or a worker of `engines`."""
+    modules = {__name__, "loky.backend.popen_loky_posix"}
+    return Path(sys.argv[0]).name == "hpmkd" or ("-m" in sys.orig_argv and bool(modules & set(sys.orig_argv)))
 
 
-# The command line registers the families once a command needs models; `hpmkd --help` should not wait for torch.
+# These register the families once they need models; `hpmkd --help` should not wait for torch.
 if not _started_as_command():
     import_module("hf_hpmkd.models")
 

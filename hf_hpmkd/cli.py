@@ -93,6 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
     one = command(commands, "plan", "What a recipe would do: parameters, disk, memory, steps. Trains nothing.", _plan)
     one.add_argument("recipe", metavar="RECIPE")
     one.add_argument("words", nargs="*", metavar="section.key=value", help="overrides")
+    one.add_argument("--workers", metavar="N | A,B,C", help="also simulate its jobs on so many workers: 2, or 1,8,64")
+    one.add_argument("--gantt", type=Path, metavar="FILE", help="draw the last of these schedules (PNG)")
 
     one = command(commands, "compare", "Train several methods on equal terms over several seeds, and test.", _compare)
     _add_compare(one)
@@ -130,6 +132,14 @@ def build_parser() -> argparse.ArgumentParser:
     one = command(group, "trainer", "Time per step of HPMKDTrainer against Trainer.", _bench_trainer)
     one.add_argument("--output", type=Path, metavar="FILE", help="also write the figures to this JSON file")
     one.add_argument("--steps", type=int, default=200, help="optimizer steps per side (default: 200)")
+
+    one = command(
+        group, "pipeline", "Runs by one process and by workers; the schedules of the simulator.", _bench_pipeline
+    )
+    one.add_argument("recipe", metavar="RECIPE")
+    one.add_argument("words", nargs="*", metavar="section.key=value", help="overrides")
+    one.add_argument("--output", type=Path, metavar="FILE", help="also write the figures to this JSON file")
+    one.add_argument("--turns", type=int, default=1, help="runs per side; 0 leaves them out (default: 1)")
 
     one = command(commands, "report", "One Markdown table of finished runs, seeds of a recipe together.", _report)
     one.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or a run record (JSON)")
@@ -307,7 +317,17 @@ def _plan(args: argparse.Namespace) -> None:
     from hf_hpmkd.plan import plan
     from hf_hpmkd.recipe import load_recipe
 
-    _say(plan(load_recipe(args.recipe, args.words)))
+    if args.gantt is not None and args.workers is None:
+        raise ValueError("--gantt draws the schedule on so many workers: give --workers N too.")
+    workers = args.workers.split(",") if args.workers is not None else []
+    if not all(word.isdigit() and int(word) > 0 for word in workers):
+        raise ValueError(f"--workers must be numbers from 1 on, as 2 or 1,8,64, got {args.workers!r}.")
+    recipe = load_recipe(args.recipe, args.words)
+    _say(plan(recipe))
+    if workers:
+        from hf_hpmkd.plan_schedule import plan_schedule
+
+        _say("\n" + plan_schedule(recipe, [int(word) for word in workers], args.gantt))
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -409,6 +429,12 @@ def _bench_trainer(args: argparse.Namespace) -> None:
     from hf_hpmkd.bench import bench_trainer
 
     bench_trainer(args.output, steps=args.steps)
+
+
+def _bench_pipeline(args: argparse.Namespace) -> None:
+    from hf_hpmkd.bench_pipeline import bench_pipeline
+
+    bench_pipeline(args.recipe, args.words, args.output, args.turns)
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """The main job: several teachers in, one small, trained, documented student out. Reads like the algorithm.
 
     parts    = train, guide, validation, test                      (data)
+    pipeline = the long ones of these steps, where several workers are faster (run_ahead)
     teachers = loaded, or trained on the spot without guide rows    (teachers, classifier_training)
     direct   = the student trained on labels alone, to compare      (classifier_training)
     chain    = intermediate models between them, if they pay        (chain, components.progressive_chain)
@@ -11,8 +12,8 @@
 Every step leaves its result in the output folder, so that the same command goes on where an interrupted run stood.
 """
 
+import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -22,26 +23,33 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_hpmkd import report
 from hf_hpmkd.chain import build_chain, named_stages
-from hf_hpmkd.chain_probes import StudentBuilder
 from hf_hpmkd.chain_stages import WarmBuild
-from hf_hpmkd.classifier_training import Schedule, Trained, student_schedule, train_or_load
-from hf_hpmkd.classifiers import Classifier, build_classifier
-from hf_hpmkd.data import DataParts, load_parts
+from hf_hpmkd.classifier_training import Trained, student_schedule, train_or_load
+from hf_hpmkd.classifiers import Classifier
+from hf_hpmkd.data import load_parts
 from hf_hpmkd.evaluation import evaluate_teachers, evaluate_test
 from hf_hpmkd.heads import find_classifier_head
 from hf_hpmkd.hub_store import check_can_push, push_run
 from hf_hpmkd.metrics import load_metric
-from hf_hpmkd.recipe import Recipe, TeacherConfig, fingerprint, recipe_tree
-from hf_hpmkd.recipe_rules import is_sklearn, is_trained_here, teacher_names, uses_teachers
+from hf_hpmkd.recipe import Recipe, fingerprint, recipe_tree
+from hf_hpmkd.recipe_rules import is_trained_here, uses_teachers
+from hf_hpmkd.run_ahead import run_ahead
 from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_folder import claim
 from hf_hpmkd.run_memory import run_memory
 from hf_hpmkd.run_record import RECORD_FILE, ModelRecord, code_commit
-from hf_hpmkd.teacher_kinds import Teacher, check_teacher
-from hf_hpmkd.teacher_training import train_teacher
-from hf_hpmkd.teachers import load_teacher
+from hf_hpmkd.run_steps import get_teachers, student_builder
+from hf_hpmkd.teacher_kinds import Teacher
 
-_CHECKED_ROWS = 64
+
+def check_launch(device_type: str) -> None:
+    """Raises ValueError where `accelerate launch` was asked for what it has for GPUs alone, and would leave out."""
+    for asked in ("FSDP", "DEEPSPEED"):
+        if device_type == "cpu" and os.environ.get(f"ACCELERATE_USE_{asked}", "").lower() == "true":
+            raise ValueError(
+                f"accelerate has {asked} for GPUs alone, but this process found none and would train as under DDP. "
+                "Launch with recipes/accelerate/ddp_cpu.yaml, or where there are GPUs."
+            )
 
 
 def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
@@ -55,6 +63,7 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
         check_can_push(recipe.hub.repo_id)
     # Several processes without a GPU find each other (gloo) only where the CPU is asked for in so many words.
     state = PartialState(cpu=not torch.accelerator.is_available())
+    check_launch(state.device.type)
     disable_progress_bar()  # transformers draws one for every checkpoint it writes
     with state.main_process_first():
         known = claim(folder, fingerprint(recipe), recipe.output.overwrite and state.is_main_process)
@@ -97,6 +106,8 @@ def _run(run: Run) -> None:
         if recipe.student.pretrained:
             record.commits["student"] = getattr(blueprint.model.config, "_commit_hash", None)
 
+    with run.phase("pipeline"):
+        run_ahead(run, parts)
     with run.phase("teachers"):
         teachers = get_teachers(run, parts)
         run.warn_if_larger_than_every_teacher(num_params, teachers)
@@ -140,24 +151,6 @@ def _run(run: Run) -> None:
         run.write_report()
 
 
-def student_builder(recipe: Recipe, parts: DataParts) -> StudentBuilder:
-    """A function that makes the student with its initial weights (or on the meta device), from the recipe alone."""
-    student = recipe.student
-
-    def build(*, meta: bool = False, seed: int | None = None) -> Classifier:
-        return build_classifier(
-            student.model,
-            parts.train,
-            seed=recipe.training.seed if seed is None else seed,
-            pretrained=student.pretrained,
-            revision=student.revision,
-            trust_remote_code=student.trust_remote_code,
-            meta=meta,
-        )
-
-    return build
-
-
 def check_student(recipe: Recipe, student: Classifier, num_classes: int) -> int:
     """The student's parameters. Raises ValueError where the settings need features that its architecture lacks."""
     assert student.model is not None
@@ -166,47 +159,3 @@ def check_student(recipe: Recipe, student: Classifier, num_classes: int) -> int:
     if uses_teachers(recipe) and (reads or distillation.feature_weight > 0):
         find_classifier_head(student.model, num_classes)
     return student.num_params
-
-
-def get_teachers(run: Run, parts: DataParts) -> list[Teacher]:
-    """The recipe's teachers, loaded or trained on the spot (or found in the run's folder), written into the record."""
-    named = list(zip(teacher_names(run.recipe), run.recipe.teachers, strict=True))
-    # What is loaded can be wrong in many ways, so it comes before what takes minutes to train.
-    loaded = {name: load(run, name, one, parts) for name, one in named if not is_trained_here(one.model)}
-    teachers = [loaded.get(name) or train(run, name, one, parts) for name, one in named]
-    for one, (_, config) in zip(teachers, named, strict=True):
-        run.keep_teacher(one, config)
-    return teachers
-
-
-def load(run: Run, name: str, config: TeacherConfig, parts: DataParts) -> Teacher:
-    """A teacher from the Hub, timm, a file or a column, checked on a few guide rows."""
-    teacher = load_teacher(
-        config.model,
-        parts.train,
-        name=name,
-        labels=config.labels,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        trusted_types=config.trusted_types,
-        device=run.device,
-    )
-    few = torch.arange(min(_CHECKED_ROWS, len(parts.guide)))
-    check_teacher(teacher, teacher.logits(parts.guide, few).cpu(), parts.guide.labels[few])
-    return teacher
-
-
-def train(run: Run, name: str, config: TeacherConfig, parts: DataParts) -> Teacher:
-    """A teacher trained on the spot into `teachers/<name>`, or found there when the run is resumed."""
-    training = run.recipe.training
-    schedule = Schedule(
-        epochs=config.epochs or training.epochs,
-        max_steps=-1,
-        learning_rate=config.learning_rate or training.learning_rate,
-        batch_size=config.batch_size or training.batch_size,
-        seed=training.seed,
-    )
-    folder = run.folder / "teachers" / name
-    with PartialState().main_process_first() if is_sklearn(config.model) else nullcontext():
-        teacher, run.training_seconds[name] = train_teacher(config, name, schedule, run.memory, parts, folder)
-    return teacher.to(run.device)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from hf_hpmkd.components.attention_ensemble import AttentionEnsemble, flatten_optimizer, unflatten_optimizer
 from hf_hpmkd.components.temperature_scheduler import HeadBatch, TemperatureScheduler, temperature_gradient
@@ -289,6 +290,9 @@ class Distiller:
             features.append(self.reader.read().float())
             logits.append(outputs["logits"].float())
         self.student.train(was_training)
+        for module in self.student.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # only a backward pass does it, and the optimizer steps on the shards
         return torch.cat(features), torch.cat(logits)
 
     def class_weights(self) -> list[list[float]]:

@@ -107,6 +107,16 @@ def teacher_logits(
     return stored.lookup(everything, torch.full_like(everything, UNAUGMENTED))
 
 
+def capture(
+    teacher: Teacher, part: str, view: int | None, parts: DataParts, recipe: Recipe, cache: TeacherCache
+) -> None:
+    """Computes one file of teacher outputs into the cache, if it is not there. view: of the training rows."""
+    mode, num_views = "full", 0
+    if part == "train":
+        mode, num_views = recipe.distillation.teacher_outputs, parts.num_views
+    _outputs([teacher], getattr(parts, part), recipe, cache, print, mode, num_views, only=view)
+
+
 def _train_accuracies(
     teachers: Sequence[Teacher], parts: DataParts, recipe: Recipe, cache: TeacherCache, say: Callable[[str], None]
 ) -> list[float]:
@@ -127,11 +137,13 @@ def _outputs(
     say: Callable[[str], None],
     mode: str,
     num_views: int,
+    only: int | None = None,
 ) -> CachedOutputs:
     return cache.outputs(
         teachers,
         rows,
         num_views,
+        only=only,
         mode=mode,
         topk=recipe.distillation.topk or 16,
         batch_size=recipe.training.eval_batch_size,

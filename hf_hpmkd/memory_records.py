@@ -105,7 +105,7 @@ def memory_row(record: RunRecord) -> Row:
     best = record.best_teacher()
     details = record.to_dict()
     configuration = {
-        key: value for key, value in details.pop("recipe").items() if key not in ("output", "hub", "memory")
+        key: value for key, value in details.pop("recipe").items() if key not in ("output", "hub", "memory", "pipeline")
     }
     for key in ("curves", "events"):
         details.pop(key)

@@ -3,7 +3,10 @@
 The counts hold no weights and are the same on every machine; the seconds are those of a convolution timed on this one.
 """
 
+import copy
+import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
@@ -14,6 +17,7 @@ from hf_hpmkd.tasks.base import Rows
 
 _BATCH = 8  # rows of the forward pass that is counted
 _FORWARD_AND_BACKWARD = 3  # a backward pass costs about two forward passes
+_TIMED_STEPS = 3
 _SECONDS_PER_STEP = 0.004  # of the loop itself, however small the model
 
 
@@ -54,6 +58,33 @@ def operations_per_second() -> float:
         seconds.append(time.perf_counter() - started)
     operations = _FORWARD_AND_BACKWARD * 2 * images.numel() * 32 * 9
     return operations / min(seconds)
+
+
+def thread_gain(classifier: Classifier, rows: Rows, batch_size: int, threads: int, count: int) -> float:
+    """Training steps per second of `count` models side by side, which share the threads, over those of one model with
+    all threads, measured on this machine: above 1, several jobs at a time do more work than one after the other.
+
+    The models share one Python process, which slows them a little where separate processes would not be.
+    """
+    inputs = classifier.feed(rows.raw(list(range(min(batch_size, len(rows))))))
+
+    def seconds(model: torch.nn.Module, own_threads: int) -> float:
+        torch.set_num_threads(own_threads)  # of this Python thread
+        times = []
+        for _ in range(_TIMED_STEPS + 1):  # the first one warms up
+            started = time.perf_counter()
+            model(**inputs).logits.float().logsumexp(-1).sum().backward()
+            times.append(time.perf_counter() - started)
+        return statistics.median(times[1:])
+
+    models = [copy.deepcopy(classifier.model).train() for _ in range(count)]
+    together = seconds(models[0], threads)
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            side_by_side = statistics.mean(pool.map(seconds, models, [max(1, threads // count)] * count))
+    finally:
+        torch.set_num_threads(threads)
+    return count * together / side_by_side
 
 
 def activation_bytes(blueprint: Classifier, rows: Rows) -> int | None:

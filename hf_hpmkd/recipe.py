@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from hf_hpmkd.data import DataConfig
+from hf_hpmkd.engines import PipelineConfig
 from hf_hpmkd.recipe_faults import apply_overrides, did_you_mean, dotted, parse_yaml, validate
 from hf_hpmkd.recipe_rules import file_faults, rule_faults
 
@@ -23,9 +24,7 @@ _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, validate_assignment=Tr
 
 # Where and by how many workers a run is done changes no result, so it stays out of the fingerprint.
 _NOT_IN_FINGERPRINT = {
-    "output": None,
-    "hub": None,
-    "memory": None,
+    **dict.fromkeys(("output", "hub", "memory", "pipeline")),
     "training": ("report_to", "num_workers", "save_total_limit"),
     "distillation": ("cache_dir",),
 }
@@ -279,6 +278,7 @@ class Recipe:
         default_factory=ChainConfig, description="Intermediate models between the teachers and the student."
     )
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="The student's training loop.")
+    pipeline: PipelineConfig = Field(default_factory=PipelineConfig, description="Who does the jobs of a run.")
     output: OutputConfig = Field(default_factory=OutputConfig, description="Where the run goes.")
     hub: HubConfig = Field(default_factory=HubConfig, description="Whether the student is published.")
     memory: MemoryConfig = Field(default_factory=MemoryConfig, description="What earlier runs left for later ones.")
@@ -293,6 +293,7 @@ _SECTION_TYPES: dict[str, Any] = {
     "distillation": DistillationConfig,
     "chain": ChainConfig,
     "training": TrainingConfig,
+    "pipeline": PipelineConfig,
     "output": OutputConfig,
     "hub": HubConfig,
     "memory": MemoryConfig,

@@ -266,6 +266,18 @@ def _other_rules(recipe: "Recipe") -> Iterator[Fault]:
         yield ("hub.repo_id",), "hub.repo_id: hub.push needs the repository to push to, as user/name."
     if hub.repo_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", hub.repo_id):
         yield ("hub.repo_id",), f"hub.repo_id: must have the form user/name, got {hub.repo_id!r}."
+    pipeline = recipe.pipeline
+    if pipeline.address is not None and pipeline.engine != "ray":
+        yield (
+            ("pipeline.address", "pipeline.engine"),
+            f"pipeline.address: is for engine ray, got engine {pipeline.engine}. Remove the key, or set the engine.",
+        )
+    if pipeline.engine == "in-process" and pipeline.workers not in (None, 1):
+        yield (
+            ("pipeline.workers", "pipeline.engine"),
+            f"pipeline.workers: one process does one job at a time, got {pipeline.workers} workers with engine "
+            "in-process. Remove the key, or use engine local.",
+        )
     place = recipe.memory.path
     if place is not None and "://" in place and not re.fullmatch(r"hf://datasets/[\w.-]+/[\w.-]+", place):
         yield (

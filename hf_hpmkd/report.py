@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from hf_hpmkd.gantt import Bar, gantt
 from hf_hpmkd.run_record import ModelRecord, RunRecord, last_name
 
 HEADER = ("model", "parameters", "compression", "test accuracy", "retention", "training s", "ms/sample")
@@ -209,7 +210,8 @@ def verdict(record: RunRecord) -> str:
 
 
 def draw_plots(record: RunRecord, folder: Path) -> list[Path]:
-    """Draws what the record has data for: learning_curves.png, temperature.png, teacher_weights.png, class_weights.png.
+    """Draws what the record has data for: learning_curves.png, temperature.png, teacher_weights.png, class_weights.png,
+    pipeline.png.
 
     Makes `folder` if needed; returns the files written, in that order. Plots of an earlier call that no longer have
     data are removed.
@@ -221,6 +223,7 @@ def draw_plots(record: RunRecord, folder: Path) -> list[Path]:
         "temperature.png": _temperature,
         "teacher_weights.png": _teacher_weights,
         "class_weights.png": _class_weights,
+        "pipeline.png": _pipeline,
     }
     written = []
     for name, draw in drawings.items():
@@ -392,6 +395,20 @@ def _class_weights(record: RunRecord) -> Figure | None:
     axes.set_title("Mean weight of each teacher on the guide rows of each class", fontsize=12, loc="left")
     figure.colorbar(image, ax=axes, label="mean weight", pad=0.015)
     return figure
+
+
+def _pipeline(record: RunRecord) -> Figure | None:
+    """Phases and jobs since the run was last begun, which is what its phase `data` tells."""
+    begun = max((index for index, job in enumerate(record.jobs) if job.name == "data"), default=0)
+    jobs = [job for job in record.jobs[begun:] if job.name != "pipeline"]
+    if not jobs:
+        return None
+    bars = [
+        Bar(job.name, job.kind.split()[0], "main" if job.worker == "main" else f"worker {job.worker}", *times)
+        for job in jobs
+        for times in [(float(job.started), float(job.ended))]
+    ]
+    return gantt(bars, "Who did what, and when")
 
 
 def _shortened(name: str, longest: int = 24) -> str:

@@ -14,7 +14,7 @@ from hf_hpmkd.model_card import write_card
 from hf_hpmkd.recipe import Recipe, TeacherConfig, fingerprint, recipe_tree
 from hf_hpmkd.recipe_rules import is_trained_here
 from hf_hpmkd.run_memory import RunMemory
-from hf_hpmkd.run_record import RECORD_FILE, RunRecord, Status, TeacherRecord, environment
+from hf_hpmkd.run_record import RECORD_FILE, JobRecord, RunRecord, Status, TeacherRecord, environment
 from hf_hpmkd.teacher_kinds import Teacher
 
 
@@ -41,10 +41,11 @@ class Run:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the seconds of a phase to the record and saves it."""
-        started = time.perf_counter()
+        """Adds the seconds of a phase, and when it was, to the record and saves it."""
+        started, begun = time.perf_counter(), time.time()
         yield
         self.record.seconds[name] = self.record.seconds.get(name, 0.0) + time.perf_counter() - started
+        self.record.jobs.append(JobRecord(name, "main", begun, time.time()))
         self.save()
 
     @contextmanager

@@ -149,6 +149,24 @@ class ChainRecord:
 
 
 @dataclass
+class JobRecord:
+    """A job or a phase of a run that happened. worker: who did it; "main" is the run's own process, whose phases may
+    wait for workers. kind: jobs whose estimates err alike. started, ended: seconds since 1970. estimated: seconds,
+    before it began and without what earlier runs had taught; None for phases. attempts: how often it was started.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    worker: str
+    started: Number
+    ended: Number
+    kind: str = "phase"
+    estimated: Number | None = None
+    attempts: int = 1
+
+
+@dataclass
 class RunRecord:
     """One distillation.
 
@@ -156,7 +174,8 @@ class RunRecord:
     "direct", a teacher, a stage) -> rows of its log, each with `step`. taught_by: what taught the student, teachers and
     stages of the chain. class_weights: `taught_by x classes`, mean weight of each on the guide rows of each class; a
     column of zeros is a class without guide rows. chain: None before it is decided. seconds: phase -> seconds.
-    memory: which one, and what was found in it; {} for a run without.
+    memory: which one, and what was found in it; {} for a run without. pipeline: who did the jobs, and why; {} for a run
+    without workers. jobs: what happened when, an interrupted run's jobs before its last ones.
     events: {"time", "text"}. Times are UTC, ISO 8601.
     """
 
@@ -181,6 +200,8 @@ class RunRecord:
     class_names: list[str] = field(default_factory=list)
     seconds: dict[str, Number] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
+    pipeline: dict[str, Any] = field(default_factory=dict)
+    jobs: list[JobRecord] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     events: list[dict[str, str]] = field(default_factory=list)
     error: str | None = None

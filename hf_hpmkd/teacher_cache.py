@@ -132,12 +132,13 @@ class TeacherCache:
         *,
         mode: str = "full",
         topk: int | None = None,
+        only: int | None = None,
         batch_size: int = 256,
         progress: bool = True,
         on_message: Callable[[str], None] | None = None,
     ) -> CachedOutputs:
-        """The outputs of the teachers on rows, in views 0..num_views-1 (0: unaugmented alone); what is missing is
-        computed.
+        """The outputs of the teachers on rows, in views 0..num_views-1 (0: unaugmented alone), or in view `only` of
+        them; what is missing is computed.
 
         mode: "full" keeps all logits, "topk" the log-probabilities of the `topk` largest classes. batch_size: rows per
         forward pass, halved where memory does not suffice. on_message: gets a line on bytes and time before and during
@@ -157,17 +158,8 @@ class TeacherCache:
             _require_views(teachers, rows)
         say = on_message or (_print_to_stderr if progress else _say_nothing)
         layout = Layout(mode, topk, len(rows), len(rows.class_names))
-        views = list(range(num_views)) or [UNAUGMENTED]
-        identities = [teacher.identity(rows) for teacher in teachers]
-        wanted = [
-            [
-                Wanted(
-                    self.root, identity, rows.fingerprint, rows.view_key() if num_views else {}, v, layout, teacher.name
-                )
-                for v in views
-            ]
-            for teacher, identity in zip(teachers, identities, strict=True)
-        ]
+        views = [only] if only is not None else list(range(num_views)) or [UNAUGMENTED]
+        wanted = [self._wanted(teacher, rows, views, layout) for teacher in teachers]
         if self.source is not None:
             self.source.use(*(file.path.name for of_teacher in wanted for file in of_teacher))
         found: dict[str, Stored] = {}
@@ -188,6 +180,18 @@ class TeacherCache:
         stored_files = [[found[file.key] for file in of_teacher] for of_teacher in wanted]
         names = [teacher.name for teacher in teachers]
         return CachedOutputs(names, stored_files, layout, views, len(found) - len(captured), len(captured))
+
+    def _wanted(self, teacher: Teacher, rows: Rows, views: Sequence[int], layout: Layout) -> list[Wanted]:
+        """The files of a teacher's outputs, one per view."""
+        identity, name = teacher.identity(rows), teacher.name
+        keys = [{} if view == UNAUGMENTED else rows.view_key() for view in views]
+        about = (self.root, identity, rows.fingerprint)
+        return [Wanted(*about, key, view, layout, name) for view, key in zip(views, keys, strict=True)]
+
+    def has(self, teacher: Teacher, rows: Rows, view: int | None, mode: str = "full", topk: int | None = None) -> bool:
+        """Whether the file of a teacher's outputs is there, sound or not. view: None for unaugmented rows."""
+        layout = Layout(mode, topk, len(rows), len(rows.class_names))
+        return self._wanted(teacher, rows, [UNAUGMENTED if view is None else view], layout)[0].path.is_file()
 
     def _adopted(
         self, missing: list[tuple[Teacher, Wanted]], rows: Rows, found: dict[str, Stored]

@@ -40,6 +40,15 @@ def train_teacher(
     return _network(config, name, config.folds or 0, schedule, memory, parts, folder)
 
 
+def folders_done(config: TeacherConfig, folder: Path) -> bool:
+    """Whether the teacher lies finished in `folder`, its folds included."""
+    if is_sklearn(config.model):
+        return (folder / _DONE).is_file()
+    return all(
+        done_file(one).is_file() for one in (folder, *(folder / f"fold{fold}" for fold in range(config.folds or 0)))
+    )
+
+
 def _sklearn(
     config: TeacherConfig, name: str, folds: int, seed: int, rows: Rows, folder: Path
 ) -> tuple[Teacher, float]:

@@ -102,7 +102,10 @@ def test_a_recipe_expects_what_its_records_gave(prefix, recipe):
     assert expected in (ROOT / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
+RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path.parent.name != "accelerate"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_parses_and_begins_with_its_header(path):
     load_recipe(path)
     text = path.read_text(encoding="utf-8")

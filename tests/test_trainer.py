@@ -119,29 +119,43 @@ from types import SimpleNamespace
 import torch
 sys.path.insert(0, {tests!r})
 import tiny
+from accelerate import PartialState
 from hf_hpmkd.trainer import HPMKDTrainer
 torch.set_num_threads(1)
 folder = Path({folder!r})
+arguments = tiny.arguments(folder, per_device_train_batch_size=8, **{settings!r})
+if arguments.fsdp:  # which accelerate has for GPUs alone, though gloo does as well
+    assert arguments.device.type == "cpu"
+    arguments.use_cpu = False
+    PartialState._shared_state["distributed_type"] = "MULTI_GPU"
 trainer = HPMKDTrainer(
-    tiny.tiny_vit(), tiny.tiny_teachers(2), tiny.arguments(folder, per_device_train_batch_size=8, **{settings!r}),
+    tiny.tiny_vit(), tiny.tiny_teachers(2), arguments,
     train_dataset=tiny.TinyImages(48), guide_dataset=tiny.TinyImages(40, seed=3),
 )
 trainer.train()
 assert trainer.args.world_size == 2, trainer.args.world_size
+assert trainer.accelerator.is_fsdp2 == bool(arguments.fsdp)
+trainer.save_model(folder / "student")
 gate = trainer.distiller.ensemble.gate
 flat = torch.cat([p.detach().flatten() for p in gate.parameters()])
 both = [torch.empty_like(flat) for _ in range(2)]
 torch.distributed.all_gather(both, flat)
 assert torch.equal(*both)
-result = [tiny.weights_of(trainer.model), trainer.distiller.scheduler.temperature]
+trainer.accelerator.wait_for_everyone()
+saved = type(tiny.tiny_vit()).from_pretrained(folder / "student")
+result = [tiny.weights_of(saved), trainer.distiller.scheduler.temperature]
 torch.save(result, folder / f"rank{{trainer.args.process_index}}.pt")
 """
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"gate": "joint", "temperature_schedule": "loss", "gate_dropout": 0.0}],  # dropout is drawn per process
-    ids=["default", "joint"],
+    [
+        {},
+        {"gate": "joint", "temperature_schedule": "loss", "gate_dropout": 0.0},  # dropout is drawn per process
+        {"fsdp": "full_shard", "fsdp_config": {"version": 2, "auto_wrap_policy": "NO_WRAP"}},
+    ],
+    ids=["default", "joint", "fsdp2"],
 )
 def test_two_processes_equal_one(tmp_path, settings):
     script = tmp_path / "two.py"
@@ -151,7 +165,8 @@ def test_two_processes_equal_one(tmp_path, settings):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    one = train(tmp_path, tiny.tiny_teachers(2), train_dataset=tiny.TinyImages(48), **settings)
+    alone = {name: value for name, value in settings.items() if not name.startswith("fsdp")}
+    one = train(tmp_path, tiny.tiny_teachers(2), train_dataset=tiny.TinyImages(48), **alone)
     for rank in range(2):
         weights, temperature = torch.load(tmp_path / f"rank{rank}.pt")
         assert torch.allclose(weights, tiny.weights_of(one.model), atol=2e-6)

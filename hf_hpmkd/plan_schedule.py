@@ -1,0 +1,66 @@
+"""How long the jobs of a recipe would take on so many workers, told and drawn before any of them is run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_hpmkd.components.parallel_pipeline import Graph, Schedule, equal_workers, simulate
+from hf_hpmkd.data import load_parts
+from hf_hpmkd.gantt import Bar, gantt
+from hf_hpmkd.job_graph import corrected, run_graph
+from hf_hpmkd.recipe import Recipe
+from hf_hpmkd.recipe_rules import is_trained_here
+from hf_hpmkd.report import markdown
+from hf_hpmkd.run_memory import open_memory
+from hf_hpmkd.run_record import environment
+
+_LONGEST_LIST = 40
+
+
+def plan_schedule(recipe: Recipe, workers: Sequence[int], picture: Path | None = None) -> str:
+    """The simulated schedule of a run from its beginning on each number of workers, as text; that on the last number
+    also job by job, and as a Gantt chart into `picture` (PNG). Opens the data, which must be on this disk.
+
+    A worker counts as fast as this machine with this process's threads, and starting a job as free.
+    """
+    graph = estimated_graph(recipe)
+    last = simulate(graph, equal_workers(workers[-1]))
+    lines = [f"Pipeline: {len(graph.jobs)} jobs, {graph.work:,.0f} s of work (estimated)", "", scaling(graph, workers)]
+    lines += ["", f"On {workers[-1]} workers:", *_listed(last)]
+    if picture is not None:
+        bars = [
+            Bar(one.job, graph.jobs[one.job].kind.split()[0], f"worker {one.worker}", one.start, one.end)
+            for one in last.placements
+        ]
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        title = f"{recipe.student.model} on {workers[-1]} workers, estimated"
+        gantt(bars, title).savefig(picture, dpi=120, metadata={"Software": None})
+        lines.append(f"Drawn into {picture}.")
+    return "\n".join(lines)
+
+
+def estimated_graph(recipe: Recipe) -> Graph:
+    """The jobs of a recipe with the seconds that its memory suggests for this machine."""
+    saw_train = not all(is_trained_here(teacher.model) for teacher in recipe.teachers)
+    graph = run_graph(recipe, load_parts(recipe.data, task=recipe.task.type, teachers_saw_train=saw_train))
+    past = open_memory(recipe).records()[0] if recipe.memory.use else []
+    return corrected(graph, past, environment()[1])
+
+
+def scaling(graph: Graph, workers: Sequence[int]) -> str:
+    """Simulated seconds on each number of workers, as Markdown: the bound is max(work / workers, critical path)."""
+    rows = []
+    for count in workers:
+        seconds = simulate(graph, equal_workers(count)).makespan
+        first_come = simulate(graph, equal_workers(count), "first-come").makespan
+        bound = graph.lower_bound(count)
+        figures = (f"{seconds:,.0f}", f"{graph.work / seconds:.2f}x", f"{bound:,.0f}", f"{first_come:,.0f}")
+        rows.append([str(count), *figures, f"{graph.work / seconds / count:.0%}"])
+    header = ("workers", "seconds", "faster than one", "lower bound, s", "first come, first served, s", "busy")
+    return markdown(header, rows, left=0)
+
+
+def _listed(schedule: Schedule) -> list[str]:
+    placed = sorted(schedule.placements, key=lambda one: (one.start, one.worker))
+    lines = [f"  {one.start:8,.1f} to {one.end:8,.1f} s  worker {one.worker}  {one.job}" for one in placed]
+    more = [f"  ... and {len(lines) - _LONGEST_LIST} more"] if len(lines) > _LONGEST_LIST else []
+    return lines[:_LONGEST_LIST] + more

@@ -1,0 +1,211 @@
+"""A run whose jobs other processes do ends as the run that does them itself: bit by bit, and with the same record."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from hf_hpmkd.classifiers import build_classifier
+from hf_hpmkd.cli import main
+from hf_hpmkd.components.parallel_pipeline import Graph, Job
+from hf_hpmkd.data import load_parts
+from hf_hpmkd.job_graph import corrected, run_graph, run_tasks
+from hf_hpmkd.memory_records import memory_row
+from hf_hpmkd.model_cost import thread_gain
+from hf_hpmkd.recipe import RecipeError, read_recipe
+from hf_hpmkd.run_record import JobRecord, RunRecord
+
+
+def recipe_tree(folder, **sections):
+    return {
+        "data": {"path": "sklearn:wine"},
+        "teachers": [{"model": "mlp-16", "epochs": 2}, {"model": "sklearn:LogisticRegression", "folds": 2}],
+        "student": {"model": "mlp-2"},
+        "training": {"epochs": 3, "batch_size": 16, "learning_rate": 0.01, "evaluations": 2},
+        "output": {"dir": str(folder / "run")},
+        "memory": {"path": str(folder / "memory")},
+        **sections,
+    }
+
+
+def distill(folder, *words, **sections):
+    folder.mkdir(exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_tree(folder, **sections)))
+    return main(["distill", str(folder / "recipe.yaml"), *words])
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Bits are those of one thread, here and in each worker."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("HPMKD_CACHE", raising=False)
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, one_thread):
+    folder = tmp_path_factory.mktemp("alone")
+    assert distill(folder, "chain.length=1") == 0
+    return folder
+
+
+def require_same_models(one, other):
+    for model in ("student", "direct", "chain/stage-1", "teachers/mlp-16"):
+        mine, yours = (load_file(folder / "run" / model / "model.safetensors") for folder in (one, other))
+        assert mine.keys() == yours.keys() and all(torch.equal(mine[key], yours[key]) for key in mine), model
+
+
+@pytest.mark.parametrize("workers", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_workers_change_nothing_in_the_result(tmp_path, alone, workers):
+    words = ["chain.length=1", "pipeline.engine=local", f"pipeline.workers={workers}"]
+    assert distill(tmp_path, *words) == 0
+    require_same_models(tmp_path, alone)
+    record, expected = (RunRecord.load(folder / "run" / "run_record.json") for folder in (tmp_path, alone))
+    assert record.recipe_fingerprint == expected.recipe_fingerprint
+    for name, model in expected.models.items():
+        assert record.models[name].metrics == model.metrics
+        assert [row["step"] for row in record.curves[name]] == [row["step"] for row in expected.curves[name]]
+    assert [one.accuracy for one in record.teachers] == [one.accuracy for one in expected.teachers]
+    assert record.class_weights == expected.class_weights and record.taught_by == expected.taught_by
+    assert [one.guides for one in record.chain.stages] == [one.guides for one in expected.chain.stages]
+    found = {key: value for key, value in record.memory.items() if not key.endswith(("seconds", "saved"))}
+    assert found == {key: expected.memory[key] for key in found}
+
+    jobs = {job.name: job for job in record.jobs if job.worker != "main"}
+    parts = ("train", "guide", "validation", "test")
+    outputs = {f"outputs {name} {part}" for name in ("mlp-16", "LogisticRegression") for part in parts}
+    assert set(jobs) == {"train mlp-16", "train LogisticRegression", "direct", "chain", "student"} | outputs
+    assert {job.worker for job in jobs.values()} == {str(index + 1) for index in range(workers)}
+    heard = [job.ended for name, job in jobs.items() if name in outputs and name.endswith(("train", "guide"))]
+    tested = [job.started for name, job in jobs.items() if name.endswith("test")]
+    assert min(tested) >= max(jobs["student"].ended, jobs["direct"].ended)
+    assert max(heard) <= jobs["chain"].started and jobs["chain"].ended <= jobs["student"].started
+    assert all(job.started < job.ended and job.estimated > 0 for job in jobs.values())
+    assert (tmp_path / "run" / "plots" / "pipeline.png").stat().st_size > 5000
+    assert "student" in (tmp_path / "run" / "logs" / "student.log").read_text()
+    assert not [job for job in expected.jobs if job.worker != "main"]
+
+
+def _stop(*words, **options):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_a_failed_job_is_told_and_the_same_command_goes_on(tmp_path, alone, capsys, monkeypatch):
+    """Its folder cannot be written: the job fails, the direct student is trained all the same."""
+    words = ["chain.length=1", "pipeline.engine=local", "pipeline.workers=2"]
+    blocked = tmp_path / "run" / "teachers" / "mlp-16"
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_hpmkd.distill.load_parts", _stop)
+        assert distill(tmp_path, *words) == 130  # the folder is this run's now
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("a file where a folder should be")
+    capsys.readouterr()
+    assert distill(tmp_path, *words) == 2
+    told = capsys.readouterr().err
+    assert "train mlp-16: " in told and "logs/train-mlp-16.log" in told and "goes on" in told
+    assert (tmp_path / "run" / "direct.trained.json").is_file()
+    assert not (tmp_path / "run" / "student.trained.json").exists()
+    blocked.unlink()
+    direct = (tmp_path / "run" / "direct" / "model.safetensors").stat().st_mtime_ns
+    assert distill(tmp_path, *words) == 0
+    assert (tmp_path / "run" / "direct" / "model.safetensors").stat().st_mtime_ns == direct
+    require_same_models(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_ray_changes_nothing_in_the_result(tmp_path, alone):
+    pytest.importorskip("ray")
+    words = ["distill", str(tmp_path / "recipe.yaml"), "chain.length=1", "pipeline.engine=ray", "pipeline.workers=2"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_tree(tmp_path)))
+    # In a process of its own: Ray leaves sockets and threads behind that warnings would be made of.
+    subprocess.run([sys.executable, "-m", "hf_hpmkd", *words], check=True, timeout=280)
+    require_same_models(tmp_path, alone)
+    record = RunRecord.load(tmp_path / "run" / "run_record.json")
+    assert record.pipeline["engine"] == "ray" and {"train mlp-16", "student"} <= {job.name for job in record.jobs}
+
+
+# ---- the graph -------------------------------------------------------------------------------------------------------
+
+
+def digits(*words, teachers=("cifar-resnet-14x8", "sklearn:SVC")):
+    tree = {
+        "data": {"path": "sklearn:digits", "views": 3, "max_train_rows": 200},
+        "teachers": [{"model": model} for model in teachers],
+        "student": {"model": "cifar-resnet-8x4"},
+    }
+    return read_recipe(tree, "test", words)
+
+
+def graph_of(recipe):
+    return run_graph(recipe, load_parts(recipe.data, teachers_saw_train=False))
+
+
+def test_the_graph_of_a_run():
+    graph = graph_of(digits())
+    outputs = [f"outputs cifar-resnet-14x8 train view {view}" for view in range(3)]
+    assert all(graph.jobs[name].needs == ("train cifar-resnet-14x8",) for name in outputs)
+    assert set(outputs) < set(graph.jobs["student"].needs) and graph.jobs["direct"].needs == ()
+    assert not [name for name in graph.jobs["student"].needs if name.endswith(("validation", "test"))]
+    assert {"student", "direct"} < set(graph.jobs["outputs SVC test"].needs)
+    assert len({job.key for job in graph.jobs.values()}) == len(graph.jobs) == 2 + 2 * 6 + 2
+    assert graph_of(digits("chain.length=2")).jobs["student"].needs == ("chain",)
+    live = graph_of(digits("distillation.teacher_outputs=live"))
+    assert set(live.jobs["student"].needs) >= {"train cifar-resnet-14x8", "train SVC"}
+    assert not [name for name in live.jobs if "view" in name]
+    deaf = graph_of(digits("distillation.alpha=0"))  # it may still start from a teacher's weights
+    assert set(deaf.jobs["student"].needs) == {"train cifar-resnet-14x8", "train SVC"}
+    assert "direct" not in graph_of(digits("distillation.direct=false")).jobs
+
+
+def test_estimates_grow_with_what_is_to_be_done():
+    once, twice = graph_of(digits("training.epochs=2")), graph_of(digits("training.epochs=4"))
+    assert twice.jobs["student"].seconds == pytest.approx(2 * once.jobs["student"].seconds)
+    folded = graph_of(digits("training.epochs=2", "teachers.0.folds=2"))
+    name = "train cifar-resnet-14x8"
+    assert folded.jobs[name].seconds == pytest.approx(3 * once.jobs[name].seconds)
+    outputs = [once.jobs[f"outputs cifar-resnet-14x8 {part}"].seconds for part in ("train view 0", "guide")]
+    parts = load_parts(digits().data, teachers_saw_train=False)
+    assert outputs[0] / outputs[1] == pytest.approx(len(parts.train) / len(parts.guide))
+
+
+def test_estimates_are_corrected_by_runs_on_like_hardware():
+    graph = Graph([Job("student", 10, kind="student a"), Job("direct", 10, kind="direct a")])
+    record = RunRecord(status="completed", hardware={"cores": 2})
+    job = {"worker": "1", "started": 100.0, "ended": 140.0, "kind": "student a", "estimated": 20.0}
+    record.jobs = [JobRecord("student", **job)]
+    rows = [memory_row(record)]
+    seconds = {name: one.seconds for name, one in corrected(graph, rows, {"cores": 2}).jobs.items()}
+    assert seconds == {"student": 20, "direct": 20}  # nothing is known of direct, so it errs as the rest did
+    assert corrected(graph, rows, {"cores": 8}).jobs["student"].seconds == 10
+
+
+@pytest.mark.parametrize("num_views", [0, 3])
+def test_task_names_tell_jobs_apart(num_views):
+    names = [task.name for task in run_tasks(digits("chain.length=auto"), num_views)]
+    assert len(set(names)) == len(names) == 2 + 2 * (3 + max(num_views, 1)) + 3
+
+
+def test_measuring_leaves_the_threads_and_the_model_as_they_were(one_thread):
+    parts = load_parts(digits().data, teachers_saw_train=False)
+    torch.set_num_threads(2)
+    built = build_classifier("cifar-resnet-8x4", parts.train)
+    before = {key: value.clone() for key, value in built.model.state_dict().items()}
+    assert thread_gain(built, parts.train, 16, 2, 2) > 0
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    assert all(torch.equal(value, before[key]) for key, value in built.model.state_dict().items())
+    assert all(weight.grad is None for weight in built.model.parameters())
+
+
+def test_settings_that_do_not_go_together_are_told():
+    with pytest.raises(RecipeError, match="pipeline.address: is for engine ray, got engine local"):
+        digits("pipeline.engine=local", "pipeline.address=auto")
+    with pytest.raises(RecipeError, match="one process does one job at a time, got 2 workers"):
+        digits("pipeline.engine=in-process", "pipeline.workers=2")
