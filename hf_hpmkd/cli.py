@@ -124,6 +124,27 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--output", type=Path, metavar="FILE", help="also write the figures to this JSON file")
     one.add_argument("--steps", type=int, default=200, help="optimizer steps per side (default: 200)")
 
+    one = command(group, "auto", "The adaptive configuration against fixed values and a grid.", _bench_auto)
+    _add_tables(one)
+    one.add_argument("--seeds", type=int, default=3, help="seeds per table (default: 3)")
+    one.add_argument("--mode", choices=("fast", "thorough"), default="fast", help="budget of the tries (default: fast)")
+    one.add_argument("--student", default="mlp-16", help="student (default: mlp-16)")
+    one.add_argument("--prior", type=Path, metavar="FILE", help="prior to judge (default: the one of the package)")
+    one.add_argument("--records", default="all", metavar="all,0,50", help="how many runs of the prior may be known")
+    one.add_argument("--no-grid", action="store_true", help="leave the grid, and with it the regret, out")
+    one.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder; the same command goes on in it")
+    one.set_defaults(after_stop="The same command goes on where this one stood.")
+
+    prior = commands.add_parser("prior", help="What the adaptive configuration knows before the first run.")
+    group = prior.add_subparsers(title="prior commands", required=True, metavar="COMMAND")
+    one = command(group, "build", "Make a prior by short real runs over tables.", _prior_build)
+    _add_tables(one)
+    one.add_argument("--runs", type=int, default=1_000, metavar="N", help="runs to have at the end (default: 1000)")
+    one.add_argument("--output", type=Path, required=True, metavar="FILE", help="Parquet file; goes on if it is there")
+    one.set_defaults(after_stop="The same command goes on where this one stood.")
+    one = command(group, "show", "Where a prior comes from.", _prior_show)
+    one.add_argument("file", nargs="?", type=Path, metavar="FILE", help="prior (default: the one of the package)")
+
     one = command(commands, "report", "One Markdown table of finished runs, seeds of a recipe together.", _report)
     one.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or a run record (JSON)")
 
@@ -209,6 +230,13 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     add("--final", action="store_true", help="also score on the test part; every look at it goes into the record")
     add("--table", type=Path, metavar="DIR", help="print the table of a comparison again (folder or comparison.json)")
     add("--list", action="store_true", help="list the methods that come with the package")
+
+
+def _add_tables(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="folder with a folder of Parquet files per table"
+    )
+    parser.add_argument("--tables", metavar="A,B", help="only these tables (default: all)")
 
 
 def _add_cache_dir(parser: argparse.ArgumentParser) -> None:
@@ -364,6 +392,38 @@ def _bench_trainer(args: argparse.Namespace) -> None:
     from hf_hpmkd.bench import bench_trainer
 
     bench_trainer(args.output, steps=args.steps)
+
+
+def _bench_auto(args: argparse.Namespace) -> None:
+    from hf_hpmkd.auto_bench import Settings, bench_auto
+
+    counts = [None if word == "all" else int(word) for word in args.records.split(",")]
+    settings = Settings(
+        args.data,
+        args.output,
+        args.tables.split(",") if args.tables else None,
+        seeds=args.seeds,
+        mode=args.mode,
+        prior=args.prior,
+        student=args.student,
+        records=sorted(counts, key=lambda count: count is not None),
+        grid=not args.no_grid,
+    )
+    _say(bench_auto(settings, say=_say))
+
+
+def _prior_build(args: argparse.Namespace) -> None:
+    from hf_hpmkd.prior_build import build_prior
+
+    tables = args.tables.split(",") if args.tables else None
+    count = build_prior(args.data, args.runs, args.output, tables, say=_say)
+    _say(f"{args.output} has {count} runs.")
+
+
+def _prior_show(args: argparse.Namespace) -> None:
+    from hf_hpmkd.configuration_examples import provenance
+
+    _say(json.dumps(provenance(args.file), indent=1))
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -11,10 +11,10 @@ PACKAGE = Path(__file__).parents[1] / "hf_hpmkd"
 # From the bottom up; inside a level from left to right. A file may import what stands before it, nothing else. A folder
 # (tasks, models, metrics, components) is one word; what its files do among themselves is their matter, save components.
 LEVELS = (
-    ("losses", "heads", "paired_tests", "run_record", "memory_records", "memory_files", "hub_client", "tasks", "models",
-     "metrics"),
-    ("components", "training_args", "dataset_rows", "data_source", "data", "model_names", "classifiers",
-     "model_shapes", "intermediate_models", "warm_start", "model_cost"),
+    ("losses", "heads", "paired_tests", "meta_features", "run_record", "memory_records", "memory_files", "hub_client",
+     "tasks", "models", "metrics"),
+    ("components", "configuration_examples", "training_args", "dataset_rows", "data_source", "data", "model_names",
+     "classifiers", "model_shapes", "intermediate_models", "warm_start", "model_cost"),
     (
         "teacher_kinds", "sklearn_teachers", "teachers", "teacher_output_file", "foreign_outputs", "teacher_outputs",
         "teacher_cache", "report", "run_summary", "comparison_record", "comparison_report", "model_card", "stage_card",
@@ -22,8 +22,9 @@ LEVELS = (
     ),
     ("control_teachers", "distiller", "trainer", "baselines"),
     (
-        "recipe_faults", "recipe_rules", "recipe", "run_memory", "classifier_training", "plan", "teacher_training",
-        "evaluation", "run_context", "chain", "distill", "methods", "compare_jobs", "compare", "bench",
+        "recipe_faults", "recipe_rules", "search_budget", "recipe", "run_memory", "classifier_training", "plan",
+        "teacher_training", "evaluation", "run_context", "chain", "quick_validation", "distill",
+        "table_runs", "prior_build", "auto_bench", "methods", "compare_jobs", "compare", "bench",
     ),
     ("cli", "__main__"),
 )  # fmt: skip
@@ -34,6 +35,7 @@ ONLY = {
     "losses": set(),
     "heads": set(),
     "paired_tests": set(),
+    "meta_features": set(),
     "run_record": set(),
     "tasks": set(),
     "models": set(),
@@ -42,7 +44,8 @@ ONLY = {
     "metrics": set(),
     "memory_records": {"run_record"},
     "memory_files": set(),
-    "components": {"losses", "memory_records", "memory_files"},
+    "components": {"losses", "meta_features", "memory_records", "memory_files"},
+    "configuration_examples": {"components", "meta_features", "memory_records"},
     "report": {"run_record"},
     "run_summary": {"run_record", "report"},
     "comparison_record": {"run_record"},
@@ -54,6 +57,7 @@ ONLY = {
     "memory_hub": {"memory_records", "memory_files", "hub_client", "components"},
     "run_folder": {"run_record"},
     "recipe_faults": set(),
+    "search_budget": set(),
     "__main__": {"cli"},
 }
 
