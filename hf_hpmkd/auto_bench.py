@@ -29,7 +29,7 @@ from hf_hpmkd.recipe import Recipe, read_recipe, recipe_tree
 from hf_hpmkd.recipe_rules import uses_teachers
 from hf_hpmkd.report import markdown
 from hf_hpmkd.run_record import code_commit, environment
-from hf_hpmkd.table_runs import TEACHERS, TableRuns, quiet_torch, table_folders
+from hf_hpmkd.table_runs import TEACHERS, TableRuns, spare_time, table_folders
 
 FIXED = Configuration(alpha=0.9, temperature=4.0)
 GRID = tuple(
@@ -72,7 +72,7 @@ def bench_auto(settings: Settings, say: Callable[[str], None] = print) -> str:
         raise ValueError(f"There is no table {', '.join(sorted(unknown))} in {settings.data}.")
     PartialState(cpu=True)
     disable_progress_bar()
-    quiet_torch()
+    spare_time()
     settings.folder.mkdir(parents=True, exist_ok=True)
     for seed in range(settings.seeds):
         for folder in chosen:

@@ -25,14 +25,14 @@ from hf_hpmkd.meta_features import LANDMARK, landmark_features
 from hf_hpmkd.quick_validation import landmark_loss
 from hf_hpmkd.recipe import read_recipe, recipe_tree
 from hf_hpmkd.run_record import code_commit, environment
-from hf_hpmkd.table_runs import TEACHERS, TableRuns, quiet_torch, table_folders
+from hf_hpmkd.table_runs import TEACHERS, TableRuns, spare_time, table_folders
 
 STUDENTS = ("mlp-4", "mlp-8", "mlp-16", "mlp-32", "mlp-64", "mlp-16x16")
-SETTINGS_PER_TABLE = 4
-RUNS_PER_SETTING = 7
+SETTINGS_PER_TABLE = 3
+RUNS_PER_SETTING = 6
 
 _ROWS = (300, 1_000, 3_000, 6_000)  # the most training rows that a table keeps
-_STEPS = (160, 320, 480)
+_STEPS = (80, 160, 320)
 _LEARNING_RATES = (0.001, 0.003, 0.01)
 _BATCH = 64
 _EVALUATIONS = 8  # so that the landmark, its half, and EARLY fall on one
@@ -65,7 +65,7 @@ def build_prior(
     folders = [folder for folder in folders if tables is None or folder.name in tables]
     PartialState(cpu=True)
     disable_progress_bar()
-    quiet_torch()
+    spare_time()
     log = output.with_suffix(".jsonl")
     log.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
@@ -135,6 +135,7 @@ def _rows_of_setting(runs: TableRuns, name: str, seed: int, random: np.random.Ge
         "batch_size": _BATCH,
         "learning_rate": rate,
         "evaluations": _EVALUATIONS,
+        "log_every": steps // 32,
         "save_total_limit": 1,
     }
     recipe = read_recipe(tree, "a run of the prior")

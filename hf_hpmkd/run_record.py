@@ -163,8 +163,8 @@ class TrialRecord:
 
 @dataclass
 class AutoRecord:
-    """What the adaptive configuration chose. reason: why, in a sentence. knowledge: where expectations came from. alike:
-    the data sets whose runs were most like this one. configuration: the fields of
+    """What the adaptive configuration chose. reason: why, in a sentence. knowledge: where expectations came from.
+    alike: the data sets whose runs were most like this one. configuration: the fields of
     `adaptive_configuration.Configuration`. overrides: section -> key -> value, how the recipe was changed. total_steps:
     of one training; budget_steps: that the tries might add, extra_steps: that they added. seconds: of the tries.
     deciding_seconds: of all the rest.

@@ -3,6 +3,7 @@
 For the prior and for judging it. Nothing here opens the test rows unless it is asked to.
 """
 
+import gc
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,6 +139,9 @@ def table_folders(data: Path) -> list[Path]:
     return found
 
 
-def quiet_torch() -> None:
-    """One thread: students this small lose time with more."""
+def spare_time() -> None:
+    """For processes that train many small students: one thread, and no search for garbage among what was imported,
+    which the trainer would do at every start (a third of a second each).
+    """
     torch.set_num_threads(1)
+    gc.freeze()
