@@ -25,7 +25,7 @@ from hf_hpmkd.meta_features import LANDMARK, landmark_features
 from hf_hpmkd.quick_validation import landmark_loss
 from hf_hpmkd.recipe import read_recipe, recipe_tree
 from hf_hpmkd.run_record import code_commit, environment
-from hf_hpmkd.table_runs import TEACHERS, TableRuns, spare_time, table_folders
+from hf_hpmkd.table_runs import TEACHERS, TableRuns, num_rows, spare_time, table_folders
 
 STUDENTS = ("mlp-4", "mlp-8", "mlp-16", "mlp-32", "mlp-64", "mlp-16x16")
 SETTINGS_PER_TABLE = 3
@@ -118,7 +118,8 @@ def _rows_of_table(folder: Path, seed: int) -> Iterator[dict[str, Any]]:
     """All rows of one table and seed."""
     random = np.random.default_rng([seed, *folder.name.encode()])
     with tempfile.TemporaryDirectory() as place:
-        data = {"max_train_rows": int(random.choice(_ROWS)), "guide_size": 0.1, "validation_size": 0.25}
+        guide, validation = (min(most, num_rows(folder) // share) for most, share in ((500, 10), (2_000, 4)))
+        data = {"max_train_rows": int(random.choice(_ROWS)), "guide_size": guide, "validation_size": validation}
         runs = TableRuns(folder, Path(place), seed, folds=int(random.choice([0, 3])), data=data)
         for _ in range(SETTINGS_PER_TABLE):
             yield from _rows_of_setting(runs, folder.name, seed, random)
