@@ -17,7 +17,7 @@ Heard = Literal["all", "best", "best-network", "peer", "constant", "shuffled", "
 Loss = Literal["", "at", "ctkd", "dml", "fitnets"]
 
 DEFAULT_METHODS = ("direct", "kd-best", "kd-mean", "hpmkd")
-SECTIONS = ("distillation", "chain", "training")
+SECTIONS = ("distillation", "chain", "auto", "training")
 EQUAL_FOR_ALL = (
     "training.seed",
     "training.epochs",
@@ -55,6 +55,7 @@ PLAIN = (
     "chain.length=0",
     "chain.models=[]",
     "chain.warm_start=false",
+    "auto.mode=off",
 )
 
 # The loss of a baseline is (1 - alpha) cross-entropy + alpha term, so one half each is the authors' 1 : weight.
@@ -71,17 +72,19 @@ METHODS = (
             "chain.length=0",
             "chain.models=[]",
             "chain.warm_start=false",
+            "auto.mode=off",
         ),
     ),
     Method(
         "direct-fresh",
         "the labels alone, with new augmented views in every epoch",
-        ("distillation.alpha=0", "distillation.feature_weight=0"),
+        ("distillation.alpha=0", "distillation.feature_weight=0", "auto.mode=off"),
         fresh_views=True,
     ),
     Method("kd-best", "plain KD (Hinton) from the single teacher that is best on guide rows", PLAIN, "best"),
     Method("kd-mean", "plain KD from the plain mean of all teachers", PLAIN),
     Method("hpmkd", "the recipe as it is"),
+    Method("adaptive", "the recipe, its configuration chosen by short tries (fast)", ("auto.mode=fast",)),
     Method(
         "ca-mkd",
         "KD from the mean weighted by each teacher's loss on the label (CA-MKD, logits only)",

@@ -162,3 +162,17 @@ def test_a_configuration_becomes_values_of_the_recipe() -> None:
     assert plain.training == recipe.training and is_direct(recipe, plain)
     assert not is_direct(recipe, with_values(recipe, overrides_of(Configuration(learning_rate=2.0), recipe)))
     assert set(overrides_of(taught, recipe)["distillation"]) | {"learning_rate", "weight_decay"} == set(SPACE)
+
+
+def test_a_comparison_counts_what_was_tried(tmp_path: Path) -> None:
+    from hf_hpmkd.compare import Settings, compare
+    from hf_hpmkd.methods import choose_methods
+
+    recipe = read_recipe(tree(tmp_path), "a test")
+    methods = choose_methods(["direct", "hpmkd"])
+    record = compare(recipe, Settings(methods, [0], tmp_path / "compared"), say=lambda line: None)
+    direct, chosen = (next(one for one in record.results if one.method == name) for name in ("direct", "hpmkd"))
+    assert direct.overrides[-1] == "auto.mode=off" and direct.steps == chosen.steps == STEPS
+    auto = RunRecord.load(tmp_path / "compared" / "seed-0" / "hpmkd.run" / "run_record.json").auto
+    assert auto.trials and chosen.seconds > auto.seconds
+    assert auto.extra_steps <= auto.budget_steps  # direct training is tried, and paid for
