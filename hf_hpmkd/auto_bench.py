@@ -58,7 +58,6 @@ class Settings:
     most_rows: int = 4_000
     epochs: int = 15
     records: Sequence[int | None] = (None,)
-    grid: bool = True
 
 
 def bench_auto(settings: Settings, say: Callable[[str], None] = print) -> str:
@@ -119,7 +118,7 @@ def _judge(settings: Settings, folder: Path, seed: int) -> dict[str, Any]:
         methods["direct"] = taught(DIRECT)
         methods["fixed"] = taught(FIXED)
         known = {DIRECT: methods["direct"], FIXED: methods["fixed"]}
-        grid = [known.get(cell) or taught(cell) for cell in GRID] if settings.grid else []
+        grid = [known.get(cell) or taught(cell) for cell in GRID]
         for count in settings.records:
             prior = Path(place) / "prior.parquet"
             _write_left_out(settings.prior, folder.name, count, seed, prior)
@@ -225,9 +224,8 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     told += f" It distilled {len(distilled)} of {len(results)} times"
     told += f", and gained {100 * np.mean(distilled):+.2f} points where it did." if distilled else "."
     parts.append(told)
-    if methods:
-        means = ", ".join(f"{method} {np.mean(values):.2f}" for method, values in regrets.items())
-        parts.append(f"Mean regret against the best cell of the grid on test rows, in points: {means}.")
+    means = ", ".join(f"{method} {np.mean(values):.2f}" for method, values in regrets.items())
+    parts.append(f"Mean regret against the best cell of the grid on test rows, in points: {means}.")
     seconds = [one["methods"]["auto"]["trial_seconds"] for one in results]
     deciding = [one["methods"]["auto"]["deciding_seconds"] for one in results]
     most = f"{np.mean(deciding):.1f} s (at most {max(deciding):.1f})"
@@ -247,8 +245,6 @@ def _regrets(of_set: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Points below the best cell of the grid, by mean test accuracy over the seeds. random: the cell that is best on
     validation rows among direct training and as many cells as auto's steps would pay for, drawn at random.
     """
-    if not all(one["grid"] for one in of_set):
-        return {}
     best = np.mean([[cell["accuracy"] for cell in one["grid"]] for one in of_set], axis=0).max()
     methods = [name for name in of_set[0]["methods"] if all(name in one["methods"] for one in of_set)]
     found = {name: np.mean([one["methods"][name]["accuracy"] for one in of_set]) for name in methods}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
+    from hf_hpmkd.methods import Method
     from hf_hpmkd.recipe import Recipe
 
 _LINE = ("teacher", "student", "dataset")
@@ -97,6 +98,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_compare(one)
     one.set_defaults(after_stop="The same command goes on where this one stood.")
 
+    one = command(commands, "ablate", "Train a recipe without each of its components, and compare.", _ablate)
+    one.add_argument("recipe", metavar="RECIPE")
+    one.add_argument("words", nargs="*", metavar="section.key=value", help="overrides")
+    _add_comparison(one, "-ablation")
+    one.set_defaults(after_stop="The same command goes on where this one stood.")
+
     recipe = commands.add_parser("recipe", help="Check, list or describe recipes.")
     group = recipe.add_subparsers(title="recipe commands", required=True, metavar="COMMAND")
     one = command(group, "check", "Tell every fault of a recipe.", _recipe_check)
@@ -128,10 +135,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_tables(one)
     one.add_argument("--seeds", type=int, default=3, help="seeds per table (default: 3)")
     one.add_argument("--mode", choices=("fast", "thorough"), default="fast", help="budget of the tries (default: fast)")
-    one.add_argument("--student", default="mlp-16", help="student (default: mlp-16)")
     one.add_argument("--prior", type=Path, metavar="FILE", help="prior to judge (default: the one of the package)")
     one.add_argument("--records", default="all", metavar="all,0,50", help="how many runs of the prior may be known")
-    one.add_argument("--no-grid", action="store_true", help="leave the grid, and with it the regret, out")
     one.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder; the same command goes on in it")
     one.set_defaults(after_stop="The same command goes on where this one stood.")
 
@@ -217,9 +222,30 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         help="a method of your own, beside those of --methods: 'soft: distillation.temperature=8' changes the recipe, "
         "'soft: kd-mean distillation.temperature=8' builds on a method; give it once per method",
     )
-    add("--seeds", default="3", metavar="N | A,B,C", help="3 (the default) takes 0,1,2; a comma makes it a list: 7,")
     add("--baseline", metavar="NAME", help="method that the others are tested against (default: the first)")
-    add("--output", metavar="DIR", type=Path, help="folder (default: the recipe's, with -compare); it may be added to")
+    add(
+        "--tune",
+        type=int,
+        default=0,
+        metavar="N",
+        help="full trainings that each method spends on choosing alpha, temperature and learning rate (default: 0)",
+    )
+    _add_comparison(parser, "-compare")
+    add(
+        "--table",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="print the table of comparisons again (folders or files comparison.json)",
+    )
+    add("--plot", type=Path, metavar="FILE", help="with --table: also draw retention against compression, all in one")
+    add("--list", action="store_true", help="list the methods that come with the package")
+
+
+def _add_comparison(parser: argparse.ArgumentParser, suffix: str) -> None:
+    add = parser.add_argument
+    add("--seeds", default="3", metavar="N | A,B,C", help="3 (the default) takes 0,1,2; a comma makes it a list: 7,")
+    add("--output", metavar="DIR", type=Path, help=f"folder (default: the recipe's, with {suffix}); it may be added to")
     add("--jobs", type=int, default=1, metavar="N", help="students trained at a time, in processes that share the CPU")
     add(
         "--teacher-seed",
@@ -228,8 +254,6 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         help="teachers trained on the spot are trained once, with this seed (default: anew for each seed)",
     )
     add("--final", action="store_true", help="also score on the test part; every look at it goes into the record")
-    add("--table", type=Path, metavar="DIR", help="print the table of a comparison again (folder or comparison.json)")
-    add("--list", action="store_true", help="list the methods that come with the package")
 
 
 def _add_tables(parser: argparse.ArgumentParser) -> None:
@@ -321,17 +345,36 @@ def _compare(args: argparse.Namespace) -> None:
     if args.table is not None:
         from hf_hpmkd.comparison_report import show
 
-        return _say(show(args.table))
+        return _say(show(args.table, args.plot))
     if not args.words or "=" in args.words[0]:
         raise ValueError("compare needs a recipe: a file, or a name from `hpmkd recipe list`.")
     methods = choose_methods(args.methods.split(",") if args.methods else None, args.method)
-    seeds = _seeds(args.seeds)
     recipe = load_recipe(args.words[0], args.words[1:], check_files=True)
+    _run_comparison(args, recipe, methods, "-compare", args.words, args.baseline, args.tune)
+
+
+def _ablate(args: argparse.Namespace) -> None:
+    from hf_hpmkd.ablation import FULL, ablation_methods
+    from hf_hpmkd.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.words, check_files=True)
+    _run_comparison(args, recipe, ablation_methods(recipe), "-ablation", [args.recipe, *args.words], FULL)
+
+
+def _run_comparison(
+    args: argparse.Namespace,
+    recipe: "Recipe",
+    methods: "list[Method]",
+    suffix: str,
+    words: list[str],
+    baseline: str | None,
+    tune: int = 0,
+) -> None:
     from hf_hpmkd.compare import Settings, compare
 
-    folder = args.output or Path(f"{recipe.output.dir}-compare")
-    settings = Settings(methods, seeds, folder, args.baseline, args.teacher_seed, args.final, args.jobs)
-    compare(recipe, settings, shlex.join(args.words), say=_say)
+    folder, seeds = args.output or Path(f"{recipe.output.dir}{suffix}"), _seeds(args.seeds)
+    settings = Settings(methods, seeds, folder, baseline, args.teacher_seed, args.final, args.jobs, tune)
+    compare(recipe, settings, shlex.join(words), say=_say)
 
 
 def _seeds(text: str) -> list[int]:
@@ -397,18 +440,9 @@ def _bench_trainer(args: argparse.Namespace) -> None:
 def _bench_auto(args: argparse.Namespace) -> None:
     from hf_hpmkd.auto_bench import Settings, bench_auto
 
-    counts = [None if word == "all" else int(word) for word in args.records.split(",")]
-    settings = Settings(
-        args.data,
-        args.output,
-        args.tables.split(",") if args.tables else None,
-        seeds=args.seeds,
-        mode=args.mode,
-        prior=args.prior,
-        student=args.student,
-        records=sorted(counts, key=lambda count: count is not None),
-        grid=not args.no_grid,
-    )
+    counts = sorted((None if word == "all" else int(word) for word in args.records.split(",")), key=bool)
+    tables = args.tables.split(",") if args.tables else None
+    settings = Settings(args.data, args.output, tables, args.seeds, args.mode, args.prior, records=counts)
     _say(bench_auto(settings, say=_say))
 
 
@@ -416,8 +450,7 @@ def _prior_build(args: argparse.Namespace) -> None:
     from hf_hpmkd.prior_build import build_prior
 
     tables = args.tables.split(",") if args.tables else None
-    count = build_prior(args.data, args.runs, args.output, tables, say=_say)
-    _say(f"{args.output} has {count} runs.")
+    _say(f"{args.output} has {build_prior(args.data, args.runs, args.output, tables, say=_say)} runs.")
 
 
 def _prior_show(args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """`hpmkd compare`: several methods on equal terms over several seeds; resumable, and it counts looks at the test part.
 
 setting  = one recipe, methods that change its losses, seeds       (methods)
+tuning   = if asked for, the same number of trials for each method (tuning)
 teachers = per seed, the same for all methods; outputs cached      (distill, evaluation)
 students = one per method and seed                                 (compare_jobs)
 scores   = validation rows; test rows only with `final`, each look at them recorded
@@ -17,14 +18,16 @@ from accelerate import PartialState
 from filelock import FileLock, Timeout
 from transformers.utils.logging import disable_progress_bar
 
+from hf_hpmkd.chain import named_stages
 from hf_hpmkd.compare_jobs import Job, Workplace, now, run_jobs
-from hf_hpmkd.comparison_record import COMPARISON_FILE, ComparisonRecord, Look, MethodRecord, Result
+from hf_hpmkd.comparison_record import COMPARISON_FILE, ComparisonRecord, Look, MethodRecord, Result, Trial
 from hf_hpmkd.comparison_report import draw_plots, summary
 from hf_hpmkd.distill import check_student, student_builder
 from hf_hpmkd.evaluation import evaluate_teachers, teacher_logits
-from hf_hpmkd.methods import Method, method_recipe
+from hf_hpmkd.methods import Method, method_recipe, with_overrides
 from hf_hpmkd.recipe import Recipe, fingerprint, read_recipe, recipe_tree
 from hf_hpmkd.run_record import code_commit, environment
+from hf_hpmkd.tuning import TUNING_SEED, trials
 
 _LOCK = ".lock"
 
@@ -33,6 +36,7 @@ _LOCK = ".lock"
 class Settings:
     """What to compare. baseline: None takes the first method. teacher_seed: of all teachers trained on the spot; None
     gives each seed its own, as `distill` does. final: score on the test part too. processes: students at a time.
+    tune: trainings that each method may spend on choosing its values on validation rows; 0 takes them as they are.
     """
 
     methods: Sequence[Method]
@@ -42,6 +46,7 @@ class Settings:
     teacher_seed: int | None = None
     final: bool = False
     processes: int = 1
+    tune: int = 0
 
 
 def compare(
@@ -56,23 +61,22 @@ def compare(
     _check(settings)
     PartialState(cpu=not torch.accelerator.is_available())
     disable_progress_bar()
-    recipe = _with_seed_zero(recipe)
-    jobs = [Job(method, seed, settings.folder) for seed in settings.seeds for method in settings.methods]
+    recipe = _shared_recipe(recipe, settings.folder)
     for method in settings.methods:
         method_recipe(recipe, method, 0)  # its faults come before any file is made
     with _alone_in(settings.folder):
         record = _open_record(recipe, settings, source)
         place = Workplace(recipe, settings.folder, settings.teacher_seed)
-        _check_jobs(place, jobs)
         for method in settings.methods:
             one = method_recipe(recipe, method, 0)
             check_student(one, student_builder(one, place.parts)(meta=True), len(place.parts.class_names))
+            named_stages(one, place.parts.train)
         record.parts = place.parts.provenance
         record.save(settings.folder / COMPARISON_FILE)
-        unfinished = [job for job in jobs if (result := job.result()) is None or result.status != "completed"]
-        for key in dict.fromkeys(place.teacher_key(job.seed) for job in unfinished):
-            _prepare_teachers(place, key, record, say)
-        failures = run_jobs(place, jobs, settings.processes, say)
+        methods = _tuned(place, settings, record, say)
+        _write_methods(record, methods)
+        jobs = [Job(method, seed, settings.folder) for seed in settings.seeds for method in methods]
+        failures = _train(place, jobs, settings.processes, record, say)
         if settings.final:
             _open_test(place, jobs, record, say)
         _gather(record, settings.folder)
@@ -101,15 +105,19 @@ def _check(settings: Settings) -> None:
         raise ValueError(f"Seeds must be given, and each once, got {list(settings.seeds)}.")
     if settings.baseline is not None and settings.baseline not in names:
         raise ValueError(f"The baseline must be one of the methods ({', '.join(names)}), got {settings.baseline!r}.")
+    if settings.tune < 0:
+        raise ValueError(f"`--tune` must be 0 or more trainings per method, got {settings.tune}.")
     if settings.processes < 1:
         raise ValueError(f"`--jobs` must be at least 1, got {settings.processes}.")
     if PartialState(cpu=not torch.accelerator.is_available()).num_processes > 1:
         raise ValueError("A comparison is started as one process. Use `--jobs` to train several students at a time.")
 
 
-def _with_seed_zero(recipe: Recipe) -> Recipe:
-    """The seed is the comparison's to choose, so the recipe's own makes no difference."""
-    return read_recipe(recipe_tree(recipe), "the recipe", ["training.seed=0"])
+def _shared_recipe(recipe: Recipe, folder: Path) -> Recipe:
+    """Seed and folder are the comparison's to choose, so the recipe's own make no difference."""
+    tree = recipe_tree(recipe)
+    tree["training"]["seed"], tree["output"]["dir"] = 0, str(folder)
+    return read_recipe(tree, "the recipe")
 
 
 @contextmanager
@@ -155,24 +163,67 @@ def _open_record(recipe: Recipe, settings: Settings, source: str) -> ComparisonR
         )
         record.started = now()
     record.baseline = baseline
-    given = {method.name: method for method in settings.methods}
-    kept = [method for method in record.methods if method.name not in given]
-    new = [
-        MethodRecord(m.name, m.description, list(m.overrides), m.teachers, m.loss, m.fresh_views)
-        for m in settings.methods
-    ]
-    record.methods = new + kept
     record.seeds = sorted({*record.seeds, *settings.seeds})
     record.versions, record.hardware = versions_hardware
     record.commits["hf_hpmkd"] = code_commit()
     return record
 
 
+def _write_methods(record: ComparisonRecord, methods: Sequence[Method]) -> None:
+    """These methods, as they are compared, before those that were compared here earlier."""
+    new = [MethodRecord(m.name, m.description, list(m.overrides), m.teachers, m.loss, m.fresh_views) for m in methods]
+    names = {method.name for method in methods}
+    record.methods = new + [method for method in record.methods if method.name not in names]
+
+
+def _tuned(place: Workplace, settings: Settings, record: ComparisonRecord, say: Callable[[str], None]) -> list[Method]:
+    """The methods with the values that were best on validation rows, each after as many trainings as the others."""
+    if not settings.tune:
+        return list(settings.methods)
+    # With the teachers of the first seed, which are needed anyway.
+    seed = settings.seeds[0] if settings.teacher_seed is None else settings.teacher_seed
+    place = Workplace(place.recipe, place.folder, seed)
+    versions = {method: trials(place.recipe, method, settings.tune) for method in settings.methods}
+    folder = place.folder / "tuning"
+    jobs = {method: [Job(one, TUNING_SEED, folder) for one in versions[method]] for method in versions}
+    failures = _train(place, [job for of_method in jobs.values() for job in of_method], settings.processes, record, say)
+    if failures:
+        raise ValueError(
+            f"{len(failures)} trainings of the tuning failed, and budgets must be equal; the same command tries them "
+            "again:\n" + "\n".join(f"  - {line}" for line in failures)
+        )
+    record.trials, tuned = [], []
+    for method, of_method in jobs.items():
+        results = [_result(job) for job in of_method]
+        accuracies = [result.scores["validation"].accuracy for result in results]
+        best = accuracies.index(max(accuracies))
+        words = [list(job.method.overrides[len(method.overrides) :]) for job in of_method]
+        record.trials += [
+            Trial(method.name, words[place], accuracies[place], result.seconds or 0.0, place == best)
+            for place, result in enumerate(results)
+        ]
+        tuned.append(with_overrides(method, words[best]))
+        say(f"{method.name}: {' '.join(words[best]) or 'its own values'} of {len(words)} tried.")
+    return tuned
+
+
+def _train(
+    place: Workplace, jobs: Sequence[Job], processes: int, record: ComparisonRecord, say: Callable[[str], None]
+) -> list[str]:
+    """Trains the students that are not finished, after their teachers; returns a line per student that failed."""
+    _check_jobs(place, jobs)
+    unfinished = [job for job in jobs if (result := job.result()) is None or result.status != "completed"]
+    for key in dict.fromkeys(place.teacher_key(job.seed) for job in unfinished):
+        _prepare_teachers(place, key, record, say)
+    return run_jobs(place, jobs, processes, say)
+
+
 def _check_jobs(place: Workplace, jobs: Sequence[Job]) -> None:
     """What lies in the folder under a job's name must be of that job."""
     for job in jobs:
         result = job.result()
-        touched = result is not None and (result.status == "completed" or job.student.exists())
+        began = job.student.exists() or job.run_folder.exists()
+        touched = result is not None and (result.status == "completed" or began)
         if result is not None and touched and result.recipe_fingerprint != place.fingerprint(job):
             raise ValueError(
                 f"{job.folder} holds a student of {job.name} that was trained with other values "

@@ -24,7 +24,8 @@ from filelock import FileLock, Timeout
 from transformers.utils.logging import disable_progress_bar
 
 from hf_hpmkd.baselines import DISTILLERS
-from hf_hpmkd.chain import WarmBuild, build_chain
+from hf_hpmkd.chain import build_chain
+from hf_hpmkd.chain_stages import WarmBuild
 from hf_hpmkd.classifier_training import student_schedule, train_or_load
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.comparison_record import Result, Score
@@ -39,7 +40,7 @@ from hf_hpmkd.recipe import Recipe, fingerprint, read_recipe, recipe_tree
 from hf_hpmkd.recipe_rules import is_trained_here, uses_teachers
 from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_memory import RunMemory, open_memory
-from hf_hpmkd.run_record import RECORD_FILE, RunRecord, code_commit, environment
+from hf_hpmkd.run_record import RECORD_FILE, ChainRecord, RunRecord, code_commit, environment
 from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.teacher_cache import TeacherCache
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
@@ -122,8 +123,12 @@ class Workplace:
         return self.run(recipe, self.folder / key)
 
     def run(self, recipe: Recipe, folder: Path) -> Run:
-        """A run of a recipe in a folder, with the memory that all of them share."""
-        run = Run(folder, new_record(recipe), RunMemory(recipe, self.store, is_main=True, say=print))
+        """A run of a recipe in a folder, with the memory that all of them share; one that was stopped goes on."""
+        record = new_record(recipe)
+        if (file := folder / RECORD_FILE).is_file():
+            known = RunRecord.load(file)
+            record = known if known.recipe_fingerprint == record.recipe_fingerprint else record
+        run = Run(folder, record, RunMemory(recipe, self.store, is_main=True, say=print))
         run.record.class_names, run.record.parts = self.parts.class_names, self.parts.provenance
         return run
 
@@ -200,9 +205,10 @@ class Workplace:
             if teachers:
                 raise ValueError(f"{job.name}: new views in every epoch go with no teacher, got {len(teachers)}.")
             num_views = _FRESH
+        build_warm = WarmBuild(build, chain.above)
         trained = train_or_load(
             job.name,
-            WarmBuild(build, chain.above),
+            build_warm,
             recipe,
             student_schedule(recipe),
             job.student,
@@ -213,8 +219,11 @@ class Workplace:
             guide=self.parts.guide if guides and not job.method.loss else None,
             distiller_class=DISTILLERS[job.method.loss],
         )
+        run.keep_weights(trained, guides, build_warm.share)
+        run.record.status = "completed"
+        run.save()
         result.steps, result.curve = trained.steps, trained.curve
-        result.seconds, result.chain = trained.seconds + chain_seconds(run.record), run.record.chain
+        result.seconds, result.chain = trained.seconds + chain_seconds(run.record.chain), run.record.chain
         result.seconds += run.record.auto.seconds if run.record.auto is not None else 0.0
         result.num_params = trained.classifier.num_params
         result.scores["validation"] = self.score(trained.classifier, self.parts.validation)
@@ -241,12 +250,14 @@ class Workplace:
         return Score.of((logits.argmax(-1) == rows.labels).numpy())
 
 
-def chain_seconds(record: RunRecord) -> float:
-    """Seconds that a chain's stages and decisions took, of a stage found in the memory those of its training."""
-    chain = record.chain
+def chain_seconds(chain: ChainRecord | None) -> float:
+    """Seconds that a chain's stages (those left out too) and decisions took, however often the run was stopped; of a
+    stage found in the memory those of its training.
+    """
     if chain is None:
         return 0.0
-    return sum(stage.seconds or 0.0 for stage in chain.stages) + sum(one.seconds for one in chain.decisions)
+    stages = sum(stage.seconds or 0.0 for stage in (*chain.stages, *chain.left_out))
+    return stages + sum(one.seconds for one in chain.decisions)
 
 
 # ---- running many ----------------------------------------------------------------------------------------------------

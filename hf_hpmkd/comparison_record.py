@@ -140,6 +140,21 @@ class MethodRecord:
 
 
 @dataclass
+class Trial:
+    """One training of a method's tuning. overrides: what it changed in the method. accuracy: share of validation rows.
+    chosen: that the method goes into the comparison with these values.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    method: str
+    overrides: list[str]
+    accuracy: Number
+    seconds: Number
+    chosen: bool = False
+
+
+@dataclass
 class Look:
     """One opening of the test part: when, and for which students (method -> seeds)."""
 
@@ -156,7 +171,7 @@ class ComparisonRecord(_JsonFile):
     recipe: the one they share, with the seed 0 in its place. baseline: the method that the others are compared with.
     teacher_seed: of all teachers trained on the spot; None where each seed has its own. teachers: "seed-0", ... or
     "loaded" -> the teachers of these students. parts: the provenance of the data. results: of the finished students,
-    without their curves. looks: every opening of the test part.
+    without their curves. trials: of the methods' tuning, if any. looks: every opening of the test part.
     """
 
     __pydantic_config__ = _STRICT
@@ -172,6 +187,7 @@ class ComparisonRecord(_JsonFile):
     teachers: dict[str, list[TeacherRecord]] = field(default_factory=dict)
     parts: dict[str, Any] = field(default_factory=dict)
     results: list[Result] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
     looks: list[Look] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     started: str | None = None

@@ -128,18 +128,27 @@ def summary(record: ComparisonRecord) -> str:
 
 
 def collection(records: Sequence[ComparisonRecord], part: str) -> str:
-    """The tables of several comparisons on one part, each under its data and student."""
+    """The tables of several comparisons on one part, each under its data and student, and what the methods are."""
     blocks = []
     for record in records:
-        data = last_name(str(record.parts.get("path") or record.recipe["data"]["path"]))
         student, epochs = record.recipe["student"]["model"], record.recipe["training"]["epochs"]
-        blocks.append(f"**{data}**, {student}, {epochs} epochs:\n\n{table(record, part)}")
-    return "\n\n".join(blocks)
+        blocks.append(f"**{_data_name(record)}**, {student}, {epochs} epochs:\n\n{table(record, part)}")
+    meaning = {method.name: f"`{method.name}`: {method.description}" for record in records for method in record.methods}
+    return "\n\n".join([*blocks, "\n".join(f"- {line}" for line in meaning.values())])
 
 
-def show(path: Path) -> str:
-    """The summary again, from a comparison's folder or its record alone."""
-    return summary(ComparisonRecord.load(path / COMPARISON_FILE if path.is_dir() else path))
+def show(paths: Sequence[Path], plot: Path | None = None) -> str:
+    """The summaries again, from comparisons' folders or their records alone. plot: where to draw `draw_compression`."""
+    records = [ComparisonRecord.load(path / COMPARISON_FILE if path.is_dir() else path) for path in paths]
+    told = [summary(record) for record in records]
+    if plot is not None:
+        told.append(f"Drawn into {draw_compression(records, common_part(records), plot)}.")
+    return "\n\n".join(told)
+
+
+def common_part(records: Sequence[ComparisonRecord]) -> str:
+    """The test part where all finished students of all comparisons have it, else validation."""
+    return "test" if all("test" in one.scores for record in records for one in record.results) else "validation"
 
 
 def notes(record: ComparisonRecord) -> list[str]:
@@ -158,10 +167,16 @@ def notes(record: ComparisonRecord) -> list[str]:
     steps = sorted({one.steps for one in record.results if one.steps is not None})
     params = sorted({one.num_params for one in record.results if one.num_params is not None})
     said.append(f"Measured on {sizes}; students of {_listed(params)} parameters, {_listed(steps)} steps.")
-    if len(steps) > 1 or len(params) > 1:
-        said.append("The terms were not equal: parameters or steps differ between students.")
+    if len(params) > 1:
+        said.append("The terms were not equal: students differ in parameters.")
+    if len(steps) > 1:
+        of_method = {one.method: one.steps for one in record.results}
+        told = ", ".join(f"{name} {count:,}" for name, count in of_method.items() if count is not None)
+        said.append(f"The terms were not equal in steps: {told}.")
     if len({one.threads for one in record.results}) > 1:
         said.append("Students were trained with different numbers of threads, which round differently.")
+    if len({one.commit for one in record.results}) > 1:
+        said.append("Students were trained by different versions of this package.")
     counts = {line.accuracy.count for line in found}
     if len(counts) > 1 or max(counts) < len(record.seeds):
         said.append(f"Not every method has all {len(record.seeds)} seeds: some students are missing.")
@@ -173,6 +188,13 @@ def notes(record: ComparisonRecord) -> list[str]:
             else "trained anew for each seed; the same for all methods of a seed."
         )
     )
+    if record.trials:
+        chosen = [f"{one.method} {' '.join(one.overrides) or 'as it is'}" for one in record.trials if one.chosen]
+        seconds = sum(one.seconds for one in record.trials)
+        said.append(
+            f"Tuned on validation rows with {len(record.trials)} trainings, {seconds:,.0f} s. Chosen: "
+            f"{'; '.join(chosen)}."
+        )
     if record.looks:
         said.append(
             f"The test part was opened {len(record.looks)} time{'s' if len(record.looks) > 1 else ''}: "
@@ -217,7 +239,7 @@ def draw_plots(record: ComparisonRecord, folder: Path) -> list[Path]:
     if not record.results:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    part = "test" if all("test" in one.scores for one in record.results) else "validation"
+    part = common_part([record])
     drawings: dict[str, Callable[[ComparisonRecord, str], Figure]] = {
         "accuracy.png": _accuracy_figure,
         "accuracy_seconds.png": _seconds_figure,
@@ -266,6 +288,45 @@ def _seconds_figure(record: ComparisonRecord, part: str) -> Figure:
     axes.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _dress(axes, "Accuracy against the student's training time", "seconds of training, mean over seeds")
     return figure
+
+
+def draw_compression(records: Sequence[ComparisonRecord], part: str, path: Path) -> Path:
+    """Draws retention against compression: a column of methods per comparison, at the size of its largest teacher over
+    its student's. Raises ValueError where no record knows both sizes and has results on the part.
+    """
+    figure = Figure(figsize=(8.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    colours: dict[str, str] = {}
+    for record in records:
+        teachers = [one.num_params for known in record.teachers.values() for one in known if one.num_params]
+        students = [one.num_params for one in record.results if one.num_params]
+        found = [line for line in lines(record, part) if line.retention is not None]
+        if not (teachers and students and found):
+            continue
+        compression = max(teachers) / max(students)
+        for line in found:
+            label = None if line.method in colours else line.method
+            colour = colours.setdefault(line.method, _PALETTE[len(colours) % len(_PALETTE)])
+            marker = _MARKERS[list(colours).index(line.method) // len(_PALETTE) % len(_MARKERS)]
+            axes.plot(compression, 100 * (line.retention or 0.0), marker, color=colour, label=label, alpha=0.85)
+        axes.annotate(
+            _data_name(record), (compression, 0.01), xycoords=("data", "axes fraction"), fontsize=8, rotation=90
+        )
+    if not colours:
+        raise ValueError(
+            "Compression needs a teacher and a student of known size, and none of the comparisons has both."
+        )
+    axes.set_xscale("log")
+    axes.set_ylabel("retention of the best teacher's accuracy (%)", fontsize=10)
+    axes.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _dress(axes, f"Retention against compression, {part} rows", "parameters of the largest teacher / of the student")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    return path
+
+
+def _data_name(record: ComparisonRecord) -> str:
+    return last_name(str(record.parts.get("path") or record.recipe["data"]["path"]))
 
 
 def _bars(value: Mean) -> Any:

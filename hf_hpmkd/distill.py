@@ -22,7 +22,9 @@ from accelerate import PartialState
 from transformers.utils.logging import disable_progress_bar
 
 from hf_hpmkd import report
-from hf_hpmkd.chain import StudentBuilder, WarmBuild, build_chain
+from hf_hpmkd.chain import build_chain, named_stages
+from hf_hpmkd.chain_probes import StudentBuilder
+from hf_hpmkd.chain_stages import WarmBuild
 from hf_hpmkd.classifier_training import Schedule, Trained, copy_training, student_schedule, train_or_load
 from hf_hpmkd.classifiers import Classifier, build_classifier
 from hf_hpmkd.data import DataParts, load_parts
@@ -93,6 +95,7 @@ def _run(run: Run) -> None:
         build_student = student_builder(recipe, parts)
         blueprint = build_student(meta=True)
         num_params = check_student(recipe, blueprint, len(parts.class_names))
+        named_stages(recipe, parts.train)  # a name that means nothing should be found out now
         if recipe.student.pretrained:
             record.commits["student"] = getattr(blueprint.model.config, "_commit_hash", None)
 

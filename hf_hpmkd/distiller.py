@@ -168,8 +168,9 @@ class Distiller:
             teacher_logits, teacher_features = self.outputs.lookup_with_features(rows, views, inputs)  # type: ignore[attr-defined]
         else:
             teacher_logits = self.outputs.lookup(rows, views, inputs)
-        teacher_logits = self.ensemble.calibrated(teacher_logits.to(student_logits.device))
-        weights = self.ensemble.weights(features, teacher_logits, labels)
+        calibrated = self.ensemble.calibrated(teacher_logits.to(student_logits.device))
+        weights = self.ensemble.weights(features, calibrated, labels)
+        teacher_logits = self.ensemble.taught(calibrated)
         temperature = self.scheduler.temperature
         target = log_mixture(teacher_logits, weights, temperature, standardized=args.kd_kind == "standardized_kl")
         kd = kd_loss(args.kd_kind, student_logits, target, labels, temperature)

@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import safe_open
 
 from hf_hpmkd.classifiers import Classifier, build_classifier
-from hf_hpmkd.model_names import parse_name
+from hf_hpmkd.model_names import parse_name, split_variant
 from hf_hpmkd.model_shapes import Shape, read_shape
 from hf_hpmkd.models import read_cifar_resnet_card
 from hf_hpmkd.tasks.base import Rows
@@ -34,6 +34,23 @@ class Intermediate:
     name: str
     num_params: int
     target: int
+
+
+class Student(Protocol):
+    """The student that a chain leads to: a model's name, and how its configuration is got from the Hub."""
+
+    model: str
+    revision: str | None
+    trust_remote_code: bool
+
+
+def build_intermediate(name: str, rows: Rows, student: Student, *, seed: int = 0, meta: bool = False) -> Classifier:
+    """The intermediate model called `name`; one of the student's own architecture is got as the student is, at its
+    revision. Other arguments, and what is raised, as in `build_classifier`.
+    """
+    same = split_variant(name)[0] == split_variant(student.model)[0]
+    hub: dict[str, Any] = {"revision": student.revision, "trust_remote_code": student.trust_remote_code} if same else {}
+    return build_classifier(name, rows, seed=seed, meta=meta, **hub)
 
 
 def geometric_sizes(largest: int, smallest: int, count: int) -> list[int]:

@@ -1,7 +1,8 @@
 """What `hpmkd compare` compares: a method is a name, the recipe's values that it changes, and which teachers it hears.
 
 Methods differ in how the student learns and in nothing else, so they may not touch what makes the terms equal: data,
-teachers, student, seed, number of steps.
+teachers, student, seed, rows per step. Epochs they may, to set one method's time beside that of a longer one; the table
+then says how many steps each had.
 """
 
 import re
@@ -20,7 +21,6 @@ DEFAULT_METHODS = ("direct", "kd-best", "kd-mean", "hpmkd")
 SECTIONS = ("distillation", "chain", "auto", "training")
 EQUAL_FOR_ALL = (
     "training.seed",
-    "training.epochs",
     "training.max_steps",
     "training.batch_size",
     "training.gradient_accumulation_steps",
@@ -45,6 +45,9 @@ class Method:
     fresh_views: bool = False
 
 
+NO_CHAIN = ("chain.length=0", "chain.models=[]", "chain.warm_start=false")
+_DIRECT = ("distillation.alpha=0", "distillation.feature_weight=0", *NO_CHAIN, "auto.mode=off")
+
 # Plain distillation: fixed weights, fixed T, the teachers as they are, no chain. alpha and T stay the recipe's.
 PLAIN = (
     "distillation.kd_kind=forward_kl",
@@ -52,9 +55,7 @@ PLAIN = (
     "distillation.gate=uniform",
     "distillation.calibrate_teachers=false",
     "distillation.feature_weight=0",
-    "chain.length=0",
-    "chain.models=[]",
-    "chain.warm_start=false",
+    *NO_CHAIN,
     "auto.mode=off",
 )
 
@@ -66,19 +67,12 @@ METHODS = (
     Method(
         "direct",
         "the labels alone: same steps, same augmented views, no teacher",
-        (
-            "distillation.alpha=0",
-            "distillation.feature_weight=0",
-            "chain.length=0",
-            "chain.models=[]",
-            "chain.warm_start=false",
-            "auto.mode=off",
-        ),
+        _DIRECT,
     ),
     Method(
         "direct-fresh",
         "the labels alone, with new augmented views in every epoch",
-        ("distillation.alpha=0", "distillation.feature_weight=0", "auto.mode=off"),
+        _DIRECT,
         fresh_views=True,
     ),
     Method("kd-best", "plain KD (Hinton) from the single teacher that is best on guide rows", PLAIN, "best"),
@@ -124,6 +118,11 @@ METHODS = (
         ),
     ),
     Method(
+        "takd",
+        "plain KD down a chain of one teacher assistant, which alone teaches the student (TAKD)",
+        (*PLAIN, "chain.length=1", "chain.guidance=previous"),
+    ),
+    Method(
         "ctkd",
         "KD from the plain mean at a temperature learned against the student (CTKD, global form, alpha 0.9)",
         (*PLAIN, "distillation.alpha=0.9"),
@@ -136,6 +135,11 @@ METHODS = (
     Method("control-shuffled", "the recipe with teachers that answer other rows", (), "shuffled"),
     Method("control-permuted", "the recipe with teachers whose classes are exchanged", (), "permuted"),
 )
+
+
+def with_overrides(method: Method, words: Sequence[str]) -> Method:
+    """The method with more values of the recipe changed, which win."""
+    return replace(method, overrides=(*method.overrides, *words)) if words else method
 
 
 def known_methods() -> dict[str, Method]:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from hf_hpmkd.classifier_training import student_schedule, total_steps
 from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.data import PARTS, DataParts, load_parts
-from hf_hpmkd.intermediate_models import find_intermediates
+from hf_hpmkd.intermediate_models import build_intermediate, find_intermediates
 from hf_hpmkd.model_cost import activation_bytes, estimated_seconds, training_flops
 from hf_hpmkd.recipe import Recipe, TeacherConfig
 from hf_hpmkd.recipe_rules import family, is_trained_here, looks_local, teacher_names, uses_teachers
@@ -308,22 +308,24 @@ def _chain_lines(
     steps = _student_steps(recipe, parts)
     head = "decides itself; the first candidate:" if decides else f"{len(names)}, as the recipe asks:"
     lines = [f"Chain    {head}"]
-    student_cost = training_flops(build_classifier(chosen.model, rows, meta=True), rows)
+    student_cost = training_flops(build_intermediate(chosen.model, rows, chosen, meta=True), rows)
     for number, name in enumerate(names, 1):
-        built = build_classifier(name, rows, meta=True)
+        built = build_intermediate(name, rows, chosen, meta=True)
         flops = training_flops(built, rows)
         epochs = config.epochs or recipe.training.epochs
         cost = flops / student_cost * epochs / recipe.training.epochs
         told = [f"{built.num_params:,} parameters", f"{cost:.1f} student trainings"]
         if steps is not None:
             stage_steps = round(steps * epochs / recipe.training.epochs)
-            told.append(f"roughly {estimated_seconds(flops, recipe.training.batch_size, stage_steps):,.0f} s here")
-        if (kept := activation_bytes(built, rows)) is not None:
-            told.append(f"{readable_bytes(kept * recipe.training.batch_size)} of activations")
+            rows_per_step = recipe.training.batch_size * recipe.training.gradient_accumulation_steps
+            told.append(f"roughly {estimated_seconds(flops, rows_per_step, stage_steps):,.0f} s here")
+        needed = _state_bytes(built.num_params) + (_kept_bytes(recipe, activation_bytes(built, rows)) or 0)
+        told.append(f"{readable_bytes(needed)} of memory")
         lines.append(f"         stage-{number}  {name}: {', '.join(told)}")
         if decides:
-            probe = config.probe_share * (2 * config.probe_seeds + cost)
-            lines.append(f"         a probe of it, before it is trained: {probe:.1f} student trainings")
+            before = config.probe_share * (2 * config.probe_seeds + cost)
+            after = config.probe_share * config.probe_seeds
+            lines.append(f"         probes: {before:.1f} student trainings before it is trained, {after:.1f} after")
     return lines
 
 
@@ -332,19 +334,25 @@ def _student_steps(recipe: Recipe, parts: DataParts | None) -> int | None:
     return None if rows is None else total_steps(recipe, student_schedule(recipe), rows)
 
 
+def _state_bytes(num_params: int) -> int:
+    """Of a model in training: weights, gradients and AdamW's two moments, fp32."""
+    return num_params * 4 * 4
+
+
+def _kept_bytes(recipe: Recipe, per_row: int | None) -> int | None:
+    """Of a batch's activations, kept for the backward pass; None where a row's are not known."""
+    half = 0.5 if recipe.training.precision != "fp32" else 1.0
+    return None if per_row is None else int(per_row * recipe.training.batch_size * half)
+
+
 def _memory_lines(recipe: Recipe, student: _Model, teachers: list[_Model]) -> list[str]:
     if student.num_params is None:
         return ["Memory   unknown until the student's size is known"]
-    states = student.num_params * 4 * 4
-    lines = [
-        f"Memory   roughly: {readable_bytes(states)} for the student's weights, gradients and optimizer (AdamW, fp32)"
-    ]
-    if student.activations is not None:
-        half = 0.5 if recipe.training.precision != "fp32" else 1.0
+    states = readable_bytes(_state_bytes(student.num_params))
+    lines = [f"Memory   roughly: {states} for the student's weights, gradients and optimizer (AdamW, fp32)"]
+    if (kept := _kept_bytes(recipe, student.activations)) is not None:
         batch = recipe.training.batch_size
-        lines.append(
-            f"         {readable_bytes(int(student.activations * batch * half))} for the activations of {batch} rows"
-        )
+        lines.append(f"         {readable_bytes(kept)} for the activations of {batch} rows")
     loaded = sum(4 * teacher.num_params for teacher in teachers if teacher.num_params)
     when = "all the time" if recipe.distillation.teacher_outputs == "live" else "while their outputs are computed"
     lines.append(f"         {readable_bytes(loaded)} for the teachers' weights, {when}")

@@ -21,7 +21,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from hf_hpmkd.chain import StudentBuilder
+from hf_hpmkd.chain_probes import StudentBuilder
 from hf_hpmkd.classifier_training import (
     done_file,
     move_training,

@@ -131,7 +131,7 @@ class DistillationConfig:
         0.01, ge=0, description="Reward for spread weights; 0 lets the gate settle on one teacher."
     )
     calibrate_teachers: bool = Field(
-        True, description="Divide each teacher's logits by one scalar fitted on guide rows."
+        True, description="Bring the teachers to one scale by a scalar each, fitted on guide rows."
     )
     guide_every: int = Field(10, ge=1, description="Training steps between two looks at guide rows.")
     guide_batch_size: int = Field(64, ge=1, description="Guide rows per look.")

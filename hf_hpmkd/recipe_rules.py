@@ -136,8 +136,6 @@ def _teacher_rules(at: str, teacher: "TeacherConfig") -> Iterator[Fault]:
             f"{at}.model: {name!r} is not among the classifiers that can be trained on the spot."
             f"{did_you_mean(name, ESTIMATORS)} Possible: {', '.join(ESTIMATORS)}.",
         )
-    if re.match(r"stage-\d", teacher.name or ""):
-        yield (f"{at}.name",), f"{at}.name: {teacher.name!r} is how the chain calls its own models. Choose another."
     if teacher.folds == 1:
         yield (f"{at}.folds",), f"{at}.folds: must be 0 (one model for all rows) or at least 2, got 1."
 
@@ -228,6 +226,18 @@ def _chain_rules(recipe: "Recipe") -> Iterator[Fault]:
             ("chain.length", "chain.models", "distillation.alpha"),
             "chain.length: with distillation.alpha 0 nothing learns from the chain. Set it to 0, or alpha above 0.",
         )
+    if chain.epochs is not None and recipe.training.max_steps > 0:
+        yield (
+            ("chain.epochs", "training.max_steps"),
+            f"chain.epochs: training.max_steps ({recipe.training.max_steps}) decides the steps of stages too, so "
+            "epochs would change nothing. Remove one of the two.",
+        )
+    for position, name in enumerate(teacher_names(recipe)):
+        if re.match(r"(stage|probe)-\d", name):
+            yield (
+                (f"teachers.{position}.name",),
+                f"teachers.{position}.name: {name!r} is how the chain calls its own models. Give the teacher another.",
+            )
     for position, name in enumerate(models):
         if family(name) not in (*_NETWORKS, "timm", "hub"):
             yield (

@@ -114,7 +114,7 @@ class ChainDecision:
     """One step of the chain's reasoning. moment: "probe" (before a stage is trained) or "measured" (after).
 
     gain, standard_error, required: points of validation accuracy of the student. cost: the stage's training over the
-    student's, in floating point operations. seconds: what the decision itself took.
+    student's, in floating point operations. seconds: of the trainings that only the decision needed.
     """
 
     __pydantic_config__ = _STRICT
@@ -134,7 +134,8 @@ class ChainDecision:
 class ChainRecord:
     """The progressive chain, largest stage first. reason: why it has the length it has, in a sentence.
 
-    student_warm_start: share of the student's parameters that began as copies of the model above, 0 to 1.
+    left_out: stages that were trained and, once measured, not kept. student_warm_start: share of the student's
+    parameters that began as copies of the model above, 0 to 1.
     """
 
     __pydantic_config__ = _STRICT
@@ -143,6 +144,7 @@ class ChainRecord:
     decisions: list[ChainDecision] = field(default_factory=list)
     reason: str = ""
     student_warm_start: Number = 0.0
+    left_out: list[StageRecord] = field(default_factory=list)
 
 
 @dataclass

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 from hf_hpmkd.heads import FeatureReader, find_classifier_head
 from hf_hpmkd.tasks.base import UNAUGMENTED, Feed, Rows, json_digest
 
-# What a config says of where and by whom it was written, which changes nothing in the outputs.
-_VOLATILE_CONFIG_KEYS = ("_name_or_path", "_commit_hash", "transformers_version", "auto_map")
+# What a config says of where and by whom it was written, which changes nothing in the outputs; nor does use_cache,
+# which Trainer switches off in the model that it trains.
+_VOLATILE_CONFIG_KEYS = ("_name_or_path", "_commit_hash", "transformers_version", "auto_map", "use_cache")
 
 _WORTH_A_WARNING = 0.05
 _STANDARD_ERRORS = 2.0
@@ -211,7 +212,7 @@ class TorchTeacher(Teacher):
 
     @cached_property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(json_digest(_architecture(self.model)).encode())
+        digest = hashlib.sha256(json_digest(architecture(self.model)).encode())
         for key, tensor in self.model.state_dict().items():
             digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)};".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -266,8 +267,8 @@ def own_class_names(model: nn.Module) -> list[str] | None:
     return [str(id2label[index]) for index in range(len(id2label))] if id2label else None
 
 
-def _architecture(model: nn.Module) -> dict[str, Any]:
-    """What the weights do not say: settings of a config, else the printed modules (strides, activations)."""
+def architecture(model: nn.Module) -> dict[str, Any]:
+    """JSON-able: what the weights do not say: settings of a config, else the printed modules (strides, activations)."""
     if isinstance(model, PreTrainedModel):
         config = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE_CONFIG_KEYS}
         return {"class": type(model).__name__, "config": config}

@@ -49,7 +49,8 @@ class HPMKDTrainingArguments(TrainingArguments):
         default=200, metadata={"help": "Updates of the mixture gate on guide rows before the student's first step."}
     )
     calibrate_teachers: bool = field(
-        default=True, metadata={"help": "Divide each teacher's logits by one scalar fitted on guide rows."}
+        default=True,
+        metadata={"help": "Bring the teachers to one scale by a scalar each, fitted on guide rows."},
     )
     guide_every: int = field(
         default=10, metadata={"help": "Optimizer steps between two looks at guide rows (gate, learned temperature)."}

@@ -16,8 +16,9 @@ import torch
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_memory_of_the_user(tmp_path_factory):
-    """For fixtures of a wider scope than a test."""
+def _same_machine(tmp_path_factory):
+    """For fixtures of a wider scope too: one thread, which rounds as it always does, and no memory of the user."""
+    torch.set_num_threads(1)
     os.environ["HPMKD_MEMORY"] = str(tmp_path_factory.mktemp("memory"))
 
 
@@ -25,6 +26,5 @@ def _no_memory_of_the_user(tmp_path_factory):
 def _same_start(tmp_path, monkeypatch):
     """Every test starts from the same random state, in a cache and home of its own."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     monkeypatch.setenv("HPMKD_CACHE", str(tmp_path / "hpmkd-cache"))
     monkeypatch.setenv("HPMKD_MEMORY", str(tmp_path / "hpmkd-memory"))

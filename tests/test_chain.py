@@ -9,13 +9,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from hf_hpmkd import chain as chain_module
-from hf_hpmkd import classifier_training
+from hf_hpmkd import chain_probes, classifier_training
 from hf_hpmkd.cli import main
+from hf_hpmkd.compare_jobs import chain_seconds
+from hf_hpmkd.comparison_record import Result
 from hf_hpmkd.components.progressive_chain import GainEstimate
 from hf_hpmkd.models.tabular import TabularForClassification
 from hf_hpmkd.recipe import RecipeError, load_recipe
-from hf_hpmkd.run_record import RunRecord
+from hf_hpmkd.run_record import ChainDecision, ChainRecord, RunRecord, StageRecord
 
 
 def recipe_file(folder: Path, **chain: object) -> Path:
@@ -127,21 +128,21 @@ def test_warm_starts_are_told_and_change_the_start(tmp_path: Path, monkeypatch: 
 def test_auto_follows_what_is_measured(tmp_path, monkeypatch, probe, measured, length) -> None:
     """The estimates are given; what is made of them is under test."""
     given = {"-probe": GainEstimate(probe, 0.1), "-measured": GainEstimate(measured, 0.1)}
-    original, asked = chain_module._Probes._students, []
+    original, asked = chain_probes.Probes._student, []
 
-    def students(self, name, above):
+    def student(self, name, extra, above):
         asked.append(name)
-        return original(self, name, above)
+        return original(self, name, extra, above)
 
     def estimate(with_stage, without):
         assert with_stage.shape == without.shape == (1, 17)
-        moment = "-measured" if any(name.endswith("-measured") for name in asked[-2:]) else "-probe"
-        return given[moment]
+        return given["-probe" if "below-probe" in asked[-2] else "-measured"]
 
-    monkeypatch.setattr(chain_module._Probes, "_students", students)
-    monkeypatch.setattr(chain_module, "estimate_gain", estimate)
+    monkeypatch.setattr(chain_probes.Probes, "_student", student)
+    monkeypatch.setattr(chain_probes, "estimate_gain", estimate)
     record = run(tmp_path, min_gain=0.05)
     assert len(record.chain.stages) == length
+    assert len(record.chain.left_out) == (measured < 0)
     assert record.chain.decisions[0].accepted == (probe > 0)
     assert f"{measured if probe > 0 else probe:+.2f} ± 0.10 points" in record.chain.reason
     stages = {path.name for path in (tmp_path / "run" / "chain").glob("stage-?")}
@@ -188,36 +189,88 @@ def test_a_finished_stage_is_never_trained_twice(tmp_path: Path, trainings: list
 
 @pytest.mark.parametrize(
     "where",
-    ["stage-1", pytest.param("probes", marks=pytest.mark.slow), pytest.param("student", marks=pytest.mark.slow)],
+    [
+        "stage-1",
+        pytest.param("below-probe-1-0", marks=pytest.mark.slow),
+        pytest.param("student", marks=pytest.mark.slow),
+    ],
 )
 def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path, monkeypatch, trainings, where) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "stopped").mkdir()
     settings = {"min_gain": 0, "max_length": 1, "warm_start": True}
-    monkeypatch.setattr(chain_module, "is_promising", lambda gain, required: True)
-    monkeypatch.setattr(chain_module, "is_confirmed", lambda gain, required: True)
+    monkeypatch.setattr(chain_probes, "is_promising", lambda gain, required: True)
+    monkeypatch.setattr(chain_probes, "is_confirmed", lambda gain, required: True)
     whole = run(tmp_path / "whole", **settings)
     monkeypatch.setenv("HPMKD_MEMORY", str(tmp_path / "other memory"))
-    keep_curve = classifier_training._Curve.on_evaluate
-
-    def stop(self, args, state, control, **kwargs):
-        keep_curve(self, args, state, control, **kwargs)
-        if Path(args.output_dir).parent.name == where or where in args.output_dir:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(classifier_training._Curve, "on_evaluate", stop)
     recipe = recipe_file(tmp_path / "stopped", **settings)
-    assert main(["distill", str(recipe)]) == 130
-    monkeypatch.setattr(classifier_training._Curve, "on_evaluate", keep_curve)
+    with monkeypatch.context() as context:
+        stop_when_it_trains(context, where)
+        assert main(["distill", str(recipe)]) == 130
     trainings.clear()
     assert main(["distill", str(recipe)]) == 0
-    assert "mlp-48x48" not in trainings and (where == "probes" or "student-1-without-0" not in trainings)
+    assert "mlp-48x48" not in trainings and "probe-1" not in trainings
     stopped = RunRecord.load(tmp_path / "stopped" / "run" / "run_record.json")
     assert [one.gain for one in stopped.chain.decisions] == [one.gain for one in whole.chain.decisions]
     assert stopped.chain.stages[0].accuracy == whole.chain.stages[0].accuracy
     for part in ("student", "chain/stage-1"):
         one, two = (load_file(tmp_path / run / "run" / part / "model.safetensors") for run in ("whole", "stopped"))
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), part
+
+
+def stop_when_it_trains(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Ctrl-C at the first evaluation of a classifier."""
+    original = classifier_training._Curve.on_evaluate
+
+    def stop(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        if Path(args.output_dir).parent.name == what:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(classifier_training._Curve, "on_evaluate", stop)
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_what_other_settings_left_in_the_folder_is_not_taken(tmp_path, monkeypatch, trainings, others) -> None:
+    recipe = str(recipe_file(tmp_path, length=1))
+    with monkeypatch.context() as context:
+        stop_when_it_trains(context, "student")
+        assert main(["distill", recipe, "--no-memory"]) == 130
+    if others:
+        (tmp_path / "run" / "chain" / "stage-1.key").write_text("of other settings")
+    trainings.clear()
+    assert main(["distill", recipe, "--no-memory"]) == 0
+    assert trainings == (["stage-1", "student"] if others else ["student"])
+
+
+def test_a_stopped_comparison_keeps_what_its_chain_decided(tmp_path, monkeypatch, trainings) -> None:
+    monkeypatch.setattr(chain_probes, "is_promising", lambda gain, required: True)
+    monkeypatch.setattr(chain_probes, "is_confirmed", lambda gain, required: True)
+    words = ["compare", str(recipe_file(tmp_path, max_length=1)), "--methods", "direct,hpmkd", "--seeds", "1"]
+    words += ["--output", str(tmp_path / "out")]
+    with monkeypatch.context() as context:
+        stop_when_it_trains(context, "hpmkd")
+        assert main(words) == 130
+    trainings.clear()
+    assert main(words) == 0
+    assert trainings == ["hpmkd"]
+    result = Result.load(tmp_path / "out" / "seed-0" / "hpmkd.result.json")
+    assert 0 < result.chain.student_warm_start <= 1 and 0 < result.chain.stages[0].mean_weight < 1
+    decisions = [one.seconds for one in result.chain.decisions]
+    assert len(decisions) == 2 and min(decisions) > 0
+    assert result.seconds > sum(decisions) + result.chain.stages[0].seconds
+    kept = RunRecord.load(tmp_path / "out" / "seed-0" / "hpmkd.run" / "run_record.json")
+    assert kept.status == "completed"
+
+
+def test_seconds_of_a_chain_count_what_was_left_out() -> None:
+    stages = [
+        StageRecord(name, "mlp-9", 100, seconds=seconds) for name, seconds in (("stage-1", 2.0), ("stage-2", 4.0))
+    ]
+    decision = ChainDecision("probe", "mlp-9", 100, 0.0, 0.0, 0.0, 1.0, True, 8.0)
+    record = ChainRecord(stages[:1], [decision], left_out=stages[1:])
+    assert chain_seconds(record) == 14
+    assert chain_seconds(None) == 0
 
 
 def test_a_stage_says_by_which_key_it_is_found(tmp_path: Path) -> None:
@@ -235,13 +288,26 @@ def test_a_stage_says_by_which_key_it_is_found(tmp_path: Path) -> None:
         ({"length": -1}, "auto or a number from 0 on, got -1"),
         ({"length": 3, "models": ["mlp-9"]}, r"be their number \(1\), got 3"),
         ({"models": ["sklearn:SVC"]}, "must be a network that is trained here"),
+        ({"epochs": 3}, r"training.max_steps \(50\) decides the steps of stages too"),
         ({"length": "long"}, "chain.length"),
         ({"probe_share": 0}, "chain.probe_share"),
     ],
 )
 def test_what_makes_no_sense_is_told_before_anything_runs(tmp_path: Path, chain, message) -> None:
     with pytest.raises(RecipeError, match=message):
-        load_recipe(recipe_file(tmp_path, **chain))
+        load_recipe(recipe_file(tmp_path, **chain), ["training.max_steps=50"])
+
+
+def test_no_teacher_is_called_like_a_stage(tmp_path: Path) -> None:
+    """Whether by its name or by that of its folder."""
+    for teacher in ("{model: mlp-9, name: stage-1}", "{model: ./runs/stage-1}"):
+        with pytest.raises(RecipeError, match="'stage-1' is how the chain calls its own models"):
+            load_recipe(recipe_file(tmp_path), [f"teachers=[{teacher}]"])
+
+
+def test_a_name_that_means_nothing_is_told_before_teachers_are_trained(tmp_path: Path, trainings, capsys) -> None:
+    assert main(["distill", str(recipe_file(tmp_path, models=["USER/no-such-model"]))]) == 2
+    assert "no-such-model" in capsys.readouterr().err and not trainings
 
 
 def test_a_chain_that_nobody_listens_to_is_refused(tmp_path: Path) -> None:

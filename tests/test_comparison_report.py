@@ -2,15 +2,17 @@
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from scipy import stats
 
 from hf_hpmkd.comparison_record import ComparisonRecord, Look, MethodRecord, Result, Score
-from hf_hpmkd.comparison_report import draw_plots, lines, summary, table
+from hf_hpmkd.comparison_report import collection, draw_compression, draw_plots, lines, summary, table
 from hf_hpmkd.run_record import TeacherRecord
 
 SEEDS = range(4)
 SHARES = {"direct": (0.70, 0.72, 0.69, 0.71), "kd": (0.74, 0.75, 0.72, 0.76), "odd": (0.70, 0.71, 0.70, 0.72)}
 ROWS = 300
+RECIPE = {"data": {"path": "/home/me/data"}, "student": {"model": "mlp-4"}, "training": {"epochs": 5}}
 
 
 def hits(share, seed, name):
@@ -20,7 +22,7 @@ def hits(share, seed, name):
 
 
 def make(seeds=SEEDS, parts=("validation",)):
-    record = ComparisonRecord("r.yaml", {"data": {"path": "/home/me/data"}}, "f", "direct", seeds=list(seeds))
+    record = ComparisonRecord("r.yaml", RECIPE, "f", "direct", seeds=list(seeds))
     record.methods = [MethodRecord(name, f"what {name} is") for name in ("kd", "direct", "odd")]
     for seed in seeds:
         record.teachers[f"seed-{seed}"] = [
@@ -121,9 +123,10 @@ def test_the_test_part_is_shown_where_it_was_opened():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"steps": 90}, "The terms were not equal"),
-        ({"num_params": 38}, "The terms were not equal"),
+        ({"steps": 90}, "The terms were not equal in steps: "),
+        ({"num_params": 38}, "students differ in parameters"),
         ({"threads": 2}, "different numbers of threads"),
+        ({"commit": "another"}, "different versions of this package"),
     ],
 )
 def test_what_weakens_the_figures_is_said(change, said):
@@ -131,6 +134,34 @@ def test_what_weakens_the_figures_is_said(change, said):
     assert said not in summary(record)
     vars(record.results[0]).update(change)
     assert said in summary(record)
+
+
+def test_what_the_methods_are_is_said_once_below_all_tables():
+    text = collection([make(), make([0])], "validation")
+    assert text.count("| direct |") == 2 and text.count("- `direct`: ") == 1
+
+
+def test_compression_is_that_of_the_largest_teacher(tmp_path, monkeypatch):
+    drawn, original = [], Axes.plot
+
+    def plot(self, x, y, *rest, **more):
+        drawn.append((x, y, more["label"]))
+        return original(self, x, y, *rest, **more)
+
+    monkeypatch.setattr(Axes, "plot", plot)
+    record = make()
+    with pytest.raises(ValueError, match="a teacher and a student of known size"):
+        draw_compression([record], "validation", tmp_path / "plot.png")
+    for teachers in record.teachers.values():
+        for size, teacher in zip((500, 300), teachers, strict=False):
+            teacher.num_params = size
+    for result in record.results:
+        result.num_params = 50
+    draw_compression([record, record], "validation", tmp_path / "plots" / "plot.png")
+    assert {x for x, _, _ in drawn} == {10} and (tmp_path / "plots" / "plot.png").stat().st_size > 1000
+    direct = [(y, label) for _, y, label in drawn if label in ("direct", None)][0]
+    assert direct == (pytest.approx(100 * lines(record, "validation")[0].retention), "direct")
+    assert sum(label is None for _, _, label in drawn) == len(record.methods)  # the second time without a label
 
 
 def test_plots_are_drawn(tmp_path):
@@ -147,7 +178,7 @@ def test_a_record_is_read_back_and_published_without_paths(tmp_path):
     record.save(tmp_path / "comparison.json")
     assert ComparisonRecord.load(tmp_path / "comparison.json") == record
     public = record.public()
-    assert public.recipe == {"data": {"path": "data"}}
+    assert public.recipe == {**RECIPE, "data": {"path": "data"}}
     assert summary(public) == summary(record)
 
 

@@ -113,7 +113,7 @@ def test_methods_are_chosen_by_name():
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("training.epochs=50", "must be the same for all methods"),
+        ("training.batch_size=50", "must be the same for all methods"),
         ("training.seed=3", "must be the same for all methods"),
         ("data.views=9", "a method may set distillation"),
         ("teachers.0.epochs=9", "a method may set distillation"),

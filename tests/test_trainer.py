@@ -268,7 +268,7 @@ def test_the_gate_gives_specialists_their_classes_and_the_student_gains(tmp_path
     """alpha = 1: all the student knows comes from the teachers, each of which is wrong on half of the classes."""
     gated, uniform = specialists_student(tmp_path, "mixture"), specialists_student(tmp_path, "uniform")
     weights = torch.tensor(gated.distiller.class_weights())
-    assert weights[0, :2].mean() > 0.8 and weights[1, 2:].mean() > 0.8
+    assert weights[0, :2].mean() > 0.75 and weights[1, 2:].mean() > 0.75
     assert gated.evaluate()["eval_accuracy"] > uniform.evaluate()["eval_accuracy"] + 0.02
 
 
@@ -303,7 +303,7 @@ def test_constant_and_shuffled_teachers_get_no_weight_and_cost_nothing(tmp_path,
     for name in ("_Constant", "_Shuffled"):
         assert sum(row[f"weight/{name}"] for row in last) / len(last) < 0.05
     accuracies = [one.evaluate(tiny.TinyImages(600, seed=11))["eval_accuracy"] for one in (clean, spoilt)]
-    assert accuracies[1] > accuracies[0] - 0.02
+    assert accuracies[1] > accuracies[0] - 0.04  # two standard errors of a difference on so many rows
 
 
 # ---- a drop-in for Trainer -------------------------------------------------------------------------------------------

@@ -157,6 +157,7 @@ class AttentionEnsemble:
         self.objective = objective
         self.entropy_weight = entropy_weight
         self.calibration = torch.ones(num_teachers, device=device)
+        self.sharpness = torch.ones((), device=device)
         self.generator = torch.Generator().manual_seed(seed)
         self.gate: AttentionGate | None = None
         self.optimizer: torch.optim.Optimizer | None = None
@@ -171,13 +172,27 @@ class AttentionEnsemble:
         return self.gate is not None and self.objective == "mixture"
 
     def calibrate(self, guide_logits: torch.Tensor, guide_labels: torch.Tensor) -> None:
-        """Sets one calibration temperature per teacher from guide rows. guide_logits: `(teachers, rows, classes)`."""
-        fitted = [fit_calibration(logits.cpu(), guide_labels.cpu()) for logits in guide_logits]
-        self.calibration = torch.tensor(fitted, device=self.calibration.device)
+        """Sets one calibration temperature τ per teacher from guide rows, and the sharpness of what they teach.
+
+        guide_logits: `(teachers, rows, classes)`. Sharpness is max(1, τ of the teacher that is likeliest once honest).
+        """
+        logits, labels = guide_logits.cpu(), guide_labels.cpu()
+        fitted = torch.tensor([fit_calibration(of_teacher, labels) for of_teacher in logits])
+        honest = torch.stack([F.cross_entropy(z / tau, labels) for z, tau in zip(logits, fitted, strict=True)])
+        self.calibration = fitted.to(self.calibration.device)
+        self.sharpness = fitted[honest.argmin()].clamp(min=1.0).to(self.calibration.device)
 
     def calibrated(self, teacher_logits: torch.Tensor) -> torch.Tensor:
-        """`z_m / τ_m`, shape kept: `(teachers, batch, classes)`."""
+        """Honest logits `z_m / τ_m`, for the gate to judge; shape kept: `(teachers, batch, classes)`."""
         return teacher_logits / self.calibration.view(-1, 1, 1)
+
+    def taught(self, calibrated: torch.Tensor) -> torch.Tensor:
+        """What the student is taught of calibrated logits: all teachers at the best one's own scale.
+
+        Honest logits are softer than those of an over-confident teacher, and students learned less from them. So the
+        scale of an over-confident best teacher is kept (alone, it teaches as in plain KD), that of others follows.
+        """
+        return calibrated * self.sharpness
 
     def weights(self, features: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Weights `(batch, teachers)` for calibrated logits `(teachers, batch, classes)`; rows sum to 1.
@@ -231,7 +246,7 @@ class AttentionEnsemble:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Everything that a bitwise resume needs, as flat tensors (safetensors-ready)."""
-        state = {"calibration": self.calibration, "generator": self.generator.get_state()}
+        state = {"calibration": self.calibration, "sharpness": self.sharpness, "generator": self.generator.get_state()}
         if self.gate is not None and self.optimizer is not None:
             state |= {f"gate.{name}": tensor for name, tensor in self.gate.state_dict().items()}
             state |= flatten_optimizer(self.optimizer)
@@ -251,6 +266,7 @@ class AttentionEnsemble:
                 f"`gate={self.objective}`. Resume with the settings of the interrupted run."
             )
         self.calibration = state["calibration"].to(self.calibration.device)
+        self.sharpness = state["sharpness"].to(self.calibration.device)
         self.generator.set_state(state["generator"].cpu())
         if self.gate is not None and self.optimizer is not None:
             self.gate.load_state_dict(saved_gate)

@@ -23,9 +23,6 @@ class GainEstimate:
     gain: float
     standard_error: float
 
-    def __str__(self) -> str:
-        return f"{self.gain:+.2f} ± {self.standard_error:.2f} points"
-
 
 def estimate_gain(with_stage: Tensor, without: Tensor) -> GainEstimate:
     """The gain and its standard error, from the same rows and seeds answered with and without a stage.

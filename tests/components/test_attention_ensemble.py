@@ -31,13 +31,39 @@ def warm(logits, features, labels, steps=200, **settings):
     return ensemble, ensemble.weights(features, ensemble.calibrated(logits), labels)
 
 
-def test_calibration_finds_the_scale_that_was_applied():
-    """Labels drawn from softmax(z) make z calibrated; 3 z is then over-confident by 3."""
+def honest_teacher():
+    """Labels drawn from softmax(z) make z calibrated."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(20_000, CLASSES, generator=generator)
-    labels = torch.multinomial(F.softmax(logits, -1), 1, generator=generator).squeeze(-1)
+    return logits, torch.multinomial(F.softmax(logits, -1), 1, generator=generator).squeeze(-1)
+
+
+def test_calibration_finds_the_scale_that_was_applied():
+    """3 z is over-confident by 3."""
+    logits, labels = honest_teacher()
     assert ae.fit_calibration(logits, labels) == pytest.approx(1.0, abs=0.05)
     assert ae.fit_calibration(3 * logits, labels) == pytest.approx(3.0, abs=0.15)
+
+
+@pytest.mark.parametrize(("scales", "taught_at"), [((3.0, 3.0), 3.0), ((3.0, 6.0), 3.0), ((0.5, 3.0), 1.0)])
+def test_what_is_taught_has_the_scale_of_the_best(scales, taught_at):
+    """The first teacher is the best; where it is under-confident, both are taught as they are honest."""
+    best, labels = honest_teacher()
+    worse = best + torch.randn(best.shape, generator=torch.Generator().manual_seed(1))
+    ensemble = ae.AttentionEnsemble("uniform", 2, CLASSES, WIDTH)
+    spoken = torch.stack([scales[0] * best, scales[1] * worse])
+    ensemble.calibrate(spoken, labels)
+    taught = ensemble.taught(ensemble.calibrated(spoken))
+    assert torch.allclose(taught[0], taught_at * best, rtol=0.05)
+    assert torch.allclose(taught[1], taught_at * worse / ae.fit_calibration(worse, labels), rtol=0.06)
+
+
+def test_one_over_confident_teacher_teaches_as_it_is():
+    logits, labels = honest_teacher()
+    ensemble = ae.AttentionEnsemble("uniform", 1, CLASSES, WIDTH)
+    ensemble.calibrate(3 * logits[None], labels)
+    assert ensemble.calibration.item() == pytest.approx(3, rel=0.05)
+    assert torch.allclose(ensemble.taught(ensemble.calibrated(logits[None])), logits[None])
 
 
 def test_calibration_of_a_shuffled_teacher_flattens_it():

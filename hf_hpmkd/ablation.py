@@ -1,0 +1,62 @@
+"""What `hpmkd ablate` compares: the recipe, and the recipe with components of HPM-KD switched over, alone and in pairs.
+
+A component that the recipe uses is switched off; one that it leaves off is switched on, to show what it would bring.
+"""
+
+from dataclasses import dataclass
+from itertools import combinations
+
+from hf_hpmkd.methods import NO_CHAIN, Method
+from hf_hpmkd.recipe import Recipe
+
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Component:
+    """A component of HPM-KD that a recipe can switch. off, on: `section.key=value` words."""
+
+    name: str
+    off: tuple[str, ...]
+    on: tuple[str, ...]
+
+    def is_on(self, recipe: Recipe) -> bool:
+        """Whether the recipe uses it."""
+        distillation, chain = recipe.distillation, recipe.chain
+        return {
+            "chain": bool(chain.models) or chain.length != 0,
+            "attention": distillation.gate != "uniform" or distillation.calibrate_teachers,
+            "temperature": distillation.temperature_schedule != "constant",
+        }[self.name]
+
+
+COMPONENTS = (
+    Component("chain", NO_CHAIN, ("chain.length=1",)),
+    Component(
+        "attention",
+        ("distillation.gate=uniform", "distillation.calibrate_teachers=false"),
+        ("distillation.gate=mixture", "distillation.calibrate_teachers=true"),
+    ),
+    Component(
+        "temperature",
+        ("distillation.temperature_schedule=constant",),
+        ("distillation.temperature_schedule=learned",),
+    ),
+)
+
+
+def ablation_methods(recipe: Recipe) -> list[Method]:
+    """The recipe as it is, called "full"; each component switched over; each pair of those that it uses, off."""
+    used = [component for component in COMPONENTS if component.is_on(recipe)]
+    methods = [Method(FULL, "the recipe as it is")]
+    for component in COMPONENTS:
+        if component in used:
+            methods.append(Method(f"no-{component.name}", f"without {component.name}", component.off))
+        else:
+            methods.append(
+                Method(f"with-{component.name}", f"with {component.name}, which the recipe leaves off", component.on)
+            )
+    for one, other in combinations(used, 2):
+        name = f"no-{one.name}-no-{other.name}"
+        methods.append(Method(name, f"without {one.name} and {other.name}", (*one.off, *other.off)))
+    return methods

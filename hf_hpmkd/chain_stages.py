@@ -1,0 +1,296 @@
+"""The stages of one run's chain: what there is, and how another is made, kept and found again. Decides nothing."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel
+
+from hf_hpmkd.classifier_training import (
+    Schedule,
+    Trained,
+    done_file,
+    student_schedule,
+    train_or_load,
+    write_json,
+)
+from hf_hpmkd.classifiers import Classifier
+from hf_hpmkd.components.progressive_chain import from_bits, taught_by, to_bits
+from hf_hpmkd.data import DataParts
+from hf_hpmkd.evaluation import student_logits
+from hf_hpmkd.intermediate_models import Intermediate, build_intermediate, find_intermediates
+from hf_hpmkd.memory_files import MANIFEST
+from hf_hpmkd.recipe import recipe_tree
+from hf_hpmkd.run_context import Run
+from hf_hpmkd.run_record import StageRecord
+from hf_hpmkd.stage_card import write_stage_card
+from hf_hpmkd.tasks.base import json_digest
+from hf_hpmkd.teacher_kinds import FoldedTeacher, Teacher, TorchTeacher, architecture
+from hf_hpmkd.warm_start import can_warm_start, warm_start
+
+STAGE_FILE = "stage.json"
+_STAGE_FORMAT = 1
+_TRAINED = ("seconds", "steps", "curve", "calibration", "class_weights")
+# What a recipe says that changes nothing in a stage's weights; epochs and seed are in its schedule.
+_NOT_IN_KEY = {
+    "training": ("report_to", "num_workers", "save_total_limit", "metrics", "log_every", "epochs", "seed"),
+    "distillation": ("cache_dir", "direct"),
+}
+
+
+class Builder(Protocol):
+    """Makes a classifier with its initial weights, or on the meta device."""
+
+    def __call__(self, *, meta: bool = False) -> Classifier: ...
+
+
+class WarmBuild:
+    """Builds a classifier and gives it what the first fitting model of `above` has to give.
+
+    share: of its parameters that were copied, 0 to 1, after the first call.
+    """
+
+    def __init__(self, build: Builder, above: Sequence[TorchTeacher]) -> None:
+        self.build, self.above, self.share = build, above, 0.0
+
+    def __call__(self) -> Classifier:
+        classifier = self.build()
+        source = self.source(classifier.model)
+        if source is not None and isinstance(source.model, PreTrainedModel):
+            self.share = warm_start(classifier.model, source.model).fraction
+        return classifier
+
+    def source(self, model: PreTrainedModel) -> TorchTeacher | None:
+        """What such a model would start from."""
+        for one in self.above:
+            if isinstance(one.model, PreTrainedModel) and can_warm_start(model, one.model):
+                return one
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """All that decides the initial weights but the seed."""
+        model = self.build(meta=True).model
+        start = self.source(model)
+        return {**architecture(model), "start": start.fingerprint if start else None}
+
+
+class Stages:
+    """The stages of one run, largest first: those that teach the student, and the means to train another."""
+
+    def __init__(self, run: Run, parts: DataParts, teachers: list[Teacher], folder: Path) -> None:
+        self.run, self.parts, self.teachers, self.folder = run, parts, teachers, folder
+        self.store = run.memory.store
+        self.finished: list[TorchTeacher] = []
+        self.records: list[StageRecord] = []
+
+    def find(self, count: int) -> list[Intermediate]:
+        """Models between the lowest stage, else the teachers, and the student. Raises ValueError if there are none."""
+        sized = [(one.source, one.num_params) for one in self.teachers if one.num_params is not None]
+        student = self.run.recipe.student
+        return find_intermediates(
+            student.model,
+            [(one.model, one.num_params) for one in self.records[-1:]] or sized,
+            self.parts.train,
+            count,
+            revision=student.revision,
+            trust_remote_code=student.trust_remote_code,
+        )
+
+    def keep(self, stage: TorchTeacher, record: StageRecord) -> None:
+        """Lets what comes below learn from it."""
+        self.finished.append(stage)
+        self.records.append(record)
+
+    def drop(self, record: StageRecord) -> None:
+        """Takes a stage out of the run's folder. It stays in the memory, for whom it may still serve."""
+        if self.run.is_main:
+            clear_training(self.folder / record.name)
+
+    def guides(self, stages: Sequence[TorchTeacher]) -> list[Teacher]:
+        """What the next model learns from."""
+        return taught_by(self.teachers, list(stages), self.run.recipe.chain.guidance)
+
+    def above(self, stages: Sequence[TorchTeacher]) -> list[TorchTeacher]:
+        """What the next model may start from: the lowest stage first, then the teachers, the smallest first."""
+        whole = [one.full if isinstance(one, FoldedTeacher) else one for one in self.teachers]
+        networks = [one for one in whole if isinstance(one, TorchTeacher)]
+        return [*reversed(stages), *sorted(networks, key=lambda one: one.num_params or 0)]
+
+    def blueprint(self, wanted: Intermediate) -> Classifier:
+        """The stage on the meta device."""
+        return build_intermediate(wanted.name, self.parts.train, self.run.recipe.student, meta=True)
+
+    def builder(self, wanted: Intermediate) -> WarmBuild:
+        """Makes the next stage with its initial weights."""
+        recipe = self.run.recipe
+        build = partial(build_intermediate, wanted.name, self.parts.train, recipe.student, seed=recipe.training.seed)
+        return WarmBuild(build, self.above(self.finished) if recipe.chain.warm_start else [])
+
+    def schedule(self) -> Schedule:
+        """A stage's schedule: the student's, with the chain's own epochs and learning rate where given."""
+        schedule, config = student_schedule(self.run.recipe), self.run.recipe.chain
+        return dataclasses.replace(
+            schedule,
+            epochs=config.epochs or schedule.epochs,
+            learning_rate=config.learning_rate or schedule.learning_rate,
+        )
+
+    def train(self, wanted: Intermediate) -> tuple[TorchTeacher, StageRecord]:
+        """The next stage: trained, or found finished in this run's folder or in the memory."""
+        name = f"stage-{len(self.finished) + 1}"
+        folder, build, schedule = self.folder / name, self.builder(wanted), self.schedule()
+        key = self.key(build, schedule, self.finished)
+        with self.store.making(key) if self.store is not None and self.run.is_main else nullcontext():
+            self._claim(folder, key)
+            with PartialState().main_process_first():
+                reused = self._fetch(wanted, key, folder)
+            trained = self.fit(name, build, schedule, folder, self.finished)
+            record = StageRecord(
+                name=name,
+                model=wanted.name,
+                num_params=wanted.num_params,
+                target=wanted.target,
+                guides=[guide.name for guide in self.guides(self.finished)],
+                warm_start=build.share,
+                accuracy=float(self.right(trained.classifier).float().mean()),
+                seconds=trained.seconds,
+                steps=trained.steps,
+                reused=reused,
+            )
+            self.run.keep_curve(name, trained.curve)
+            self._publish(folder, key, record, trained)
+        return self.as_teacher(name, trained.classifier, wanted.name), record
+
+    def _fetch(self, wanted: Intermediate, key: str, folder: Path) -> bool:
+        """Puts a finished stage from the memory into the folder; False if this run trains, or trained, its own."""
+        if done_file(folder).is_file():
+            about = _about(folder)
+            return about is not None and bool(about["stage"].get("reused"))
+        kept = self.store.find_model(key) if self.store is not None and self.run.is_main else None
+        if kept is None:
+            return False
+        about = _about(kept)
+        if about is None or about["stage"]["num_params"] != wanted.num_params:
+            self.run.warn(f"The stage {key} of the memory has no usable {STAGE_FILE} and is trained again.")
+            return False
+        shutil.copytree(kept, folder, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
+        # The code of our own models is no data, so the memory does not hold it; saving the model writes it again.
+        type(self.blueprint(wanted).model).from_pretrained(kept).save_pretrained(folder)
+        about["stage"]["reused"] = True
+        write_json(folder / STAGE_FILE, about)
+        write_json(done_file(folder), about["trained"])
+        self.run.say(f"Chain: a stage of {wanted.num_params:,} parameters was trained before and is in the memory.")
+        return True
+
+    def _publish(self, folder: Path, key: str, record: StageRecord, trained: Trained) -> None:
+        """Makes the stage's folder usable alone, and keeps a copy for other runs."""
+        if not self.run.is_main:
+            return
+        saved = {name: getattr(trained, name) for name in _TRAINED}
+        about = {"format_version": _STAGE_FORMAT, "key": key, "stage": dataclasses.asdict(record), "trained": saved}
+        write_json(folder / STAGE_FILE, about)
+        write_stage_card(self.run.record, record, folder)
+        if self.store is not None and not record.reused:
+            self.store.keep_model(key, folder)
+
+    def fit(
+        self,
+        name: str,
+        build: WarmBuild,
+        schedule: Schedule,
+        folder: Path,
+        stages: Sequence[TorchTeacher],
+        *,
+        evaluations: int | None = None,
+    ) -> Trained:
+        """A model trained into a folder from the teachers and these stages, or found finished there. evaluations: None
+        takes the recipe's.
+        """
+        self._claim(folder, self.key(build, schedule, stages))
+        training = self.run.recipe.training
+        training = dataclasses.replace(training, evaluations=evaluations or training.evaluations)
+        trained = train_or_load(
+            name,
+            build,
+            dataclasses.replace(self.run.recipe, training=training),
+            schedule,
+            folder,
+            self.parts.train,
+            self.parts.validation,
+            num_views=self.parts.num_views,
+            teachers=self.guides(stages),
+            guide=self.parts.guide,
+        )
+        # The saved weights, which are the same in every process; of batch statistics each process has its own.
+        trained.classifier.model = type(trained.classifier.model).from_pretrained(folder)
+        return trained
+
+    def _claim(self, folder: Path, key: str) -> None:
+        """Takes a folder for one training; what another one left there goes, lest it be mistaken for this one's."""
+        file = _key_file(folder)
+        if self.run.is_main and not (file.is_file() and file.read_text(encoding="utf-8") == key):
+            clear_training(folder)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(key, encoding="utf-8")
+        PartialState().wait_for_everyone()
+
+    def as_teacher(self, name: str, classifier: Classifier, source: str) -> TorchTeacher:
+        """A trained classifier as one that teaches."""
+        return TorchTeacher.of(name, classifier, self.parts.train, device=self.run.device, source=source)
+
+    def right(self, classifier: Classifier) -> torch.Tensor:
+        """Which validation rows are answered right, bool `(rows,)`; the main process's answer in all of them."""
+        judged = self.as_teacher("judged", classifier, "judged")
+        logits = student_logits(judged, self.parts.validation, self.run.recipe.training.eval_batch_size)
+        answer = [to_bits(logits.argmax(-1) == self.parts.validation.labels)]
+        return from_bits(broadcast_object_list(answer)[0])
+
+    def key(self, build: WarmBuild, schedule: Schedule, stages: Sequence[TorchTeacher]) -> str:
+        """Of all that decides a training below these stages: another recipe that needs the same arrives at the same."""
+        tree, rows = recipe_tree(self.run.recipe), self.parts.train
+        return json_digest(
+            {
+                "model": build.describe(),
+                "settings": {
+                    section: {name: value for name, value in tree[section].items() if name not in left_out}
+                    for section, left_out in _NOT_IN_KEY.items()
+                },
+                "schedule": dataclasses.asdict(schedule),
+                "processes": PartialState().num_processes,
+                "train": [rows.fingerprint, rows.view_key() if self.parts.num_views else None, self.parts.num_views],
+                "guide": self.parts.guide.fingerprint,
+                "validation": self.parts.validation.fingerprint,
+                "labels": [part.labels.tolist() for part in (rows, self.parts.guide)],
+                "guides": [guide.identity(rows) for guide in self.guides(stages)],
+            }
+        )
+
+
+def _about(folder: Path) -> dict[str, Any] | None:
+    """What a stage's folder says of it; None where it says nothing that can be read."""
+    try:
+        about = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+        StageRecord(**about["stage"])
+        Trained(None, **about["trained"])  # type: ignore[arg-type]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return about if about.get("format_version") == _STAGE_FORMAT else None
+
+
+def _key_file(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.key")
+
+
+def clear_training(folder: Path) -> None:
+    """Removes a training; what says that it is finished goes first."""
+    done_file(folder).unlink(missing_ok=True)
+    _key_file(folder).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,54 @@
+"""Gives every method of a comparison the same tuning budget: so many full trainings, judged on validation rows.
+
+Pure choice of what to try; `compare` trains it.
+"""
+
+import hashlib
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+
+from hf_hpmkd.methods import Method, method_recipe, with_overrides
+from hf_hpmkd.recipe import Recipe
+from hf_hpmkd.recipe_rules import uses_teachers
+
+TUNING_SEED = 2_000_003  # of the students that are tried, so that no compared one is chosen by its own luck
+
+_ALPHAS = (0.5, 0.9, 1.0)
+_TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
+_LEARNING_RATES = (0.5, 1.0, 2.0)  # times the recipe's
+
+
+def trials(recipe: Recipe, method: Method, count: int) -> list[Method]:
+    """`count` versions of a method, the first of them the method itself, the others drawn from its grid.
+
+    The grid is alpha x temperature x learning rate for what listens to teachers, the learning rate for what does not;
+    values that do not go together are left out. A grid that is smaller than the budget is tried whole. The same recipe
+    and method give the same trials.
+    """
+    base = method_recipe(recipe, method, TUNING_SEED)
+    rates = [f"training.learning_rate={factor * base.training.learning_rate:g}" for factor in _LEARNING_RATES]
+    grid = [[rate] for rate in rates]
+    if uses_teachers(base):
+        grid = [
+            [f"distillation.alpha={alpha:g}", f"distillation.temperature={temperature:g}", rate]
+            for alpha, temperature, rate in product(_ALPHAS, _TEMPERATURES, rates)
+        ]
+    versions = [replace(method, name=f"{method.name}--0")]
+    known = {_values(recipe, versions[0])}
+    seed = int.from_bytes(hashlib.sha256(method.name.encode()).digest()[:4])
+    for place in np.random.default_rng(seed).permutation(len(grid)):
+        if len(versions) == count:
+            break
+        version = replace(with_overrides(method, grid[int(place)]), name=f"{method.name}--{len(versions)}")
+        values = _values(recipe, version)
+        if values not in known:
+            known.add(values)
+            versions.append(version)
+    return versions
+
+
+def _values(recipe: Recipe, method: Method) -> tuple[float, ...]:
+    made = method_recipe(recipe, method, TUNING_SEED)
+    return made.distillation.alpha, made.distillation.temperature, made.training.learning_rate

@@ -1,0 +1,62 @@
+"""Equal budgets: how many trials, which, and that the best of them is compared."""
+
+import pytest
+import yaml
+
+from hf_hpmkd.cli import main
+from hf_hpmkd.comparison_record import ComparisonRecord
+from hf_hpmkd.methods import known_methods, method_recipe
+from hf_hpmkd.recipe import load_recipe
+from hf_hpmkd.tuning import TUNING_SEED, trials
+
+
+def values(recipe, method):
+    made = method_recipe(recipe, method, 0)
+    return made.distillation.alpha, made.distillation.temperature, made.training.learning_rate
+
+
+@pytest.mark.parametrize("name", ["direct", "kd-mean", "hpmkd", "takd", "ctkd"])
+def test_every_method_gets_the_budget_and_begins_with_itself(name):
+    recipe, method = load_recipe("quickstart"), known_methods()[name]
+    found = trials(recipe, method, 3)
+    assert len(found) == 3 and found[0].overrides == method.overrides
+    assert len({values(recipe, one) for one in found}) == 3
+    assert all(one.overrides[: len(method.overrides)] == method.overrides for one in found)
+    assert [one.overrides for one in found] == [one.overrides for one in trials(recipe, method, 3)]
+
+
+def test_a_small_grid_is_tried_whole():
+    recipe = load_recipe("quickstart")
+    rates = [values(recipe, one)[2] for one in trials(recipe, known_methods()["direct"], 99)]
+    assert sorted(rates) == pytest.approx([recipe.training.learning_rate * factor for factor in (0.5, 1, 2)])
+    assert len(trials(recipe, known_methods()["kd-mean"], 99)) == 3 * 4 * 3
+
+
+def test_the_best_trial_is_what_is_compared_and_nothing_is_tried_twice(tmp_path, capsys):
+    recipe = {
+        "data": {"path": "sklearn:wine"},
+        "teachers": [{"model": "sklearn:LogisticRegression", "folds": 0}],
+        "student": {"model": "mlp-4"},
+        "training": {"epochs": 2, "batch_size": 16, "learning_rate": 0.01, "evaluations": 1},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    words = ["compare", str(tmp_path / "recipe.yaml"), "--methods", "direct,kd-mean", "--seeds", "5,", "--tune", "2"]
+    words += ["--output", str(tmp_path / "out")]
+    assert main(words) == 0
+    record = ComparisonRecord.load(tmp_path / "out" / "comparison.json")
+    for method in record.methods:
+        own = known_methods()[method.name].overrides
+        tried = [trial for trial in record.trials if trial.method == method.name]
+        assert len(tried) == 2 and tried[0].overrides == []
+        best = max(tried, key=lambda trial: trial.accuracy)
+        assert [trial.chosen for trial in tried] == [trial is best for trial in tried]
+        assert method.overrides == [*own, *best.overrides]
+        (result,) = record.of_method(method.name).values()
+        assert result.overrides == method.overrides and result.seed == 5
+    assert "Tuned on validation rows with 4 trainings" in (tmp_path / "out" / "table.md").read_text()
+    students = list((tmp_path / "out" / "tuning" / f"seed-{TUNING_SEED}").glob("*.result.json"))
+    assert len(students) == 4
+    before = {path: path.stat().st_mtime_ns for path in students}
+    capsys.readouterr()
+    assert main(words) == 0
+    assert {path: path.stat().st_mtime_ns for path in students} == before
