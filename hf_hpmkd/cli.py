@@ -136,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--seeds", type=int, default=3, help="seeds per table (default: 3)")
     one.add_argument("--mode", choices=("fast", "thorough"), default="fast", help="budget of the tries (default: fast)")
     one.add_argument("--prior", type=Path, metavar="FILE", help="prior to judge (default: the one of the package)")
-    one.add_argument("--records", default="all", metavar="all,0,50", help="how many runs of the prior may be known")
+    one.add_argument("--records", default="all", metavar="all,0,50", help="also judge with so many runs of the prior")
     one.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder; the same command goes on in it")
     one.set_defaults(after_stop="The same command goes on where this one stood.")
 
@@ -440,7 +440,7 @@ def _bench_trainer(args: argparse.Namespace) -> None:
 def _bench_auto(args: argparse.Namespace) -> None:
     from hf_hpmkd.auto_bench import Settings, bench_auto
 
-    counts = sorted((None if word == "all" else int(word) for word in args.records.split(",")), key=bool)
+    counts = [None, *(int(word) for word in args.records.split(",") if word != "all")]
     tables = args.tables.split(",") if args.tables else None
     settings = Settings(args.data, args.output, tables, args.seeds, args.mode, args.prior, records=counts)
     _say(bench_auto(settings, say=_say))
