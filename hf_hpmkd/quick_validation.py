@@ -9,6 +9,7 @@ that an interrupted search goes on.
 import dataclasses
 import gc
 import json
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -64,8 +65,9 @@ from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
 
 FOLDER = "auto"
-MARGIN = 1.0
-"""Standard deviations by which a candidate must be better than direct training, to be trained in its place."""
+MARGIN = 1.5
+"""Standard deviations by which a candidate must be better than direct training, to be trained in its place: with four
+candidates and nothing to gain, about one search in seven is misled, and then by a candidate that is no worse."""
 
 _FEATURE_ROWS = 2_000
 _SECTION = {name: "training" if name in ("learning_rate", "weight_decay") else "distillation" for name in SPACE}
@@ -165,7 +167,7 @@ def _inputs(student: Classifier, rows: Rows) -> np.ndarray | None:
 def landmark_loss(curve: Sequence[dict[str, float]], step: int) -> float:
     """Mean training loss of the last three log lines up to a step."""
     losses = [row["loss"] for row in curve if "loss" in row and row["step"] <= step]
-    return float(np.mean(losses[-3:]))
+    return float(np.mean(losses[-3:])) if losses else math.nan
 
 
 # ---- the search ------------------------------------------------------------------------------------------------------
@@ -229,9 +231,10 @@ class _Search:
             judged = [(trial, *self._judge(trial, rung.step, early)) for trial in trials]
             records += [record for _, _, record in judged]
         kept = configuration_of(self.recipe)
-        decided = choose([one for _, one, _ in judged], MARGIN, "alpha" in free_fields(self.recipe) or not kept.distils)
+        fallback = DIRECT if "alpha" in free_fields(self.recipe) else kept
+        decided = choose([one for _, one, _ in judged], MARGIN, fallback)
         everyone = [self.direct, *self.tried]
-        going_on = self._hand_over(next(one for one in everyone if one.configuration == decided.configuration))
+        going_on = self._hand_over([one for one in everyone if one.configuration == decided.configuration])
         gc.unfreeze()
         seconds = sum(trial.seconds for trial in everyone)
         return self._record(decided, features, knowledge, examples, records, going_on, seconds, started)
@@ -272,7 +275,7 @@ class _Search:
 
     def _examples(self) -> list[Example]:
         """What the memory and the prior know. The main process reads; all go by the same."""
-        prior = Path(self.recipe.auto.prior) if self.recipe.auto.prior else None
+        prior = Path(self.recipe.auto.prior).expanduser() if self.recipe.auto.prior else None
         examples = read_prior(prior)
         if self.run.memory.store is not None and self.run.is_main:
             examples += memory_examples(self.run.memory.store.records()[0])
@@ -349,15 +352,18 @@ class _Search:
                 self.curve = about["curve"]
         return from_bits(about["right"])
 
-    def _hand_over(self, winner: _Trial) -> list[_Trial]:
-        """Moves what goes on: the winner, unless a chain will teach it more, and direct training."""
+    def _hand_over(self, winners: Sequence[_Trial]) -> list[_Trial]:
+        """Moves what goes on: direct training, and the winner, unless a chain will teach it more. winners: it, or
+        nothing if what was chosen has not been tried.
+        """
         going_on: list[tuple[_Trial, Path]] = []
         if self.direct_folder is not None:
             going_on.append((self.direct, self.direct_folder))
         chain = self.recipe.chain
-        taught_alike = (chain.length == 0 and not chain.models) or not winner.configuration.distils
-        if (winner is not self.direct or self.direct_folder is None) and taught_alike and not chain.warm_start:
-            going_on.append((winner, self.student))
+        for winner in winners:
+            taught_alike = (chain.length == 0 and not chain.models) or not winner.configuration.distils
+            if (winner is not self.direct or self.direct_folder is None) and taught_alike and not chain.warm_start:
+                going_on.append((winner, self.student))
         for trial, target in going_on:
             source = self.folder / trial.name
             if self.run.is_main and (source.exists() or done_file(source).exists()):

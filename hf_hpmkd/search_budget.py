@@ -26,7 +26,7 @@ class AutoConfig:
     mode: Literal["off", "fast", "thorough"] | Annotated[float, Field(gt=0)] = Field(
         "off",
         description="off: the recipe as it is. fast: tries that add at most 35 % to one training or 20 s, whichever is "
-        "more. thorough: at most 200 %. A number: minutes. `auto: fast` says it all.",
+        "more. thorough: at most 200 %, or 20 s. A number: minutes. `auto: fast` says it all.",
     )
     choose: (
         list[

@@ -45,6 +45,11 @@ def test_other_values_are_faults(given: object) -> None:
         read_recipe({**TREE, "auto": given}, "a test")
 
 
+def test_a_prior_that_is_not_there_is_told() -> None:
+    with pytest.raises(RecipeError, match="auto.prior: there is no 'mine.parquet' here"):
+        read_recipe({**TREE, "auto": {"prior": "mine.parquet"}}, "a test", check_files=True)
+
+
 def test_off_leaves_the_fingerprint_alone() -> None:
     """Runs and comparisons of recipes without the section go on."""
     off, fast = (read_recipe({**TREE, "auto": mode}, "a test") for mode in ("off", "fast"))

@@ -24,9 +24,13 @@ FEW_EXAMPLES = 50
 
 _NEAREST = 5
 _MEMBERS = 6
+_MOST_ROWS = 3_000  # of a member, so that many examples cost no more time
 _UNKNOWN = -100.0
 _UNKNOWN_SPREAD = 2.0  # points; how far gains lie apart where nothing is known
 _OWN_WEIGHT = 3.0  # of a run of the user's own memory, against one of the shipped prior
+# Points by which two trainings that differ in nothing but chance end apart, whatever rows they are judged on. A guess:
+# with one seed a run cannot measure it.
+_TRAINING_NOISE = 0.3
 _BOLDNESS = 1.0  # standard deviations that a candidate is credited with before it is tried
 
 
@@ -224,13 +228,14 @@ class Surrogate:
         for member in range(_MEMBERS):
             times = np.bincount(random.integers(len(names), size=len(names)), minlength=len(names))[of_row]
             if len(names) < 3:  # too few to leave any out
-                times = random.poisson(1.0, size=len(gains))
-            if times.sum() == 0:
-                times = np.ones_like(times)
+                times = np.bincount(random.integers(len(gains), size=len(gains)), minlength=len(gains))
             model = HistGradientBoostingRegressor(
                 max_iter=60, learning_rate=0.1, max_leaf_nodes=15, min_samples_leaf=10, random_state=member
             )
-            model.fit(inputs[times > 0], gains[times > 0], sample_weight=(weights * times)[times > 0])
+            rows = np.flatnonzero(times)
+            if len(rows) > _MOST_ROWS:
+                rows = random.choice(rows, _MOST_ROWS, replace=False)
+            model.fit(inputs[rows], gains[rows], sample_weight=(weights * times)[rows])
             self.members.append(model)
             unseen = times == 0
             if unseen.any():
@@ -386,11 +391,13 @@ def judge(
     share: float,
     early: Early,
 ) -> Judged:
-    """Joins what was expected with what was measured, each weighted by its certainty (two normal distributions)."""
+    """Joins what was expected with what was measured, each weighted by its certainty (two normal distributions).
+
+    To the error of the measurement, which is that of the rows, the chance in a training and the distance to its end are
+    added.
+    """
     final = early.slope * measured[0]
-    variance = early.spread**2 + (early.slope * measured[1]) ** 2
-    if variance == 0:
-        return Judged(configuration, expected, measured, share, (final, 0.0))
+    variance = early.spread**2 + (early.slope * measured[1]) ** 2 + _TRAINING_NOISE**2
     precision = 1 / expected[1] ** 2 + 1 / variance
     mean = (expected[0] / expected[1] ** 2 + final / variance) / precision
     return Judged(configuration, expected, measured, share, (mean, precision**-0.5))
@@ -405,25 +412,23 @@ class Choice:
     judged: list[Judged] = field(default_factory=list)
 
 
-def choose(judged: Sequence[Judged], margin: float, may_train_directly: bool = True) -> Choice:
+def choose(judged: Sequence[Judged], margin: float, fallback: Configuration = DIRECT) -> Choice:
     """The best candidate if its gain is above 0 by `margin` standard deviations, else direct training.
 
-    may_train_directly: False takes the best candidate whatever it promises, because the user has set alpha.
-    Raises ValueError if there is neither a candidate nor direct training to choose.
+    fallback: what is chosen without a candidate. One that distils rules direct training out, because the user has set
+    alpha: then the best candidate is taken whatever it promises.
     """
     if not judged:
-        if not may_train_directly:
-            raise ValueError("There is no candidate to choose, and direct training is ruled out.")
-        return Choice(DIRECT, "direct training, because the budget does not suffice to try anything else")
+        return Choice(fallback, f"{fallback}, because the budget does not suffice to try anything")
     best = max(judged, key=lambda one: one.gain[0] - margin * one.gain[1])
     told = (
         f"{best.configuration}: expected {_points(best.expected)}, measured {_points(best.measured)} points over "
         f"direct training on validation rows after {best.share:.0%} of the steps, together {_points(best.gain)}"
     )
-    if not may_train_directly or best.gain[0] > margin * best.gain[1]:
+    if fallback.distils or best.gain[0] > margin * best.gain[1]:
         return Choice(best.configuration, told, list(judged))
     return Choice(
-        DIRECT,
+        fallback,
         f"direct training, because no candidate is surely better ({margin:g} standard deviations are asked for); the "
         f"best was {told}",
         list(judged),
