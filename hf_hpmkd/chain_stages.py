@@ -1,10 +1,9 @@
 """The stages of one run's chain: what there is, and how another is made, kept and found again. Decides nothing."""
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,14 +19,13 @@ from hf_hpmkd.classifier_training import (
     done_file,
     student_schedule,
     train_or_load,
-    write_json,
 )
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.components.progressive_chain import from_bits, taught_by, to_bits
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.evaluation import student_logits
 from hf_hpmkd.intermediate_models import Intermediate, build_intermediate, find_intermediates
-from hf_hpmkd.memory_files import MANIFEST
+from hf_hpmkd.kept_classifiers import NOT_IN_KEY, About, Training, making, take
 from hf_hpmkd.recipe import recipe_tree
 from hf_hpmkd.run_context import Run
 from hf_hpmkd.run_record import StageRecord
@@ -37,11 +35,9 @@ from hf_hpmkd.teacher_kinds import FoldedTeacher, Teacher, TorchTeacher, archite
 from hf_hpmkd.warm_start import can_warm_start, warm_start
 
 STAGE_FILE = "stage.json"
-_STAGE_FORMAT = 1
-_TRAINED = ("seconds", "steps", "curve", "calibration", "class_weights")
 # What a recipe says that changes nothing in a stage's weights; epochs and seed are in its schedule.
 _NOT_IN_KEY = {
-    "training": ("report_to", "num_workers", "save_total_limit", "metrics", "log_every", "epochs", "seed"),
+    "training": (*NOT_IN_KEY, "epochs", "seed"),
     "distillation": ("cache_dir", "direct"),
 }
 
@@ -148,7 +144,7 @@ class Stages:
         name = f"stage-{len(self.finished) + 1}"
         folder, build, schedule = self.folder / name, self.builder(wanted), self.schedule()
         key = self.key(build, schedule, self.finished)
-        with self.store.making(key) if self.store is not None and self.run.is_main else nullcontext():
+        with making(self.store, key):
             self._claim(folder, key)
             with PartialState().main_process_first():
                 reused = self._fetch(wanted, key, folder)
@@ -172,21 +168,16 @@ class Stages:
     def _fetch(self, wanted: Intermediate, key: str, folder: Path) -> bool:
         """Puts a finished stage from the memory into the folder; False if this run trains, or trained, its own."""
         if done_file(folder).is_file():
-            about = _about(folder)
-            return about is not None and bool(about["stage"].get("reused"))
-        kept = self.store.find_model(key) if self.store is not None and self.run.is_main else None
-        if kept is None:
+            return _is_reused(folder)
+        if self.store is None or not self.run.is_main:
             return False
-        about = _about(kept)
-        if about is None or about["stage"]["num_params"] != wanted.num_params:
-            self.run.warn(f"The stage {key} of the memory has no usable {STAGE_FILE} and is trained again.")
+        rows, batch_size = self.parts.validation, self.run.recipe.training.eval_batch_size
+        about = take(self.store, key, STAGE_FILE, partial(self.blueprint, wanted), rows, batch_size, folder)
+        if about is None:
             return False
-        shutil.copytree(kept, folder, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
-        # The code of our own models is no data, so the memory does not hold it; saving the model writes it again.
-        type(self.blueprint(wanted).model).from_pretrained(kept).save_pretrained(folder)
-        about["stage"]["reused"] = True
-        write_json(folder / STAGE_FILE, about)
-        write_json(done_file(folder), about["trained"])
+        if about.stage is not None:
+            about.stage.reused = True
+            about.save(folder / STAGE_FILE)
         self.run.say(f"Chain: a stage of {wanted.num_params:,} parameters was trained before and is in the memory.")
         return True
 
@@ -194,9 +185,7 @@ class Stages:
         """Makes the stage's folder usable alone, and keeps a copy for other runs."""
         if not self.run.is_main:
             return
-        saved = {name: getattr(trained, name) for name in _TRAINED}
-        about = {"format_version": _STAGE_FORMAT, "key": key, "stage": dataclasses.asdict(record), "trained": saved}
-        write_json(folder / STAGE_FILE, about)
+        About(key, Training.of(trained), stage=record).save(folder / STAGE_FILE)
         write_stage_card(self.run.record, record, folder)
         if self.store is not None and not record.reused:
             self.store.keep_model(key, folder)
@@ -228,6 +217,7 @@ class Stages:
             num_views=self.parts.num_views,
             teachers=self.guides(stages),
             guide=self.parts.guide,
+            cache=self.run.memory.cache,
         )
         # The saved weights, which are the same in every process; of batch statistics each process has its own.
         trained.classifier.model = type(trained.classifier.model).from_pretrained(folder)
@@ -274,15 +264,12 @@ class Stages:
         )
 
 
-def _about(folder: Path) -> dict[str, Any] | None:
-    """What a stage's folder says of it; None where it says nothing that can be read."""
-    try:
-        about = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
-        StageRecord(**about["stage"])
-        Trained(None, **about["trained"])  # type: ignore[arg-type]
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return about if about.get("format_version") == _STAGE_FORMAT else None
+def _is_reused(folder: Path) -> bool:
+    """Whether a finished stage in the run's folder came from the memory."""
+    with suppress(ValueError):  # it was stopped before its file was written
+        stage = About.load(folder / STAGE_FILE).stage
+        return stage is not None and stage.reused
+    return False
 
 
 def _key_file(folder: Path) -> Path:

@@ -23,6 +23,7 @@ from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.distiller import Distiller
 from hf_hpmkd.recipe import Recipe
 from hf_hpmkd.tasks.base import FedDataset, Rows
+from hf_hpmkd.teacher_cache import TeacherCache
 from hf_hpmkd.teacher_kinds import Teacher
 from hf_hpmkd.trainer import STATE_FILE, HPMKDTrainer
 from hf_hpmkd.training_args import HPMKDTrainingArguments
@@ -136,6 +137,7 @@ def train_or_load(
     num_views: int = 0,
     teachers: Sequence[Teacher] = (),
     guide: Rows | None = None,
+    cache: TeacherCache | None = None,
     distiller_class: type[Distiller] = Distiller,
     on_log: Callable[[list[dict[str, float]]], None] = lambda history: None,
     stop_at: int | None = None,
@@ -143,7 +145,8 @@ def train_or_load(
     """The classifier called `name`, trained into `folder` or loaded from there.
 
     build: makes it with its initial weights. num_views: augmented views per training row, 0 for none. teachers: none
-    trains on labels alone. distiller_class: what it learns from them. on_log: gets the log history at every evaluation.
+    trains on labels alone. cache: of their outputs, None makes one in the recipe's folder. distiller_class: what it
+    learns from them. on_log: gets the log history at every evaluation.
     stop_at: stops after that many steps of the whole schedule, with a checkpoint that the next call goes on from.
     """
     classifier = build()
@@ -170,6 +173,8 @@ def train_or_load(
         callbacks=[_Bar(name), _Curve(on_log), *([_StopAt(stop_at)] if stop_at is not None else [])],
     )
     trainer.distiller_class = distiller_class
+    if cache is not None:
+        trainer.teacher_cache = cache
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     result = trainer.train(resume_from_checkpoint=checkpoint)

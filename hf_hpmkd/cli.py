@@ -188,7 +188,7 @@ def _add_memory_commands(group: argparse._SubParsersAction, command: Callable[..
     one.add_argument("where", metavar="WHERE", help="hf://datasets/USER/NAME, or USER/NAME")
     one.add_argument("--models", action="store_true", help="also all models")
     one.add_argument("--outputs", action="store_true", help="also all teacher outputs; runs check them before use")
-    one = add("merge", "Take what the memory in another folder has into this one.")
+    one = add("merge", "Take what the memory in another folder has, or a folder of teacher outputs, into this one.")
     one.add_argument("folder", metavar="DIR", type=Path)
     add("verify", "Read every file and compare its checksum.")
     one = add("gc", "Clear away what stopped runs left, and what is above a limit.")

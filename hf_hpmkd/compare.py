@@ -64,9 +64,9 @@ def compare(
     recipe = _shared_recipe(recipe, settings.folder)
     for method in settings.methods:
         method_recipe(recipe, method, 0)  # its faults come before any file is made
-    with _alone_in(settings.folder):
+    workplace = Workplace(recipe, settings.folder, settings.teacher_seed)
+    with _alone_in(settings.folder), workplace.remembering() as place:
         record = _open_record(recipe, settings, source)
-        place = Workplace(recipe, settings.folder, settings.teacher_seed)
         for method in settings.methods:
             one = method_recipe(recipe, method, 0)
             check_student(one, student_builder(one, place.parts)(meta=True), len(place.parts.class_names))
@@ -239,6 +239,7 @@ def _prepare_teachers(place: Workplace, key: str, record: ComparisonRecord, say:
     with run.phase("teachers"):
         teachers = place.teachers(key, run)
         evaluate_teachers(run.record, teachers, place.parts, run.recipe, run.memory.cache, say=say, warn=run.warn)
+    run.memory.count(run.record)
     run.record.status = "completed"
     run.save()
     seen = {

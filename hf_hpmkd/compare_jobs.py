@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from hf_hpmkd.quick_validation import configure
 from hf_hpmkd.recipe import Recipe, fingerprint, read_recipe, recipe_tree
 from hf_hpmkd.recipe_rules import is_trained_here, uses_teachers
 from hf_hpmkd.run_context import Run, new_record
-from hf_hpmkd.run_memory import RunMemory, open_memory
+from hf_hpmkd.run_memory import RunMemory, run_memory
 from hf_hpmkd.run_record import RECORD_FILE, ChainRecord, RunRecord, code_commit, environment
 from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.teacher_cache import TeacherCache
@@ -103,6 +103,7 @@ class Workplace:
     recipe: Recipe
     folder: Path
     teacher_seed: int | None = None
+    store: OptimizationMemory | None = None  # see `remembering`
     _teachers: dict[str, list[Teacher]] = field(default_factory=dict)
 
     @cached_property
@@ -132,10 +133,14 @@ class Workplace:
         run.record.class_names, run.record.parts = self.parts.class_names, self.parts.provenance
         return run
 
-    @cached_property
-    def store(self) -> OptimizationMemory | None:
-        """Where finished stages of chains are kept; None where the recipe wants no memory."""
-        return open_memory(self.recipe) if self.recipe.memory.use else None
+    @contextmanager
+    def remembering(self) -> Iterator["Workplace"]:
+        """Within the block the students use the memory of the recipe, and nothing that they use is evicted."""
+        with run_memory(self.recipe, is_main=True) as memory:
+            self.recipe = replace(self.recipe, memory=memory.recipe.memory)
+            self.store = memory.store
+            yield self
+        self.store = None
 
     def teachers(self, key: str, run: Run | None = None) -> list[Teacher]:
         """The teachers of that key, loaded, or found trained; only the last ones asked for are kept in memory.
@@ -217,9 +222,11 @@ class Workplace:
             num_views=num_views,
             teachers=guides,
             guide=self.parts.guide if guides and not job.method.loss else None,
+            cache=run.memory.cache,
             distiller_class=DISTILLERS[job.method.loss],
         )
         run.keep_weights(trained, guides, build_warm.share)
+        run.memory.count(run.record)
         run.record.status = "completed"
         run.save()
         result.steps, result.curve = trained.steps, trained.curve
@@ -382,16 +389,16 @@ def _work(setting: tuple[dict[str, Any], Path, int | None], jobs: list[Job], thr
     PartialState(cpu=not torch.accelerator.is_available())
     disable_progress_bar()
     tree, folder, teacher_seed = setting
-    place = Workplace(read_recipe(tree, "the recipe"), folder, teacher_seed)
-    for job in jobs:
-        try:
-            with FileLock(job.lock, timeout=0):
-                result = job.result()
-                if result is not None and result.status == "waiting":
-                    with _output_to(job.log):
-                        _run_one(place, job)
-        except Timeout:  # another process is at it
-            continue
+    with Workplace(read_recipe(tree, "the recipe"), folder, teacher_seed).remembering() as place:
+        for job in jobs:
+            try:
+                with FileLock(job.lock, timeout=0):
+                    result = job.result()
+                    if result is not None and result.status == "waiting":
+                        with _output_to(job.log):
+                            _run_one(place, job)
+            except Timeout:  # another process is at it
+                continue
 
 
 def _end_with(parent: Any) -> None:

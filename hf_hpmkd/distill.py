@@ -122,6 +122,7 @@ def _run(run: Run) -> None:
                 num_views=parts.num_views,
                 teachers=with_teachers,
                 guide=parts.guide if with_teachers else None,
+                cache=run.memory.cache,
                 on_log=lambda history: run.keep_curve(name, history),
             )
         run.keep_curve(name, trained.curve)
@@ -216,5 +217,5 @@ def train(run: Run, name: str, config: TeacherConfig, parts: DataParts) -> Teach
     )
     folder = run.folder / "teachers" / name
     with PartialState().main_process_first() if is_sklearn(config.model) else nullcontext():
-        teacher, run.training_seconds[name] = train_teacher(config, name, schedule, run.recipe, parts, folder)
+        teacher, run.training_seconds[name] = train_teacher(config, name, schedule, run.memory, parts, folder)
     return teacher.to(run.device)

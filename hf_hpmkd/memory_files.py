@@ -11,7 +11,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,15 @@ def shown(name: str) -> str:
     """A name from elsewhere, fit for a terminal: escaped and cut."""
     text = name.encode("unicode_escape").decode("ascii")
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@contextmanager
+def tolerated(what: str) -> Iterator[None]:
+    """A fault of the disk ends the block with a warning, and nothing else: a run can do without its memory."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"The memory cannot {what}: {error}. The run goes on without that.", stacklevel=4)
 
 
 # ---- writing in one step ---------------------------------------------------------------------------------------------
@@ -190,6 +200,18 @@ def check_model(folder: Path) -> None:
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != about["sha256"]:
                 raise DamagedModelError(f"its {name} has another checksum")
+        if name.endswith(".index.json"):
+            _check_index(path, manifest)
+
+
+def _check_index(path: Path, manifest: Mapping[str, Any]) -> None:
+    """An index says in which files the weights lie. Loaders follow it wherever it points."""
+    try:
+        shards = set(json.loads(path.read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedModelError(f"its {path.name} cannot be read ({type(error).__name__})") from error
+    if strange := [str(name) for name in shards if name not in manifest or not str(name).endswith(".safetensors")]:
+        raise DamagedModelError(f"its {path.name} names {shown(strange[0])}, which is no file of weights beside it")
 
 
 def read_manifest(content: bytes) -> dict[str, dict[str, Any]]:

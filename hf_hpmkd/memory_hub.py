@@ -86,6 +86,7 @@ class HubMemory(OptimizationMemory):
         self._api = HfApi(token=self._token, library_name="hf_hpmkd")
         self._reachable = True
         self._made: list[str] = []  # keys of models that this process kept
+        self._refused: set[str] = set()  # keys of models there that are of no use
 
     @property
     def where(self) -> str:
@@ -196,8 +197,21 @@ class HubMemory(OptimizationMemory):
         os.replace(path, target)
         return True
 
+    def refuse_model(self, key: str, why: str) -> None:
+        super().refuse_model(key, why)
+        self._refused.add(key)
+
     def _fetch_model(self, key: str) -> Path | None:
-        return self._read(f"model {key[:40]}", lambda: self._download_model(key))
+        if key in self._refused:
+            return None
+        return self._read(f"model {key[:40]}", lambda: self._sound_model(key))
+
+    def _sound_model(self, key: str) -> Path | None:
+        try:
+            return self._download_model(key)
+        except DamagedModelError:
+            self._refused.add(key)
+            raise
 
     def _download_model(self, key: str) -> Path | None:
         """Manifest first: it says which files there are and how large, and they are asked for by these names alone."""
@@ -269,14 +283,16 @@ class HubMemory(OptimizationMemory):
 
     # ---- writing -----------------------------------------------------------------------------------------------------
 
-    def keep_model(self, key: str, folder: str | Path) -> Path:
+    def keep_model(self, key: str, folder: str | Path) -> Path | None:
         kept = super().keep_model(key, folder)
-        self._made.append(key)
+        if kept is not None:
+            self._made.append(key)
         return kept
 
     def share(self, row: Row, outputs: Sequence[str] = ()) -> str:
-        """Adds a finished run to the shared memory, in one commit: its record, the models it kept, and the outputs it
-        used if they are shared. Returns the repository's URL; raises HubPushError as `push` does.
+        """Adds a finished run to the shared memory, in one commit: its record, the models it kept (in the place of any
+        that it found to be of no use), and the outputs it used if they are shared. Returns the repository's URL; raises
+        HubPushError as `push` does.
         """
         models = list(dict.fromkeys(self._made)) if self.share_models else []
         return self.push(Names([f"{row['id']}.parquet"], models, outputs if self.share_outputs else ()))
@@ -351,7 +367,13 @@ class HubMemory(OptimizationMemory):
                 "one, make it private, or write to it with --public (`memory.private=false`)."
             )
         there = self._there(["README.md", *(file.path for file in files)], before.sha)
-        missing = [file for file in files if file.path not in there]
+        # What is there stays, save a model that was found to be of no use.
+        replaced = tuple(f"models/{key}/" for key in self._refused)
+        missing = [
+            file
+            for file in files
+            if file.path not in there or (file.path.startswith(replaced) and not file.equals(there[file.path]))
+        ]
         if not missing:
             return url
         if "README.md" not in there:

@@ -335,6 +335,7 @@ class _Search:
                 num_views=self.parts.num_views,
                 teachers=teachers,
                 guide=self.parts.guide if teachers else None,
+                cache=self.run.memory.cache,
                 stop_at=step,
             )
             judged = TorchTeacher.of("judged", trained.classifier, self.parts.train, device=self.run.device)

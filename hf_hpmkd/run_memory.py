@@ -61,6 +61,10 @@ class RunMemory:
         self.recipe = replace(recipe, distillation=replace(recipe.distillation, cache_dir=str(folder)))
         self.store, self.is_main, self.say = store, is_main, say
         self.cache = TeacherCache(folder, source=store)
+        # Several runs may share a store; each counts what it finds itself.
+        self._before = (0, 0, 0.0)
+        if store is not None:
+            self._before = (store.models_found, store.models_computed, store.model_seconds)
 
     def before(self) -> None:
         """Brings what others have added, and says what is known."""
@@ -77,15 +81,17 @@ class RunMemory:
         """Writes into the record what the run found in the memory, and says so."""
         if self.store is None:
             return
-        tally = self.cache.tally
+        tally, (found, computed, seconds) = self.cache.tally, self._before
+        training_seconds = self.store.model_seconds - seconds
         record.memory = {
             "where": self.store.where,
             "outputs_found": tally.found,
             "outputs_computed": tally.computed,
-            "models_found": self.store.models_found,
-            "models_computed": self.store.models_computed,
+            "models_found": self.store.models_found - found,
+            "models_computed": self.store.models_computed - computed,
             "bytes_saved": tally.found_bytes,
-            "seconds_saved": round(tally.found_seconds, 3),
+            "seconds_saved": round(tally.found_seconds + training_seconds, 3),
+            "model_seconds_saved": round(training_seconds, 3),
         }
         self.say(found_line(record))
 
@@ -118,13 +124,15 @@ def found_line(record: RunRecord) -> str:
     memory = record.memory
     asked = memory["outputs_found"] + memory["outputs_computed"]
     parts = [f"{memory['outputs_found']} of {asked} files of teacher outputs were there"]
+    training = memory.get("model_seconds_saved", 0.0)
     if memory["outputs_found"]:
-        parts.append(
-            f"{readable_bytes(memory['bytes_saved'])} and {memory['seconds_saved']:.1f} s of computing them spared"
-        )
+        seconds = memory["seconds_saved"] - training
+        parts.append(f"{readable_bytes(memory['bytes_saved'])} and {seconds:.1f} s of computing them spared")
     models = memory["models_found"] + memory["models_computed"]
     if models:
         parts.append(f"{memory['models_found']} of {models} models were there")
+    if training:
+        parts.append(f"{training:.1f} s of training them spared")
     return f"Memory: {'; '.join(parts)}."
 
 

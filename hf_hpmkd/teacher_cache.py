@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -237,8 +238,7 @@ class TeacherCache:
                         if stored is None:
                             started = time.perf_counter()
                             outputs = capture.run(teacher, file)
-                            write(file, outputs, seconds=time.perf_counter() - started)
-                            stored = read(file)
+                            stored = _written(file, outputs, time.perf_counter() - started)
                             captured.add(file.path)
                         else:
                             capture.skip()
@@ -353,6 +353,17 @@ def _open(file: Wanted, warn: bool = True) -> Stored | None:
                 stacklevel=3,
             )
         return None
+
+
+def _written(file: Wanted, outputs: dict[str, Tensor], seconds: float) -> Stored:
+    """The outputs as their new file has them; in memory where the disk does not take it."""
+    try:
+        write(file, outputs, seconds)
+        return read(file)
+    except (OSError, SafetensorError) as error:
+        told = f"The outputs of teacher {file.teacher!r} cannot be written and stay in this process: {error}."
+        warnings.warn(told, stacklevel=4)
+        return outputs
 
 
 def _print_to_stderr(message: str) -> None:

@@ -1,36 +1,43 @@
-"""Trains a recipe's teachers on the spot, networks and scikit-learn estimators, and finds them again when resumed.
+"""Trains a recipe's teachers on the spot, networks and scikit-learn estimators, and finds them again: when resumed in
+the run's folder, networks of other runs in the memory.
 
 They see the training rows alone. Their answers to these rows come out of fold where the recipe asks for it.
 """
 
+import dataclasses
 import json
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
-from hf_hpmkd.classifier_training import Schedule, train_or_load, write_json
-from hf_hpmkd.classifiers import build_classifier
+from hf_hpmkd.classifier_training import Schedule, done_file, train_or_load, write_json
+from hf_hpmkd.classifiers import Classifier, build_classifier
 from hf_hpmkd.data import DataParts
+from hf_hpmkd.kept_classifiers import NOT_IN_KEY, About, Training, making, measure, take
 from hf_hpmkd.recipe import Recipe, TeacherConfig
 from hf_hpmkd.recipe_rules import is_sklearn
+from hf_hpmkd.run_memory import RunMemory
 from hf_hpmkd.sklearn_teachers import SAVED_TYPES, load_skops, stratified_folds, train_sklearn
-from hf_hpmkd.tasks.base import Rows
+from hf_hpmkd.tasks.base import Rows, json_digest
 from hf_hpmkd.teacher_kinds import FoldedTeacher, Teacher, TorchTeacher
 
 SKLEARN_FOLDS = 5
 _DONE = "trained.json"
+_ABOUT = "training.json"
 
 
 def train_teacher(
-    config: TeacherConfig, name: str, schedule: Schedule, recipe: Recipe, parts: DataParts, folder: Path
+    config: TeacherConfig, name: str, schedule: Schedule, memory: RunMemory, parts: DataParts, folder: Path
 ) -> tuple[Teacher, float]:
-    """The teacher, trained into `folder` or loaded from there, and the seconds its training took, folds included."""
+    """The teacher, trained into `folder`, loaded from there or found in the memory, and the seconds its training took,
+    folds included."""
     if is_sklearn(config.model):
         folds = SKLEARN_FOLDS if config.folds is None else config.folds
         return _sklearn(config, name, folds, schedule.seed, parts.train, folder)
-    return _network(config, name, config.folds or 0, schedule, recipe, parts, folder)
+    return _network(config, name, config.folds or 0, schedule, memory, parts, folder)
 
 
 def _sklearn(
@@ -56,19 +63,29 @@ def _sklearn(
 
 
 def _network(
-    config: TeacherConfig, name: str, folds: int, schedule: Schedule, recipe: Recipe, parts: DataParts, folder: Path
+    config: TeacherConfig, name: str, folds: int, schedule: Schedule, memory: RunMemory, parts: DataParts, folder: Path
 ) -> tuple[Teacher, float]:
+    recipe, store = memory.recipe, memory.store
+
     def train(part_name: str, rows: Rows, into: Path) -> tuple[TorchTeacher, float]:
-        trained = train_or_load(
-            part_name,
-            lambda: build_classifier(config.model, rows, seed=schedule.seed),
-            recipe,
-            schedule,
-            into,
-            rows,
-            parts.validation,
-            num_views=parts.num_views,
-        )
+        def build(meta: bool = False) -> Classifier:
+            return build_classifier(config.model, rows, seed=schedule.seed, meta=meta)
+
+        key, batch_size = _key(config.model, schedule, recipe, rows, parts), recipe.training.eval_batch_size
+        with making(store, key):
+            with PartialState().main_process_first():
+                asked = store if memory.is_main and not done_file(into).is_file() else None
+                if asked is not None and take(
+                    asked, key, _ABOUT, partial(build, meta=True), parts.validation, batch_size, into
+                ):
+                    memory.say(f"Teacher {part_name} was trained before and is in the memory.")
+            trained = train_or_load(
+                part_name, build, recipe, schedule, into, rows, parts.validation, num_views=parts.num_views
+            )
+            if store is not None and memory.is_main and not (into / _ABOUT).is_file():
+                accuracy = measure(trained.classifier, parts.validation, batch_size)
+                About(key, Training.of(trained), accuracy).save(into / _ABOUT)
+                store.keep_model(key, into)
         model, feed = trained.classifier.model, trained.classifier.feed
         names = parts.class_names
         return TorchTeacher(model, feed, name=name, data_names=names, source=config.model), trained.seconds
@@ -84,6 +101,23 @@ def _network(
         teachers.append(teacher)
         seconds += more
     return FoldedTeacher(full, teachers, fold_of_row, parts.train), seconds
+
+
+def _key(model: str, schedule: Schedule, recipe: Recipe, rows: Rows, parts: DataParts) -> str:
+    """Of all that decides a network's weights."""
+    left_out = {*NOT_IN_KEY, *(field.name for field in dataclasses.fields(Schedule))}
+    settings = dataclasses.asdict(recipe.training)
+    return json_digest(
+        {
+            "teacher": model,
+            "settings": {name: value for name, value in settings.items() if name not in left_out},
+            "schedule": dataclasses.asdict(schedule),
+            "processes": PartialState().num_processes,
+            "train": [rows.fingerprint, rows.view_key() if parts.num_views else None, parts.num_views],
+            "labels": rows.labels.tolist(),
+            "validation": parts.validation.fingerprint,
+        }
+    )
 
 
 def _fold_of_row(rows: Rows, folds: int, seed: int) -> torch.Tensor:

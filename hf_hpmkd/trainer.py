@@ -48,6 +48,7 @@ class HPMKDTrainer(Trainer):
     """
 
     distiller_class: type[Distiller] = Distiller  # another one makes this the trainer of another method
+    teacher_cache: TeacherCache | None = None  # of the teachers' outputs; None makes one in `teacher_cache_dir`
     args: HPMKDTrainingArguments
     model: Any  # upstream's own type allows None, which it never is here
 
@@ -158,7 +159,7 @@ class HPMKDTrainer(Trainer):
         teachers = [as_teacher(teacher, rows, device=self.args.device) for teacher in self.teachers]
         _name_apart(teachers)
         self.teachers = teachers
-        cache = TeacherCache(self.args.teacher_cache_dir)
+        cache = self.teacher_cache or TeacherCache(self.args.teacher_cache_dir)
         capture: dict[str, Any] = {
             "batch_size": self.args.per_device_eval_batch_size,
             "progress": not self.args.disable_tqdm,

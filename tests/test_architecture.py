@@ -23,9 +23,9 @@ LEVELS = (
     ("control_teachers", "distiller", "trainer", "baselines"),
     (
         "recipe_faults", "recipe_rules", "search_budget", "recipe", "run_memory", "classifier_training", "plan",
-        "teacher_training", "evaluation", "run_context", "chain_stages", "chain_probes", "chain", "quick_validation",
-        "distill", "table_runs", "prior_build", "auto_bench", "methods", "ablation", "tuning", "compare_jobs",
-        "compare", "bench",
+        "evaluation", "kept_classifiers", "teacher_training", "run_context", "chain_stages", "chain_probes", "chain",
+        "quick_validation", "distill", "table_runs", "prior_build", "auto_bench", "methods", "ablation", "tuning",
+        "compare_jobs", "compare", "bench",
     ),
     ("cli", "__main__"),
 )  # fmt: skip

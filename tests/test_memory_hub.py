@@ -418,6 +418,28 @@ def test_a_hostile_model_is_not_taken(hub, here, there, model_folder, harm, told
     assert gained.models == 0 and told in gained.skipped[0]
 
 
+@pytest.mark.parametrize("fault", ["of no use", "damaged"])
+def test_a_bad_model_there_is_not_fetched_again_and_replaced(hub, here, there, model_folder, tmp_path, fault):
+    there.keep_model("stage-1", model_folder)
+    share(there)
+    weights = "models/stage-1/model.safetensors"
+    if fault == "damaged":
+        put(hub, {weights: hub.files(REPO, "datasets")[weights][:-1] + b"?"})
+        assert here.find_model("stage-1") is None
+    else:
+        assert here.find_model("stage-1")
+        with pytest.warns(UserWarning, match="stage-1 of the memory is not used"):
+            here.refuse_model("stage-1", "it is no better than chance")
+    asked = len(hub.requests)
+    assert here.find_model("stage-1") is None and len(hub.requests) == asked
+    other = tmp_path / "other"
+    tiny.tiny_vit(seed=5).save_pretrained(other)
+    here.keep_model("stage-1", other)
+    share(here, seed=1)
+    assert hub.files(REPO, "datasets")[weights] == (other / "model.safetensors").read_bytes()
+    assert HubMemory(PLACE, tmp_path / "third").find_model("stage-1")
+
+
 def test_shared_outputs_that_are_too_large_are_not_fetched(hub, here, there):
     path = outputs_file(there, 1)
     there.push(Names(outputs=[path.name]))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -260,6 +261,52 @@ def test_a_damaged_model_is_removed_and_can_be_made_again(memory, model_folder, 
         assert memory.find_model("a") is None
     assert memory.keep_model("a", model_folder) == memory.find_model("a")
     assert not memory.faults()
+
+
+@pytest.mark.parametrize(
+    "index",
+    ['{"weight_map": {"w": "../../secret.safetensors"}}', '{"weight_map": {"w": "config.json"}}', "[]", "[" * 99999,
+     '{"weight_map": {"w": ["model.safetensors"]}}'],
+    ids=["outside", "no weights", "other form", "deep", "lists"],
+)  # fmt: skip
+def test_weights_lie_in_the_models_own_folder(memory, model_folder, index):
+    (model_folder / "model.safetensors.index.json").write_text(index)
+    memory.keep_model("a", model_folder)
+    with pytest.warns(UserWarning, match="model.safetensors.index.json"):
+        assert memory.find_model("a") is None
+
+
+def test_a_model_of_no_use_makes_room_for_the_next(memory, model_folder, tmp_path):
+    memory.keep_model("a", model_folder)
+    assert memory.find_model("a")
+    with pytest.warns(UserWarning, match="The model a of the memory is not used and is removed: it is odd"):
+        memory.refuse_model("a", "it is odd")
+    assert (memory.models_found, memory.models_computed) == (0, 1)
+    other = tmp_path / "other"
+    tiny.tiny_vit(seed=5).save_pretrained(other)
+    kept = memory.keep_model("a", other)
+    assert (kept / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("lost", [".tmp", ".lock", ".jobs", "models", "making"])
+def test_a_memory_that_breaks_while_a_run_uses_it_ends_nothing(memory, model_folder, lost):
+    memory.limit_bytes = 10**9
+    broken = memory.root / lost
+    with pytest.warns(UserWarning, match="The memory cannot .* The run goes on without that"), memory.running():
+        if broken.is_dir():
+            shutil.rmtree(broken)
+        broken.unlink(missing_ok=True)
+        broken.mkdir() if lost == ".lock" else broken.write_text("a file where a folder should be")
+        with memory.making("a"):
+            assert memory.find_model("a") is None
+            memory.keep_model("a", model_folder)
+        memory.use("something")
+        memory.make_room(10)
+
+
+def test_a_model_that_another_run_makes_is_waited_for_or_not(memory):
+    with memory.making("a"), OptimizationMemory(memory.root).making("a", wait=False), memory.making("b"):
+        pass
 
 
 # ---- merging ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import yaml
 from hf_hpmkd.bench import bench_table
 from hf_hpmkd.cli import build_parser
 from hf_hpmkd.comparison_record import ComparisonRecord
-from hf_hpmkd.comparison_report import collection
+from hf_hpmkd.comparison_report import collection, table
 from hf_hpmkd.recipe import load_recipe
 from hf_hpmkd.run_record import RunRecord
 from hf_hpmkd.run_summary import memory_table, summary
@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LOCAL_PATH = re.compile(r"[\"' ]/(?:work|home|root|tmp|mnt)/")
 COMPARISONS = sorted((ROOT / "model_cards" / "comparisons").glob("*.json"))
+TRIED = sorted((ROOT / "model_cards" / "tried").glob("*.json"))
 MEMORY_RUNS = sorted((ROOT / "model_cards" / "memory").glob("*.json"))
 RECORDS = sorted((ROOT / "model_cards" / "runs").glob("*.json"))
 
@@ -45,11 +46,19 @@ def test_the_comparisons_are_those_of_their_records():
     assert block("comparisons") == collection([ComparisonRecord.load(path) for path in COMPARISONS], "validation")
 
 
+def test_the_tables_of_the_log_are_those_of_their_records():
+    log = (ROOT / "model_cards" / "LOG.md").read_text(encoding="utf-8")
+    found = dict(re.findall(r"<!-- tried/(\S+) -->\n(.*?)\n<!-- /tried/\1 -->", log, re.DOTALL))
+    assert set(found) == {path.stem for path in TRIED}
+    for path in TRIED:
+        assert found[path.stem] == table(ComparisonRecord.load(path), "validation")
+
+
 def test_what_the_memory_spared_is_what_its_runs_recorded():
     assert block("memory") == memory_table([RunRecord.load(path) for path in MEMORY_RUNS])
 
 
-@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*COMPARISONS, *TRIED], ids=lambda path: path.stem)
 def test_published_comparisons_tell_no_paths_and_their_commit(path):
     assert not LOCAL_PATH.search(path.read_text(encoding="utf-8"))
     results = ComparisonRecord.load(path).results

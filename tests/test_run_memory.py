@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from hf_hpmkd.recipe import RecipeError, fingerprint, read_recipe, recipe_schema
 from hf_hpmkd.run_memory import outputs_folder
 from hf_hpmkd.run_record import RunRecord
 from hf_hpmkd.teacher_cache import TeacherCache
+from hf_hpmkd.trainer import HPMKDTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
 
@@ -62,7 +65,10 @@ def test_a_second_student_finds_the_teachers_outputs(tmp_path, capsys):
     memory = OptimizationMemory()
     first = distill(tmp_path, name="one")
     said = capsys.readouterr().out
-    assert "Memory (local): 0 runs are known." in said and "0 of 8 files of teacher outputs were there." in said
+    assert (
+        "Memory (local): 0 runs are known." in said
+        and "0 of 8 files of teacher outputs were there; 0 of 1 models" in said
+    )
     assert first.memory["outputs_computed"] == 8  # two teachers on four parts
     second = distill(tmp_path, "student.model=mlp-3", name="two")
     said = capsys.readouterr().out
@@ -77,6 +83,66 @@ def test_a_second_student_finds_the_teachers_outputs(tmp_path, capsys):
     for row in rows:  # the student lies beside its record
         assert (memory.find_model(row["id"]) / "model.safetensors").is_file()
     assert "tabular.py" not in {path.name for path in memory.find_model(rows[0]["id"]).iterdir()}
+
+
+def test_a_network_that_teaches_is_trained_once(tmp_path, capsys, monkeypatch):
+    trainings = []
+    train = HPMKDTrainer.train
+
+    def counted(self, *args, **kwargs):
+        trainings.append(Path(self.args.output_dir).parent.name)
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(HPMKDTrainer, "train", counted)
+    first = distill(tmp_path, name="one")
+    assert trainings == ["mlp-8", "student"] and first.memory["models_found"] == 0
+    trainings.clear()
+    capsys.readouterr()
+    second = distill(tmp_path, "student.model=mlp-3", "training.learning_rate=0.5", name="two")
+    said = capsys.readouterr().out
+    assert "Teacher mlp-8 was trained before and is in the memory." in said and "1 of 1 models were there" in said
+    assert trainings == ["student"] and second.memory["models_found"] == 1
+    assert second.teachers[0].seconds == second.memory["model_seconds_saved"] > 0
+    assert second.teachers[0].accuracy == first.teachers[0].accuracy
+    weights = [(tmp_path / run / "teachers/mlp-8/model.safetensors").read_bytes() for run in ("one", "two")]
+    assert weights[0] == weights[1]
+    trainings.clear()
+    distill(tmp_path, "training.seed=1", name="three")
+    assert trainings == ["mlp-8", "student"]
+
+
+@pytest.mark.slow
+def test_two_launched_processes_use_one_memory(tmp_path):
+    """Each run in two processes that share its rows out; the second finds what the first one left."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "-m", "hf_hpmkd", "distill"]
+    records = []
+    for name, student in (("one", "mlp-2"), ("two", "mlp-3")):
+        words = [recipe(tmp_path), f"output.dir={tmp_path / name}", f"student.model={student}"]
+        done = subprocess.run([*launch, *words], env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("Remembered as") == 1
+        records.append(RunRecord.load(tmp_path / name / "run_record.json"))
+    memory = OptimizationMemory()
+    assert len(memory.records()[0]) == 2 and not memory.faults()
+    assert len(memory.known_names()["outputs"]) == 8 and not list((memory.root / ".jobs").iterdir())
+    assert records[0].memory["outputs_computed"] > 0 and records[0].memory["models_computed"] == 1
+    assert (records[1].memory["outputs_found"], records[1].memory["models_found"]) == (8, 1)
+
+
+def test_a_folder_of_outputs_alone_is_taken_in(tmp_path, monkeypatch, capsys):
+    """As runs left them before there was a memory, or with $HPMKD_CACHE."""
+    old = tmp_path / "old cache"
+    with monkeypatch.context() as patch:
+        patch.setenv("HPMKD_CACHE", str(old))
+        distill(tmp_path, "--no-memory", name="one")
+    (old / "notes.txt").write_text("mine")
+    assert main(["memory", "merge", str(old)]) == 0
+    assert "0 runs, 0 models, 8 files of outputs are new" in capsys.readouterr().out
+    assert len(list(old.glob("*.safetensors"))) == 8, "it is read alone"
+    record = distill(tmp_path, "student.model=mlp-3", name="two")
+    assert (record.memory["outputs_found"], record.memory["outputs_computed"]) == (8, 0)
 
 
 def test_a_run_is_remembered_once_even_if_it_was_stopped_before(tmp_path, capsys, monkeypatch):
@@ -307,22 +373,22 @@ def test_the_commands(tmp_path, hub, capsys):
 
     listed = said("ls").splitlines()
     assert [line.split()[0] for line in listed[1:3]] == [two["id"][:12], one["id"][:12]]
-    assert "2 runs, 2 models, 8 files of outputs" in listed[3]
+    assert "2 runs, 3 models, 8 files of outputs" in listed[3]
     shown = said("show", one["id"][:8])
     assert one["id"] in shown and "student: mlp-2" in shown and "model.safetensors" in shown
     assert "begins none" in said("show", "zzz", code=2)
-    assert "12 records, models and files of outputs checked, all sound" in said("verify")
+    assert "13 records, models and files of outputs checked, all sound" in said("verify")
     stats = said("stats")
     assert "runs: 2" in stats and "teacher outputs found: 8 of 16 (50%)" in stats and "spared: " in stats
     assert "1 runs, 1 models, 0 files" in said("push", "tester/shared", one["id"][:16])
-    assert "2 runs, 2 models, 8 files" in said("push", PLACE, "--models", "--outputs")
+    assert "2 runs, 3 models, 8 files" in said("push", PLACE, "--models", "--outputs")
     assert "begins with zzz" in said("push", PLACE, "zzz", code=2)
     elsewhere = ["--memory", str(tmp_path / "elsewhere")]
     assert "2 runs, 0 models, 0 files of outputs are new from hf://" in said("pull", PLACE, *elsewhere)
-    assert "0 runs, 2 models, 8 files" in said("pull", PLACE, "--models", "--outputs", *elsewhere)
+    assert "0 runs, 3 models, 8 files" in said("pull", PLACE, "--models", "--outputs", *elsewhere)
     assert "0 runs, 0 models, 0 files" in said("merge", str(OptimizationMemory().root), *elsewhere)
     assert "0 files and models deleted" in said("gc")
-    assert "10 files and models deleted" in said("gc", "--limit-gb", "0", *elsewhere)
+    assert "11 files and models deleted" in said("gc", "--limit-gb", "0", *elsewhere)
     assert "must be 0 or more, got -1" in said("gc", "--limit-gb", "-1", code=2)
     path = next(OptimizationMemory().outputs_root.glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-1])

@@ -15,16 +15,16 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
 
 from hf_hpmkd import memory_files, memory_records
-from hf_hpmkd.memory_files import MANIFEST, DamagedModelError, Mark, is_key, is_output_name
+from hf_hpmkd.memory_files import MANIFEST, DamagedModelError, Mark, is_key, is_output_name, tolerated
 from hf_hpmkd.memory_records import BadRecordError, Row, is_record_name
 
 CARD = """---
@@ -118,6 +118,7 @@ class OptimizationMemory:
         self.say = on_message or (lambda line: None)
         self._mark: Mark | None = None
         self.models_found = self.models_computed = 0
+        self.model_seconds = 0.0  # of training that the found ones took, as far as it is known
 
     @property
     def where(self) -> str:
@@ -131,13 +132,15 @@ class OptimizationMemory:
         try:
             yield self
         finally:
-            self._mark.close()
+            with tolerated("forget what was in use"):
+                self._mark.close()
             self._mark = None
 
     def use(self, *names: str) -> None:
         """Marks outputs (file names) and models (models/KEY) as used by this job; nothing outside `running`."""
         if self._mark is not None:
-            self._mark.add(*names)
+            with tolerated("mark what is in use"):
+                self._mark.add(*names)
 
     # ---- records -----------------------------------------------------------------------------------------------------
 
@@ -179,24 +182,42 @@ class OptimizationMemory:
         """The folder of a finished model: config.json, .safetensors weights, what else it was kept with; or None.
 
         Every byte is compared with its checksum; a damaged model is removed, with a warning, so that it can be made
-        again. key: letters, digits, `.`, `_` and `-`. Raises ValueError for another.
+        again. A disk that fails is warned of, and then there is none. key: letters, digits, `.`, `_` and `-`. Raises
+        ValueError for another.
         """
-        found = self._local_model(key) or self._fetch_model(key)
+        _require_key(key)
+        found = None
+        with tolerated("be searched for a model"):
+            found = self._local_model(key) or self._fetch_model(key)
         self.models_found += found is not None
         self.models_computed += found is None
         return found
 
+    def refuse_model(self, key: str, why: str) -> None:
+        """Removes a found model that turned out to be of no use, with a warning: its place is the next one's."""
+        warnings.warn(f"The model {key} of the memory is not used and is removed: {why}.", stacklevel=2)
+        self.models_found -= 1
+        self.models_computed += 1
+        with tolerated("remove a model"):
+            self._remove(self.root / "models" / key)
+
     @contextmanager
-    def making(self, key: str) -> Iterator[None]:
-        """Within the block no other process makes the model of this key: it waits, and then finds it."""
+    def making(self, key: str, wait: bool = True) -> Iterator[None]:
+        """Within the block no other process makes the model of this key: it waits, and then finds it.
+
+        wait: False goes on without, where another process is at it.
+        """
         _require_key(key)
-        folder = self.root / "making"
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{key}.lock"):
+        lock = FileLock(self.root / "making" / f"{key}.lock")
+        with tolerated("be locked"), suppress(Timeout):
+            (self.root / "making").mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=-1 if wait else 0)
+        try:
             yield
+        finally:
+            lock.release()
 
     def _local_model(self, key: str) -> Path | None:
-        _require_key(key)
         self.use(f"models/{key}")
         folder = self.root / "models" / key
         if not folder.exists():
@@ -214,21 +235,23 @@ class OptimizationMemory:
         """A model from elsewhere, now in its place; None here, where there is no elsewhere."""
         return None
 
-    def keep_model(self, key: str, folder: str | Path) -> Path:
+    def keep_model(self, key: str, folder: str | Path) -> Path | None:
         """Copies a finished model in, in one step, and returns its place. One that is there already stays.
 
-        Only data files are copied: settings, vocabularies, .safetensors. Raises ValueError for a key of another form,
-        or a folder without config.json or weights.
+        Only data files are copied: settings, vocabularies, .safetensors. None where the disk fails, with a warning.
+        Raises ValueError for a key of another form, or a folder without config.json or weights.
         """
         _require_key(key)
-        self.use(f"models/{key}")
-        target = self.root / "models" / key
-        if not target.exists():
-            with memory_files.staging(self.root) as place:
-                memory_files.pack_model(Path(folder), place / "model")
-                self.make_room(memory_files.folder_bytes(place))
-                self._move_model(place / "model", target)
-        return target
+        with tolerated("keep a model"):
+            self.use(f"models/{key}")
+            target = self.root / "models" / key
+            if not target.exists():
+                with memory_files.staging(self.root) as place:
+                    memory_files.pack_model(Path(folder), place / "model")
+                    self.make_room(memory_files.folder_bytes(place))
+                    self._move_model(place / "model", target)
+            return target
+        return None
 
     def _move_model(self, folder: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -263,7 +286,8 @@ class OptimizationMemory:
 
     def refuse_outputs(self, path: Path, teacher: str, why: str) -> None:
         """Deletes an unchecked file that is not to be trusted, and says so."""
-        path.unlink(missing_ok=True)
+        with tolerated("remove outputs"):
+            path.unlink(missing_ok=True)
         self.say(f"Memory: outputs of teacher {teacher!r} from elsewhere ({path.stem[:12]}) are not used: {why}.")
 
     # ---- keeping it small and whole ----------------------------------------------------------------------------------
@@ -285,7 +309,8 @@ class OptimizationMemory:
     def make_room(self, nbytes: int) -> None:
         """Evicts so that so many bytes more stay within the limit."""
         if self.limit_bytes is not None:
-            self.evict(self.limit_bytes - nbytes)
+            with tolerated("make room"):
+                self.evict(self.limit_bytes - nbytes)
 
     def evict(self, limit_bytes: int | None = None) -> Freed:
         """Deletes the least recently used outputs and models until at most so many bytes are left, and what stopped
@@ -338,6 +363,7 @@ class OptimizationMemory:
     def merge(self, other: str | Path) -> Gained:
         """Takes in what another memory's folder has and this one lacks. That folder is read, never written, and not
         trusted: records and models are checked, teacher outputs wait in `unchecked/` for a run that can compare them.
+        A folder of teacher outputs alone, as `$HPMKD_CACHE` may name one, is taken in like that too.
 
         Raises FileNotFoundError if there is no such folder.
         """
@@ -356,7 +382,8 @@ class OptimizationMemory:
                 gained.models += self._take_model(path)
             except (DamagedModelError, OSError) as error:
                 gained.skipped.append(f"models/{memory_files.shown(path.name)}: {error}")
-        for path in _files(other / "teacher_outputs"):
+        alone = [path for path in _files(other) if is_output_name(path.name)]
+        for path in [*_files(other / "teacher_outputs"), *alone]:
             if not is_output_name(path.name) or path.is_symlink():
                 gained.skipped.append(f"teacher_outputs/{memory_files.shown(path.name)}: it is no file of outputs")
             else:
