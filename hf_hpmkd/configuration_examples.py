@@ -81,8 +81,14 @@ def read_prior(path: Path | None = None, leave_out: Collection[str] = ()) -> lis
 
 
 def provenance(path: Path | None = None) -> dict[str, Any]:
-    """How a prior was made."""
-    return json.loads((pq.read_schema(path or shipped_prior()).metadata or {})[b"provenance"])
+    """How a prior was made; None: the shipped one. Raises FileNotFoundError if there is none."""
+    path = path or shipped_prior()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no prior at {path}. Make one: hpmkd prior build --data DIR --output FILE, and name it: "
+            "hpmkd prior show FILE."
+        )
+    return json.loads((pq.read_schema(path).metadata or {})[b"provenance"])
 
 
 def _example(row: dict[str, Any]) -> Example:

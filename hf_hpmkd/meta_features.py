@@ -38,6 +38,8 @@ FEATURES = (
 )
 """All features, in the order of `vector`."""
 
+_KNOWN = frozenset(FEATURES)
+
 LANDMARK = 0.25
 """How much of the student's direct training the landmark is."""
 
@@ -47,7 +49,7 @@ _MOST_ROWS = 2_000
 
 def vector(features: Mapping[str, float]) -> np.ndarray:
     """`(features,)` in the order of FEATURES; NaN for what is not known. Raises ValueError for an unknown name."""
-    if unknown := set(features) - set(FEATURES):
+    if unknown := features.keys() - _KNOWN:
         raise ValueError(f"Unknown meta-features: {', '.join(sorted(unknown))}. Known: {', '.join(FEATURES)}.")
     return np.array([features.get(name, math.nan) for name in FEATURES], dtype=np.float64)
 

@@ -43,6 +43,15 @@ def test_another_table_is_no_prior(tmp_path: Path) -> None:
         read_prior(tmp_path / "other.parquet")
 
 
+def test_a_package_without_a_prior_knows_nothing_and_says_how_to_get_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_hpmkd.configuration_examples.shipped_prior", lambda: tmp_path / "prior.parquet")
+    assert read_prior() == []
+    with pytest.raises(FileNotFoundError, match="Make one: hpmkd prior build"):
+        provenance()
+
+
 def test_a_prior_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_hpmkd.configuration_examples.MAX_BYTES", 100)
     with pytest.raises(ValueError, match="may have 100 bytes"):

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,8 +24,8 @@ FEW_EXAMPLES = 50
 """Below so many, the nearest runs are asked instead of a regression (the paper's rule)."""
 
 _NEAREST = 5
-_MEMBERS = 6
-_MOST_ROWS = 3_000  # of a member, so that many examples cost no more time
+_MEMBERS = 5
+_MOST_ROWS = 2_000  # of a member, so that many examples cost no more time
 _UNKNOWN = -100.0
 _UNKNOWN_SPREAD = 2.0  # points; how far gains lie apart where nothing is known
 _OWN_WEIGHT = 3.0  # of a run of the user's own memory, against one of the shipped prior
@@ -156,6 +157,7 @@ def _is_legal(one: Configuration) -> bool:
     return one.temperature_schedule in LEGAL_SCHEDULES[one.kd_kind]
 
 
+@cache
 def encode(configuration: Configuration) -> np.ndarray:
     """`(columns,)`: a configuration as numbers of like size; direct training has zeros for what the teachers do."""
     one = configuration
@@ -217,7 +219,7 @@ class Surrogate:
         from sklearn.ensemble import HistGradientBoostingRegressor
 
         self.examples = list(examples)
-        inputs = np.array([_inputs(one.features, encode(one.configuration)) for one in examples])
+        inputs = _inputs([one.features for one in examples], [one.configuration for one in examples])
         gains = np.array([one.gain for one in examples])
         noise = np.array([one.noise for one in examples])
         weights = np.array([_OWN_WEIGHT if one.own else 1.0 for one in examples]) / (1.0 + noise**2)
@@ -230,7 +232,7 @@ class Surrogate:
             if len(names) < 3:  # too few to leave any out
                 times = np.bincount(random.integers(len(gains), size=len(gains)), minlength=len(gains))
             model = HistGradientBoostingRegressor(
-                max_iter=60, learning_rate=0.1, max_leaf_nodes=15, min_samples_leaf=10, random_state=member
+                max_iter=50, learning_rate=0.1, max_leaf_nodes=15, min_samples_leaf=10, random_state=member
             )
             rows = np.flatnonzero(times)
             if len(rows) > _MOST_ROWS:
@@ -244,7 +246,7 @@ class Surrogate:
         self.residual = math.sqrt(max(float(np.concatenate(missed).mean()), 0.01)) if missed else _UNKNOWN_SPREAD
 
     def predict(self, features: Mapping[str, float], configurations: Sequence[Configuration]) -> Prediction:
-        inputs = np.array([_inputs(features, encode(one)) for one in configurations])
+        inputs = _inputs([features], configurations)
         answers = np.array([model.predict(inputs) for model in self.members])
         doubt = answers.std(axis=0)
         return Prediction(answers.mean(axis=0), np.sqrt(doubt**2 + self.residual**2), doubt)
@@ -253,9 +255,12 @@ class Surrogate:
         return f"a regression over {_counted(self.examples)}"
 
 
-def _inputs(features: Mapping[str, float], encoded: np.ndarray) -> np.ndarray:
+def _inputs(features: Sequence[Mapping[str, float]], configurations: Sequence[Configuration]) -> np.ndarray:
+    """`(configurations, columns)`. features: one per configuration, or one for all."""
     # scikit-learn 1.9 fails on a column without a single value, so what is unknown lies far below all else.
-    return np.concatenate([np.nan_to_num(vector(features), nan=_UNKNOWN), encoded])
+    known = np.nan_to_num(np.array([vector(one) for one in features]), nan=_UNKNOWN)
+    encoded = np.array([encode(one) for one in configurations])
+    return np.hstack([np.broadcast_to(known, (len(encoded), known.shape[1])), encoded])
 
 
 def _counted(examples: Sequence[Example]) -> str:
