@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from transformers.utils.logging import disable_progress_bar
 
 from hf_hpmkd.classifier_training import student_schedule, train_or_load, write_json
-from hf_hpmkd.components.adaptive_configuration import DIRECT, Configuration
+from hf_hpmkd.components.adaptive_configuration import DIRECT, SPACE, Configuration
 from hf_hpmkd.configuration_examples import SCHEMA, prior_row, read_prior, write_prior
 from hf_hpmkd.distill import student_builder
 from hf_hpmkd.paired_tests import Mean, mean_of
@@ -148,7 +148,7 @@ def _write_left_out(source: Path | None, table: str, count: int | None, seed: in
 def _auto(settings: Settings, runs: TableRuns, prior: Path, direct: dict[str, Any]) -> dict[str, Any]:
     """The adaptive configuration as `distill` runs it, and what it cost beside one training."""
     tree = recipe_tree(runs.recipe)
-    tree["auto"] = {"mode": settings.mode, "prior": str(prior), "choose": _ALL}
+    tree["auto"] = {"mode": settings.mode, "prior": str(prior), "choose": list(SPACE)}
     with tempfile.TemporaryDirectory() as place:
         run = TableRuns.make_run(read_recipe(tree, "the adaptive run"), Path(place))
         run.record.teachers = runs.run.record.teachers
@@ -181,9 +181,6 @@ def _auto(settings: Settings, runs: TableRuns, prior: Path, direct: dict[str, An
             guide=runs.parts.guide if teachers else None,
         )
         return {"accuracy": float(runs.right(trained, runs.parts.test).float().mean()), **about}
-
-
-_ALL = ["alpha", "temperature", "temperature_schedule", "kd_kind", "gate", "learning_rate", "weight_decay"]
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
