@@ -246,7 +246,7 @@ def _regrets(of_set: Sequence[dict[str, Any]]) -> dict[str, float]:
     methods = [name for name in of_set[0]["methods"] if all(name in one["methods"] for one in of_set)]
     found = {name: np.mean([one["methods"][name]["accuracy"] for one in of_set]) for name in methods}
     found["random"] = np.mean([_random_search(one) for one in of_set])
-    return {name: 100 * float(best - value) for name, value in found.items()}
+    return {name: round(100 * float(best - value), 6) + 0.0 for name, value in found.items()}  # no -0.00
 
 
 def _random_search(one: dict[str, Any]) -> float:

@@ -136,7 +136,7 @@ def _rows_of_setting(runs: TableRuns, name: str, seed: int, random: np.random.Ge
         "batch_size": _BATCH,
         "learning_rate": rate,
         "evaluations": _EVALUATIONS,
-        "log_every": steps // 32,
+        "log_every": max(1, steps // 32),
         "save_total_limit": 1,
     }
     recipe = read_recipe(tree, "a run of the prior")
