@@ -424,7 +424,8 @@ def test_a_bad_model_there_is_not_fetched_again_and_replaced(hub, here, there, m
     share(there)
     weights = "models/stage-1/model.safetensors"
     if fault == "damaged":
-        put(hub, {weights: hub.files(REPO, "datasets")[weights][:-1] + b"?"})
+        sound = hub.files(REPO, "datasets")[weights]
+        put(hub, {weights: sound[:-1] + bytes([sound[-1] ^ 1])})
         assert here.find_model("stage-1") is None
     else:
         assert here.find_model("stage-1")
