@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import ClassLabel, Dataset
 from sklearn.datasets import load_wine
 
 from hf_hpmkd import auto_bench, prior_build
@@ -49,8 +50,9 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("red", "white"):
         (tmp_path / "data" / name).mkdir(parents=True)
         frame = frame.sample(frac=1.0, random_state=len(name))
-        frame.iloc[:130].to_parquet(tmp_path / "data" / name / "train.parquet")
-        frame.iloc[130:].to_parquet(tmp_path / "data" / name / "test.parquet")
+        rows = Dataset.from_pandas(frame, preserve_index=False).cast_column("label", ClassLabel(names=["a", "b", "c"]))
+        rows.select(range(130)).to_parquet(tmp_path / "data" / name / "train.parquet")
+        rows.select(range(130, 178)).to_parquet(tmp_path / "data" / name / "test.parquet")
     from hf_hpmkd import table_runs
 
     few = ({"model": "mlp-8", "epochs": 1}, {"model": "sklearn:LogisticRegression"})
