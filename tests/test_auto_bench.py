@@ -66,6 +66,7 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "data"
 
 
+@pytest.mark.slow
 def test_a_prior_is_built_goes_on_and_is_judged_without_the_judged(tables: Path, tmp_path: Path, monkeypatch) -> None:
     prior, said = tmp_path / "prior.parquet", []
     assert build_prior(tables, 2, prior, say=said.append) == 2

@@ -164,6 +164,7 @@ def test_a_configuration_becomes_values_of_the_recipe() -> None:
     assert set(overrides_of(taught, recipe)["distillation"]) | {"learning_rate", "weight_decay"} == set(SPACE)
 
 
+@pytest.mark.slow
 def test_a_comparison_counts_what_was_tried(tmp_path: Path) -> None:
     from hf_hpmkd.compare import Settings, compare
     from hf_hpmkd.methods import choose_methods
