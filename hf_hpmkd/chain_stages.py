@@ -51,17 +51,18 @@ class Builder(Protocol):
 class WarmBuild:
     """Builds a classifier and gives it what the first fitting model of `above` has to give.
 
-    share: of its parameters that were copied, 0 to 1, after the first call.
+    After the first call: share, of its parameters that were copied, 0 to 1; origin, the name of the model that gave
+    them, "" for none.
     """
 
     def __init__(self, build: Builder, above: Sequence[TorchTeacher]) -> None:
-        self.build, self.above, self.share = build, above, 0.0
+        self.build, self.above, self.share, self.origin = build, above, 0.0, ""
 
     def __call__(self) -> Classifier:
         classifier = self.build()
         source = self.source(classifier.model)
         if source is not None and isinstance(source.model, PreTrainedModel):
-            self.share = warm_start(classifier.model, source.model).fraction
+            self.share, self.origin = warm_start(classifier.model, source.model).fraction, source.name
         return classifier
 
     def source(self, model: PreTrainedModel) -> TorchTeacher | None:

@@ -183,7 +183,8 @@ class Workplace:
         run = self.run(method_recipe(self.recipe, job.method, job.seed), job.run_folder)
         recipe = run.recipe
         searches = recipe.auto.mode != "off"
-        teachers = self.heard(job, recipe) if uses_teachers(recipe) or searches else []
+        hears = uses_teachers(recipe) or recipe.chain.warm_start or searches
+        teachers = self.heard(job, recipe) if hears else []
         result = Result(
             job.method.name,
             job.seed,
@@ -207,8 +208,8 @@ class Workplace:
         guides = chain.guides if uses_teachers(recipe) else []
         num_views = self.parts.num_views
         if job.method.fresh_views and num_views:
-            if teachers:
-                raise ValueError(f"{job.name}: new views in every epoch go with no teacher, got {len(teachers)}.")
+            if guides:
+                raise ValueError(f"{job.name}: new views in every epoch go with no teacher, got {len(guides)}.")
             num_views = _FRESH
         build_warm = WarmBuild(build, chain.above)
         trained = train_or_load(
@@ -225,7 +226,8 @@ class Workplace:
             cache=run.memory.cache,
             distiller_class=DISTILLERS[job.method.loss],
         )
-        run.keep_weights(trained, guides, build_warm.share)
+        run.keep_start(build_warm.share, build_warm.origin)
+        run.keep_weights(trained, guides)
         run.memory.count(run.record)
         run.record.status = "completed"
         run.save()

@@ -140,7 +140,8 @@ def _run(run: Run) -> None:
     build_warm = WarmBuild(build_student, chain.above)
     guides = chain.guides if uses_teachers(chosen) else []
     trained["student"] = train_student("student", build_warm, guides, chosen)
-    run.keep_weights(trained["student"], guides, build_warm.share)
+    run.keep_start(build_warm.share, build_warm.origin)
+    run.keep_weights(trained["student"], guides)
 
     with run.phase("report"):
         classifiers = {name: one.classifier for name, one in trained.items()}

@@ -23,6 +23,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from hf_hpmkd.chain_probes import StudentBuilder
+from hf_hpmkd.chain_stages import Stages, WarmBuild
 from hf_hpmkd.classifier_training import (
     done_file,
     move_training,
@@ -132,7 +133,8 @@ def overrides_of(configuration: Configuration, recipe: Recipe) -> dict[str, dict
     one, now = configuration, recipe.distillation
     training = {name: getattr(one, name) * getattr(recipe.training, name) for name in _FACTORS}
     if not one.distils:
-        return {"distillation": {"alpha": 0.0}, "training": training}
+        # Nothing is taken from the teachers then, neither answers nor weights: the run's direct training does not.
+        return {"distillation": {"alpha": 0.0}, "training": training, "chain": {"warm_start": False}}
     taught = {name: getattr(one, name) for name in SPACE if name not in _FACTORS}
     if one.temperature_schedule == "learned":
         taught["temperature"] = min(max(one.temperature, now.temperature_min), now.temperature_max)
@@ -326,7 +328,7 @@ class _Search:
             started = time.perf_counter()
             trained = train_or_load(
                 f"try {trial.name}",
-                self.build_student,
+                WarmBuild(self.build_student, self._above() if recipe.chain.warm_start and teachers else []),
                 recipe,
                 student_schedule(recipe),
                 self.folder / trial.name,
@@ -353,6 +355,12 @@ class _Search:
                 self.curve = about["curve"]
         return from_bits(about["right"])
 
+    def _above(self) -> list[TorchTeacher]:
+        """What the student may start from, as without a chain."""
+        if self.recipe.student.pretrained:
+            return []
+        return Stages(self.run, self.parts, self.teachers, self.folder).above([])
+
     def _hand_over(self, winners: Sequence[_Trial]) -> list[_Trial]:
         """Moves what goes on: direct training, and the winner, unless a chain will teach it more. winners: it, or
         nothing if what was chosen has not been tried.
@@ -363,7 +371,7 @@ class _Search:
         chain = self.recipe.chain
         for winner in winners:
             taught_alike = (chain.length == 0 and not chain.models) or not winner.configuration.distils
-            if (winner is not self.direct or self.direct_folder is None) and taught_alike and not chain.warm_start:
+            if (winner is not self.direct or self.direct_folder is None) and taught_alike:
                 going_on.append((winner, self.student))
         for trial, target in going_on:
             source = self.folder / trial.name

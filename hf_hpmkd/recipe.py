@@ -168,7 +168,9 @@ class ChainConfig:
         "paper's), the one right above.",
     )
     warm_start: bool = Field(
-        False, description="Start a model from layers and leading channels of the one above, where they share a family."
+        True,
+        description="Start stages and student from layers and leading channels of the nearest model above that shares "
+        "their family; false, and models without such relatives, start from scratch.",
     )
     epochs: int | None = Field(None, ge=1, description="Epochs of a stage; null takes training.epochs.")
     learning_rate: float | None = Field(

@@ -145,6 +145,11 @@ def chain_section(record: RunRecord) -> str:
     if record.chain is None or not record.chain.reason:
         return ""
     lines = [f"## Chain\n\nBetween the teachers and the student: {record.chain.reason}"]
+    if record.chain.student_origin:
+        lines.append(
+            f"The student began with layers and channels of `{record.chain.student_origin}`: "
+            f"{record.chain.student_warm_start:.0%} of its parameters are copies. Direct training began from nothing."
+        )
     if record.chain.stages:
         cells = [
             [

@@ -95,8 +95,15 @@ class Run:
         self.record.curves[name] = [dict(row) for row in history]
         self.save()
 
-    def keep_weights(self, student: Trained, guides: list[Teacher], warm_start: float) -> None:
-        """What the student made of those above it. guides: what it learned from. warm_start: share it began with."""
+    def keep_start(self, share: float, origin: str) -> None:
+        """What the student began with: share of its parameters that are copies, and whose; "" of nobody."""
+        if self.record.chain is not None:
+            self.record.chain.student_warm_start, self.record.chain.student_origin = share, origin
+        if origin:
+            self.say(f"The student began with weights of {origin}: {share:.0%} of its parameters.")
+
+    def keep_weights(self, student: Trained, guides: list[Teacher]) -> None:
+        """What the student made of those above it. guides: what it learned from."""
         self.record.taught_by = [guide.name for guide in guides]
         self.record.class_weights = student.class_weights or None
         last = next((row for row in reversed(student.curve) if any(key.startswith("weight/") for key in row)), {})
@@ -107,8 +114,6 @@ class Run:
         for teacher in self.record.teachers:
             teacher.calibration_temperature = calibration.get(teacher.name)
             teacher.mean_weight = last.get(f"weight/{teacher.name}")
-        if self.record.chain is not None:
-            self.record.chain.student_warm_start = warm_start
 
     def write_report(self) -> None:
         if not self.is_main:

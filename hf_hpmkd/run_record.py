@@ -135,7 +135,7 @@ class ChainRecord:
     """The progressive chain, largest stage first. reason: why it has the length it has, in a sentence.
 
     left_out: stages that were trained and, once measured, not kept. student_warm_start: share of the student's
-    parameters that began as copies of the model above, 0 to 1.
+    parameters that began as copies of a model above, 0 to 1. student_origin: which; "" none.
     """
 
     __pydantic_config__ = _STRICT
@@ -144,6 +144,7 @@ class ChainRecord:
     decisions: list[ChainDecision] = field(default_factory=list)
     reason: str = ""
     student_warm_start: Number = 0.0
+    student_origin: str = ""
     left_out: list[StageRecord] = field(default_factory=list)
 
 

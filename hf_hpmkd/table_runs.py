@@ -66,6 +66,7 @@ class TableRuns:
             "data": {"path": str(folder), "seed": seed, **sections.pop("data", {})},
             "teachers": teachers,
             "student": {"model": "mlp-16"},
+            "chain": {"warm_start": False},  # what is compared is how a student is taught, not where it starts
             "memory": {"use": False},
             "output": {"dir": str(place)},
             **sections,
