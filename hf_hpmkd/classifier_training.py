@@ -140,12 +140,14 @@ def train_or_load(
     cache: TeacherCache | None = None,
     distiller_class: type[Distiller] = Distiller,
     on_log: Callable[[list[dict[str, float]]], None] = lambda history: None,
+    stop_at: int | None = None,
 ) -> Trained:
     """The classifier called `name`, trained into `folder` or loaded from there.
 
     build: makes it with its initial weights. num_views: augmented views per training row, 0 for none. teachers: none
     trains on labels alone. cache: of their outputs, None makes one in the recipe's folder. distiller_class: what it
     learns from them. on_log: gets the log history at every evaluation.
+    stop_at: stops after that many steps of the whole schedule, with a checkpoint that the next call goes on from.
     """
     classifier = build()
     done = done_file(folder)
@@ -154,6 +156,10 @@ def train_or_load(
         classifier.model = type(classifier.model).from_pretrained(folder)
         return Trained(classifier, **saved, resumed=True)
     checkpoint = _last_complete_checkpoint(folder / "checkpoints", distills=bool(teachers))
+    if stop_at is not None and checkpoint is not None and _step_of(checkpoint) >= stop_at:
+        classifier.model = type(classifier.model).from_pretrained(checkpoint)
+        state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+        return Trained(classifier, 0.0, _step_of(checkpoint), _numbers(state["log_history"]), resumed=True)
     args = training_arguments(recipe, schedule, folder, len(train), distills=bool(teachers))
     trainer = HPMKDTrainer(
         classifier.model,
@@ -164,7 +170,7 @@ def train_or_load(
         guide_dataset=FedDataset(guide, classifier.feed) if guide is not None else None,
         data_collator=FedDataset.collate,
         compute_metrics=_accuracy,
-        callbacks=[_Bar(name), _Curve(on_log)],
+        callbacks=[_Bar(name), _Curve(on_log), *([_StopAt(stop_at)] if stop_at is not None else [])],
     )
     trainer.distiller_class = distiller_class
     if cache is not None:
@@ -174,13 +180,15 @@ def train_or_load(
     result = trainer.train(resume_from_checkpoint=checkpoint)
     history, steps = trainer.state.log_history, trainer.state.global_step
     # A resumed run timed the steps after its checkpoint only; the earlier ones are counted at the same speed.
-    steps_before = int(Path(checkpoint).name.rsplit("-", 1)[1]) if checkpoint else 0
+    steps_before = _step_of(checkpoint) if checkpoint else 0
     seconds = result.metrics["train_runtime"] * steps / max(steps - steps_before, 1)
     trained = Trained(classifier, seconds, steps, _numbers(history))
     if trainer.distiller is not None:
         trained.calibration = trainer.distiller.ensemble.calibration.tolist()
         trained.class_weights = trainer.distiller.class_weights()
         trainer.distiller.close()  # teachers outlive it
+    if steps < trainer.state.max_steps:  # stopped on the way
+        return trained
     if trainer.is_world_process_zero():
         trainer.save_model(str(folder))
         (folder / "training_args.bin").unlink()  # a pickle with this machine's paths; the run record says it all
@@ -198,6 +206,29 @@ def train_or_load(
 def done_file(folder: Path) -> Path:
     """Says that `folder` holds a finished classifier, and how it went; beside it, because it holds the model alone."""
     return folder.with_name(f"{folder.name}.trained.json")
+
+
+def move_training(source: Path, target: Path) -> None:
+    """Moves a training, finished or not, to another folder, where it goes on as if it had begun there."""
+    shutil.move(source, target)
+    if done_file(source).is_file():
+        done_file(source).replace(done_file(target))
+    for file in target.glob("checkpoints/*/trainer_state.json"):
+        state = json.loads(file.read_text(encoding="utf-8"))
+        if best := state["best_model_checkpoint"]:
+            state["best_model_checkpoint"] = str(target / "checkpoints" / Path(best).name)
+            write_json(file, state)
+
+
+def copy_training(source: Path, target: Path) -> None:
+    """Puts a copy of a finished training into a folder where there is none yet."""
+    if not done_file(target).is_file():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+        shutil.copy2(done_file(source), done_file(target))
+
+
+def _step_of(checkpoint: str) -> int:
+    return int(Path(checkpoint).name.rsplit("-", 1)[1])
 
 
 def _last_complete_checkpoint(folder: Path, distills: bool) -> str | None:
@@ -226,6 +257,17 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value), encoding="utf-8")
     temporary.replace(path)
+
+
+class _StopAt(TrainerCallback):
+    """Ends a training on its way, evaluated and with a checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            control.should_evaluate = control.should_save = control.should_training_stop = True
 
 
 class _Curve(TrainerCallback):

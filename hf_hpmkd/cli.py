@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from hf_hpmkd.cli_measuring import add_measuring_commands
+
 if TYPE_CHECKING:
     from hf_hpmkd.methods import Method
     from hf_hpmkd.recipe import Recipe
@@ -127,19 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     memory = commands.add_parser("memory", help="What earlier runs left: records, teacher outputs, models.")
     _add_memory_commands(memory.add_subparsers(title="memory commands", required=True, metavar="COMMAND"), command)
 
-    bench = commands.add_parser("bench", help="Measure.")
-    group = bench.add_subparsers(title="bench commands", required=True, metavar="COMMAND")
-    one = command(group, "trainer", "Time per step of HPMKDTrainer against Trainer.", _bench_trainer)
-    one.add_argument("--output", type=Path, metavar="FILE", help="also write the figures to this JSON file")
-    one.add_argument("--steps", type=int, default=200, help="optimizer steps per side (default: 200)")
-
-    one = command(
-        group, "pipeline", "Runs by one process and by workers; the schedules of the simulator.", _bench_pipeline
-    )
-    one.add_argument("recipe", metavar="RECIPE")
-    one.add_argument("words", nargs="*", metavar="section.key=value", help="overrides")
-    one.add_argument("--output", type=Path, metavar="FILE", help="also write the figures to this JSON file")
-    one.add_argument("--turns", type=int, default=1, help="runs per side; 0 leaves them out (default: 1)")
+    add_measuring_commands(commands, command)
 
     one = command(commands, "report", "One Markdown table of finished runs, seeds of a recipe together.", _report)
     one.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or a run record (JSON)")
@@ -423,18 +413,6 @@ def _memory(args: argparse.Namespace) -> None:
     from hf_hpmkd.memory_commands import run_command
 
     _say(run_command(args.job, args))
-
-
-def _bench_trainer(args: argparse.Namespace) -> None:
-    from hf_hpmkd.bench import bench_trainer
-
-    bench_trainer(args.output, steps=args.steps)
-
-
-def _bench_pipeline(args: argparse.Namespace) -> None:
-    from hf_hpmkd.bench_pipeline import bench_pipeline
-
-    bench_pipeline(args.recipe, args.words, args.output, args.turns)
 
 
 def _report(args: argparse.Namespace) -> None:

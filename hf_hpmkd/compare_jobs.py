@@ -35,6 +35,7 @@ from hf_hpmkd.data import DataParts, load_parts
 from hf_hpmkd.distill import get_teachers, student_builder
 from hf_hpmkd.evaluation import student_logits
 from hf_hpmkd.methods import Method, method_recipe
+from hf_hpmkd.quick_validation import configure
 from hf_hpmkd.recipe import Recipe, fingerprint, read_recipe, recipe_tree
 from hf_hpmkd.recipe_rules import is_trained_here, uses_teachers
 from hf_hpmkd.run_context import Run, new_record
@@ -181,7 +182,9 @@ class Workplace:
         """Trains the student of a job, scores it on validation rows and writes both down."""
         run = self.run(method_recipe(self.recipe, job.method, job.seed), job.run_folder)
         recipe = run.recipe
-        teachers = self.heard(job, recipe) if uses_teachers(recipe) or recipe.chain.warm_start else []
+        searches = recipe.auto.mode != "off"
+        hears = uses_teachers(recipe) or recipe.chain.warm_start or searches
+        teachers = self.heard(job, recipe) if hears else []
         result = Result(
             job.method.name,
             job.seed,
@@ -198,6 +201,9 @@ class Workplace:
         result.save(job.result_file)
         job.run_folder.mkdir(exist_ok=True)
         build = student_builder(recipe, self.parts)
+        if searches and (job.run_folder / RECORD_FILE).is_file():  # chosen before an interruption
+            run.record.auto = RunRecord.load(job.run_folder / RECORD_FILE).auto
+        recipe = run.recipe = configure(run, self.parts, teachers, build, job.student)
         chain = build_chain(run, self.parts, teachers, build)
         guides = chain.guides if uses_teachers(recipe) else []
         num_views = self.parts.num_views
@@ -227,6 +233,7 @@ class Workplace:
         run.save()
         result.steps, result.curve = trained.steps, trained.curve
         result.seconds, result.chain = trained.seconds + chain_seconds(run.record.chain), run.record.chain
+        result.seconds += run.record.auto.seconds if run.record.auto is not None else 0.0
         result.num_params = trained.classifier.num_params
         result.scores["validation"] = self.score(trained.classifier, self.parts.validation)
         result.status, result.finished = "completed", now()

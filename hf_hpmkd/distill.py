@@ -3,6 +3,7 @@
     parts    = train, guide, validation, test                      (data)
     pipeline = the long ones of these steps, where several workers are faster (run_ahead)
     teachers = loaded, or trained on the spot without guide rows    (teachers, classifier_training)
+    recipe   = how to train the student, tried if `auto` asks        (quick_validation)
     direct   = the student trained on labels alone, to compare      (classifier_training)
     chain    = intermediate models between them, if they pay        (chain, components.progressive_chain)
     student  = the student trained on the outputs of all of them    (trainer, distiller)
@@ -24,13 +25,14 @@ from transformers.utils.logging import disable_progress_bar
 from hf_hpmkd import report
 from hf_hpmkd.chain import build_chain, named_stages
 from hf_hpmkd.chain_stages import WarmBuild
-from hf_hpmkd.classifier_training import Trained, student_schedule, train_or_load
+from hf_hpmkd.classifier_training import Trained, copy_training, student_schedule, train_or_load
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.data import load_parts
 from hf_hpmkd.evaluation import evaluate_teachers, evaluate_test
 from hf_hpmkd.heads import find_classifier_head
 from hf_hpmkd.hub_store import check_can_push, push_run
 from hf_hpmkd.metrics import load_metric
+from hf_hpmkd.quick_validation import configure, is_direct
 from hf_hpmkd.recipe import Recipe, fingerprint, recipe_tree
 from hf_hpmkd.recipe_rules import is_trained_here, uses_teachers
 from hf_hpmkd.run_ahead import run_ahead
@@ -113,7 +115,12 @@ def _run(run: Run) -> None:
         run.warn_if_larger_than_every_teacher(num_params, teachers)
         evaluate_teachers(run.record, teachers, parts, recipe, run.memory.cache, say=run.say, warn=run.warn)
 
-    def train_student(name: str, build: Callable[[], Classifier], with_teachers: list[Teacher]) -> Trained:
+    direct_folder = run.folder / "direct" if recipe.distillation.direct else None
+    chosen = configure(run, parts, teachers, build_student, run.folder / "student", direct_folder)
+
+    def train_student(
+        name: str, build: Callable[[], Classifier], with_teachers: list[Teacher], recipe: Recipe
+    ) -> Trained:
         with run.phase(name):
             trained = train_or_load(
                 name,
@@ -135,12 +142,15 @@ def _run(run: Run) -> None:
 
     trained: dict[str, Trained] = {}
     if recipe.distillation.direct:
-        trained["direct"] = train_student("direct", build_student, [])
+        trained["direct"] = train_student("direct", build_student, [], recipe)
+        if is_direct(recipe, chosen) and run.is_main:
+            copy_training(run.folder / "direct", run.folder / "student")
+    run.recipe = chosen
     with run.phase("chain"):
         chain = build_chain(run, parts, teachers, build_student)
     build_warm = WarmBuild(build_student, chain.above)
-    guides = chain.guides if uses_teachers(recipe) else []
-    trained["student"] = train_student("student", build_warm, guides)
+    guides = chain.guides if uses_teachers(chosen) else []
+    trained["student"] = train_student("student", build_warm, guides, chosen)
     run.keep_start(build_warm.share, build_warm.origin)
     run.keep_weights(trained["student"], guides)
 

@@ -51,7 +51,10 @@ class Task:
 
 
 def run_tasks(recipe: Recipe, num_views: int) -> list[Task]:
-    """All long jobs of a run. num_views: augmented views of a training row, 0 for none."""
+    """All long jobs of a run. num_views: augmented views of a training row, 0 for none.
+
+    How the student is trained is not known yet where tries decide on it (`auto`): those jobs are the run's own then.
+    """
     tasks = []
     names = teacher_names(recipe)
     for name, teacher in zip(names, recipe.teachers, strict=True):
@@ -62,6 +65,8 @@ def run_tasks(recipe: Recipe, num_views: int) -> list[Task]:
         if recipe.distillation.teacher_outputs != "live":
             tasks += [Task("outputs", name, "train", view) for view in views]
         tasks += [Task("outputs", name, part) for part in _CHECKED_PARTS]
+    if recipe.auto.mode != "off":
+        return tasks
     if recipe.distillation.direct:
         tasks.append(Task("direct"))
     if has_chain(recipe):

@@ -101,7 +101,10 @@ def memory_row(record: RunRecord) -> Row:
         raise ValueError(f"Only completed runs are remembered, got one with status {record.status}. Resume it first.")
     record = record.public()
     student, direct = record.models.get("student"), record.models.get("direct")
-    distillation, training = record.recipe.get("distillation", {}), record.recipe.get("training", {})
+    chosen = record.auto.overrides if record.auto is not None else {}
+    distillation, training = (
+        {**record.recipe.get(section, {}), **chosen.get(section, {})} for section in ("distillation", "training")
+    )
     best = record.best_teacher()
     details = record.to_dict()
     configuration = {

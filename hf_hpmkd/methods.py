@@ -18,7 +18,7 @@ Heard = Literal["all", "best", "best-network", "peer", "constant", "shuffled", "
 Loss = Literal["", "at", "ctkd", "dml", "fitnets"]
 
 DEFAULT_METHODS = ("direct", "kd-best", "kd-mean", "hpmkd")
-SECTIONS = ("distillation", "chain", "training")
+SECTIONS = ("distillation", "chain", "auto", "training")
 EQUAL_FOR_ALL = (
     "training.seed",
     "training.max_steps",
@@ -46,7 +46,7 @@ class Method:
 
 
 NO_CHAIN = ("chain.length=0", "chain.models=[]", "chain.warm_start=false")
-_DIRECT = ("distillation.alpha=0", "distillation.feature_weight=0", *NO_CHAIN)
+_DIRECT = ("distillation.alpha=0", "distillation.feature_weight=0", *NO_CHAIN, "auto.mode=off")
 
 # Plain distillation: fixed weights, fixed T, the teachers as they are, no chain. alpha and T stay the recipe's.
 PLAIN = (
@@ -56,6 +56,7 @@ PLAIN = (
     "distillation.calibrate_teachers=false",
     "distillation.feature_weight=0",
     *NO_CHAIN,
+    "auto.mode=off",
 )
 
 # The loss of a baseline is (1 - alpha) cross-entropy + alpha term, so one half each is the authors' 1 : weight.
@@ -77,6 +78,7 @@ METHODS = (
     Method("kd-best", "plain KD (Hinton) from the single teacher that is best on guide rows", PLAIN, "best"),
     Method("kd-mean", "plain KD from the plain mean of all teachers", PLAIN),
     Method("hpmkd", "the recipe as it is"),
+    Method("adaptive", "the recipe, its configuration chosen by short tries (fast)", ("auto.mode=fast",)),
     Method(
         "ca-mkd",
         "KD from the mean weighted by each teacher's loss on the label (CA-MKD, logits only)",

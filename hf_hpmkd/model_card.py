@@ -235,6 +235,7 @@ def _sections(
         "\n\n".join(f"![{_CAPTIONS.get(Path(link).stem, Path(link).stem)}]({link})" for link in links),
         usage(record, config, student_folder),
         _teachers(record),
+        report.auto_section(record),
         report.chain_section(record),
         _data(record),
         _training(record),

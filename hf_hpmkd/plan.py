@@ -22,6 +22,7 @@ from hf_hpmkd.model_cost import activation_bytes, estimated_seconds, training_fl
 from hf_hpmkd.recipe import Recipe, TeacherConfig
 from hf_hpmkd.recipe_rules import family, is_trained_here, looks_local, teacher_names, uses_teachers
 from hf_hpmkd.run_memory import outputs_folder
+from hf_hpmkd.search_budget import budget_steps, most_candidates
 from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, Rows
 from hf_hpmkd.tasks.images import ImageRows
 from hf_hpmkd.tasks.text import TextRows
@@ -57,6 +58,7 @@ def plan(recipe: Recipe) -> str:
         _model_lines(student, teachers),
         _cache_lines(recipe, parts, rows),
         _step_lines(recipe, parts),
+        _auto_lines(recipe, parts, rows),
         _chain_lines(recipe, parts, rows, student, teachers),
         _memory_lines(recipe, student, teachers),
     ]
@@ -254,6 +256,21 @@ def _step_lines(recipe: Recipe, parts: DataParts | None) -> list[str]:
             times = f", {1 + teacher.folds} times" if teacher.folds else ""
             lines.append(f"         teacher {name}: {steps * (teacher.epochs or training.epochs):,} steps{times}")
     return lines
+
+
+def _auto_lines(recipe: Recipe, parts: DataParts | None, rows: Rows | None) -> list[str]:
+    """How long configurations would be tried."""
+    mode, total = recipe.auto.mode, _student_steps(recipe, parts)
+    if mode == "off":
+        return ["Auto     off: the student is trained as the recipe says"]
+    if rows is None or total is None:
+        return ["Auto     unknown until the data is loaded"]
+    flops = training_flops(build_classifier(recipe.student.model, rows, meta=True), rows)
+    budget = budget_steps(mode, total, flops * recipe.training.batch_size)
+    return [
+        f"Auto     tries at most {most_candidates(mode)} configurations beside direct training, {budget:,} steps more "
+        "at most"
+    ]
 
 
 def _chain_lines(

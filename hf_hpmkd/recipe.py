@@ -17,8 +17,9 @@ from pydantic.dataclasses import dataclass
 
 from hf_hpmkd.data import DataConfig
 from hf_hpmkd.engines import PipelineConfig
-from hf_hpmkd.recipe_faults import apply_overrides, did_you_mean, dotted, parse_yaml, validate
+from hf_hpmkd.recipe_faults import apply_overrides, did_you_mean, dotted, parse_yaml, validate, write_out
 from hf_hpmkd.recipe_rules import file_faults, rule_faults
+from hf_hpmkd.search_budget import AutoConfig
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, validate_assignment=True)
 
@@ -277,6 +278,9 @@ class Recipe:
     chain: ChainConfig = Field(
         default_factory=ChainConfig, description="Intermediate models between the teachers and the student."
     )
+    auto: AutoConfig = Field(
+        default_factory=AutoConfig, description="Whether the configuration is chosen by short tries."
+    )
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="The student's training loop.")
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig, description="Who does the jobs of a run.")
     output: OutputConfig = Field(default_factory=OutputConfig, description="Where the run goes.")
@@ -292,6 +296,7 @@ _SECTION_TYPES: dict[str, Any] = {
     "task": TaskConfig,
     "distillation": DistillationConfig,
     "chain": ChainConfig,
+    "auto": AutoConfig,
     "training": TrainingConfig,
     "pipeline": PipelineConfig,
     "output": OutputConfig,
@@ -362,9 +367,9 @@ def read_recipe(tree: Any, source: str, overrides: Iterable[str] = (), check_fil
             [f"must hold sections ({', '.join(_SECTION_TYPES)}), got {type(tree).__name__ if tree else 'nothing'}."],
         )
     tree = json.loads(json.dumps(tree, default=str))
-    if isinstance(tree.get("memory"), str):  # `memory: hf://datasets/USER/NAME` says it all
-        tree["memory"] = {"path": tree["memory"]}
+    write_out(tree)
     override_faults = apply_overrides(tree, overrides)
+    write_out(tree)
     recipe, faults = validate(_ADAPTER, tree, section_keys(), _STAND_INS)
     lines = override_faults + [f"{dotted(path)}: {text}" for path, text in faults.items()]
     if recipe is not None:
@@ -400,6 +405,8 @@ def recipe_tree(recipe: Recipe) -> dict[str, Any]:
 def fingerprint(recipe: Recipe) -> str:
     """SHA-256 over what decides the result: all but output, hub, trackers, workers and places of caches."""
     tree = recipe_tree(recipe)
+    if recipe.auto.mode == "off":  # then the section decides nothing
+        del tree["auto"]
     for section, keys in _NOT_IN_FINGERPRINT.items():
         if keys is None:
             del tree[section]
@@ -413,6 +420,13 @@ def recipe_schema() -> dict[str, Any]:
     schema = _ADAPTER.json_schema()
     memory = schema["properties"]["memory"]
     memory["anyOf"] = [{"$ref": memory.pop("$ref")}, {"type": "string", "minLength": 1}]
+    auto = schema["properties"]["auto"]
+    # `off` is false to a YAML 1.1 reader.
+    auto["anyOf"] = [
+        {"$ref": auto.pop("$ref")},
+        {"enum": ["off", "fast", "thorough", False]},
+        {"type": "number", "exclusiveMinimum": 0},
+    ]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "hf_hpmkd recipe"}
 
 

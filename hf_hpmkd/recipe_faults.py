@@ -49,6 +49,16 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"{where}not valid YAML: {getattr(error, 'problem', None) or error}") from error
 
 
+def write_out(tree: dict[str, Any]) -> None:
+    """Sections given as one value, in place: `memory: hf://datasets/USER/NAME` and `auto: fast` say it all."""
+    if isinstance(tree.get("memory"), str):
+        tree["memory"] = {"path": tree["memory"]}
+    if isinstance(tree.get("auto"), str | int | float):
+        tree["auto"] = {"mode": tree["auto"]}
+    if isinstance(tree.get("auto"), dict) and tree["auto"].get("mode") is False:
+        tree["auto"]["mode"] = "off"  # YAML 1.1 reads the bare word as false
+
+
 def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> list[str]:
     """Sets `section.key=value` words in `tree`, in place: the value is YAML; list items go by position.
 

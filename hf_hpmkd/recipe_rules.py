@@ -313,6 +313,8 @@ def file_faults(recipe: "Recipe") -> Iterator[Fault]:
     # A Hub id has at most one slash.
     elif (looks_local(path) or path.count("/") > 1) and not glob(str(Path(path).expanduser()), recursive=True):
         yield ("data.path",), _no_such("data.path", path)
+    if (prior := recipe.auto.prior) is not None and not Path(prior).expanduser().is_file():
+        yield ("auto.prior",), _no_such("auto.prior", prior)
     for key, model in [
         *((f"teachers.{i}.model", teacher.model) for i, teacher in enumerate(recipe.teachers)),
         ("student.model", recipe.student.model),

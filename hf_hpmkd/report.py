@@ -95,8 +95,9 @@ def result_table(record: RunRecord) -> str:
         for line in cells
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
+    auto = [f"Configuration: {record.auto.reason}."] if record.auto is not None else []
     chain = [f"Chain: {record.chain.reason}"] if record.chain is not None and record.chain.reason else []
-    return "\n".join([*lines, "", *chain, verdict(record)])
+    return "\n".join([*lines, "", *auto, *chain, verdict(record)])
 
 
 def markdown_table(record: RunRecord) -> str:
@@ -110,6 +111,34 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], left: int) -
     ruler = [":--" if column < left else "--:" for column in range(len(header))]
     escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ruler, *escaped])
+
+
+def auto_section(record: RunRecord) -> str:
+    """What the adaptive configuration tried and chose, as Markdown; "" for a run that took its recipe as it is."""
+    auto = record.auto
+    if auto is None:
+        return ""
+    lines = [f"## Configuration\n\nChosen: {auto.reason}. Expectations come from {auto.knowledge}."]
+    if auto.alike:
+        lines.append(f"Runs on {', '.join(auto.alike)} were most like this one.")
+    if auto.trials:
+        cells = [
+            [
+                one.name,
+                f"{one.steps:,} of {auto.total_steps:,}",
+                f"{one.expected[0]:+.2f} ± {one.expected[1]:.2f}",
+                f"{one.gain:+.2f} ± {one.standard_error:.2f}",
+            ]
+            for one in auto.trials
+        ]
+        header = ("tried", "steps", "expected gain, points", "gain so far, points")
+        lines.append(markdown(header, cells, left=1))
+    lines.append(
+        "Gains are over direct training, on the same validation rows at the same step. The tries added "
+        f"{auto.extra_steps:,} steps of {auto.budget_steps:,} allowed and took {auto.seconds:.1f} s, deciding "
+        f"{auto.deciding_seconds:.1f} s."
+    )
+    return "\n\n".join(lines)
 
 
 def chain_section(record: RunRecord) -> str:

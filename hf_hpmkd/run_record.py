@@ -167,13 +167,55 @@ class JobRecord:
 
 
 @dataclass
+class TrialRecord:
+    """One configuration that was tried shortly. name: it in words. steps: of its training. gain, standard_error: points
+    of validation accuracy over direct training at the same step. expected: (gain, spread) in points, before the try.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    steps: int
+    gain: Number
+    standard_error: Number
+    expected: tuple[Number, Number]
+    seconds: Number = 0.0
+
+
+@dataclass
+class AutoRecord:
+    """What the adaptive configuration chose. reason: why, in a sentence. knowledge: where expectations came from.
+    alike: the data sets whose runs were most like this one. configuration: the fields of
+    `adaptive_configuration.Configuration`. overrides: section -> key -> value, how the recipe was changed. total_steps:
+    of one training; budget_steps: that the tries might add, extra_steps: that they added. seconds: of the tries.
+    deciding_seconds: of all the rest.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    reason: str
+    knowledge: str
+    alike: list[str]
+    configuration: dict[str, Any]
+    overrides: dict[str, dict[str, Any]]
+    features: dict[str, Number]
+    trials: list[TrialRecord]
+    total_steps: int
+    budget_steps: int
+    extra_steps: int
+    seconds: Number
+    deciding_seconds: Number
+
+
+@dataclass
 class RunRecord:
     """One distillation.
 
     parts: the provenance of the data; parts["parts"][part]["rows"] is a part's size. curves: run name ("student",
     "direct", a teacher, a stage) -> rows of its log, each with `step`. taught_by: what taught the student, teachers and
     stages of the chain. class_weights: `taught_by x classes`, mean weight of each on the guide rows of each class; a
-    column of zeros is a class without guide rows. chain: None before it is decided. seconds: phase -> seconds.
+    column of zeros is a class without guide rows. auto: None for a run whose recipe is taken as it is, and before it is
+    decided. chain: None before it is decided. seconds: phase -> seconds.
     memory: which one, and what was found in it; {} for a run without. pipeline: who did the jobs, and why; {} for a run
     without workers. jobs: what happened when, an interrupted run's jobs before its last ones.
     events: {"time", "text"}. Times are UTC, ISO 8601.
@@ -192,6 +234,7 @@ class RunRecord:
     commits: dict[str, str | None] = field(default_factory=dict)
     parts: dict[str, Any] = field(default_factory=dict)
     teachers: list[TeacherRecord] = field(default_factory=list)
+    auto: AutoRecord | None = None
     chain: ChainRecord | None = None
     models: dict[str, ModelRecord] = field(default_factory=dict)
     curves: dict[str, list[dict[str, Number | None]]] = field(default_factory=dict)

@@ -190,6 +190,9 @@ def test_estimates_are_corrected_by_runs_on_like_hardware():
 def test_task_names_tell_jobs_apart(num_views):
     names = [task.name for task in run_tasks(digits("chain.length=auto"), num_views)]
     assert len(set(names)) == len(names) == 2 + 2 * (3 + max(num_views, 1)) + 3
+    # How the student is trained is decided by tries, so all but the teachers' part is left to the run.
+    tried = [task.name for task in run_tasks(digits("chain.length=auto", "auto.mode=fast"), num_views)]
+    assert tried == [name for name in names if name.split()[0] in ("train", "outputs") and not name.endswith("test")]
 
 
 def test_measuring_leaves_the_threads_and_the_model_as_they_were(one_thread):

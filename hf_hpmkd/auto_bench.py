@@ -1,0 +1,280 @@
+"""`hpmkd bench auto`: is the adaptive configuration worth it? Judged leave-one-dataset-out on the test rows of tables.
+
+Per table and seed, the same teachers, rows, weights and steps for all: direct training, the usual fixed setting, every
+cell of a grid, random search and the adaptive configuration, whose prior has not seen the table. Each pair of table and
+seed is one JSON file, so the same command goes on where an interrupted one stood.
+"""
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from matplotlib.figure import Figure
+from transformers.utils.logging import disable_progress_bar
+
+from hf_hpmkd.classifier_training import student_schedule, train_or_load, write_json
+from hf_hpmkd.components.adaptive_configuration import DIRECT, SPACE, Configuration
+from hf_hpmkd.configuration_examples import SCHEMA, prior_row, read_prior, write_prior
+from hf_hpmkd.distill import student_builder
+from hf_hpmkd.paired_tests import Mean, mean_of
+from hf_hpmkd.quick_validation import configure, is_direct
+from hf_hpmkd.recipe import Recipe, read_recipe, recipe_tree
+from hf_hpmkd.recipe_rules import uses_teachers
+from hf_hpmkd.report import markdown
+from hf_hpmkd.run_record import code_commit, environment
+from hf_hpmkd.table_runs import TEACHERS, TableRuns, spare_time, table_folders
+
+FIXED = Configuration(alpha=0.9, temperature=4.0)
+GRID = tuple(
+    Configuration(alpha=alpha, temperature=temperature, learning_rate=rate)
+    for rate in (1.0, 2.0)
+    for alpha, temperature in ((0.0, 4.0), *((a, t) for a in (0.5, 0.9) for t in (1.0, 2.0, 4.0, 8.0)))
+)
+"""Direct training, alpha and T, at the learning rate of the recipe and at twice that."""
+
+_HEARD = tuple(range(len(TEACHERS)))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """data: folder with a folder of Parquet files per table. tables: None takes all. most_rows: training rows that a
+    table keeps. records: numbers of prior runs that the adaptive configuration may know; None is all.
+    """
+
+    data: Path
+    folder: Path
+    tables: Sequence[str] | None = None
+    seeds: int = 3
+    mode: str = "fast"
+    prior: Path | None = None
+    student: str = "mlp-16"
+    most_rows: int = 4_000
+    epochs: int = 15
+    records: Sequence[int | None] = (None,)
+
+
+def bench_auto(settings: Settings, say: Callable[[str], None] = print) -> str:
+    """Trains what is not trained yet and writes `table.md`, `bench.json` and `gains.png`; returns the table.
+
+    Raises ValueError for unknown tables and FileNotFoundError for a folder without tables.
+    """
+    folders = table_folders(settings.data)
+    chosen = [folder for folder in folders if settings.tables is None or folder.name in settings.tables]
+    if unknown := set(settings.tables or []) - {folder.name for folder in folders}:
+        raise ValueError(f"There is no table {', '.join(sorted(unknown))} in {settings.data}.")
+    PartialState(cpu=True)
+    disable_progress_bar()
+    spare_time()
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    for seed in range(settings.seeds):
+        for folder in chosen:
+            file = settings.folder / f"{folder.name}-{seed}.json"
+            if not file.is_file():
+                started = time.perf_counter()
+                found = _judge(settings, folder, seed)
+                write_json(file, found)
+                say(f"{folder.name}, seed {seed}: {_told(found)} ({time.perf_counter() - started:.0f} s)")
+    results = [json.loads(file.read_text()) for file in sorted(settings.folder.glob("*-[0-9]*.json"))]
+    text = summary(results)
+    versions, hardware = environment()
+    about = {"commit": code_commit(), "versions": versions, "hardware": hardware}
+    shown = {name: str(value) for name, value in asdict(settings).items() if name not in ("data", "folder", "prior")}
+    write_json(settings.folder / "bench.json", {**about, "settings": shown, "results": results})
+    (settings.folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    _plot(results).savefig(settings.folder / "gains.png", dpi=120, metadata={"Software": None})
+    return text
+
+
+def _told(found: dict[str, Any]) -> str:
+    accuracies = ", ".join(f"{name} {one['accuracy']:.2%}" for name, one in found["methods"].items())
+    return f"{accuracies}; auto chose {found['methods']['auto']['chosen']}"
+
+
+# ---- one table, one seed ---------------------------------------------------------------------------------------------
+
+
+def _judge(settings: Settings, folder: Path, seed: int) -> dict[str, Any]:
+    data = {"max_train_rows": settings.most_rows, "guide_size": 0.1, "validation_size": 0.2}
+    training = {"epochs": settings.epochs, "batch_size": 64, "learning_rate": 0.003}
+    with tempfile.TemporaryDirectory() as place:
+        runs = TableRuns(folder, Path(place), seed, data=data, training=training, student={"model": settings.student})
+        test, validation = runs.parts.test, runs.parts.validation
+        methods: dict[str, dict[str, Any]] = {}
+
+        def taught(configuration: Configuration) -> dict[str, Any]:
+            started = time.perf_counter()
+            one = runs.teach(runs.recipe, configuration, _HEARD, test)
+            seconds = time.perf_counter() - started
+            last = [row["eval_accuracy"] for row in one.trained.curve if "eval_accuracy" in row][-1]
+            return {"accuracy": one.accuracy, "validation": last, "seconds": seconds, "chosen": str(configuration)}
+
+        methods["direct"] = taught(DIRECT)
+        methods["fixed"] = taught(FIXED)
+        known = {DIRECT: methods["direct"], FIXED: methods["fixed"]}
+        grid = [known.get(cell) or taught(cell) for cell in GRID]
+        for count in settings.records:
+            prior = Path(place) / "prior.parquet"
+            _write_left_out(settings.prior, folder.name, count, seed, prior)
+            name = "auto" if count is None else f"auto-{count}"
+            methods[name] = _auto(settings, runs, prior, methods["direct"])
+        return {
+            "data": folder.name,
+            "seed": seed,
+            "test_rows": len(test),
+            "validation_rows": len(validation),
+            "train_rows": len(runs.parts.train),
+            "methods": methods,
+            "grid": grid,
+        }
+
+
+def _write_left_out(source: Path | None, table: str, count: int | None, seed: int, target: Path) -> None:
+    """The prior without a table, and of the rest so many rows drawn at random."""
+    examples = read_prior(source, leave_out=[table])
+    if count is not None:
+        random = np.random.default_rng(seed)
+        examples = [examples[index] for index in random.permutation(len(examples))[:count]]
+    empty = {name: None for name in SCHEMA.names}
+    write_prior([prior_row(one, empty) for one in examples], {"left_out": table}, target)
+
+
+def _auto(settings: Settings, runs: TableRuns, prior: Path, direct: dict[str, Any]) -> dict[str, Any]:
+    """The adaptive configuration as `distill` runs it, and what it cost beside one training."""
+    tree = recipe_tree(runs.recipe)
+    tree["auto"] = {"mode": settings.mode, "prior": str(prior), "choose": list(SPACE)}
+    with tempfile.TemporaryDirectory() as place:
+        run = TableRuns.make_run(read_recipe(tree, "the adaptive run"), Path(place))
+        run.record.teachers = runs.run.record.teachers
+        build = student_builder(run.recipe, runs.parts)
+        student = Path(place) / "student"
+        chosen: Recipe = configure(run, runs.parts, runs.teachers, build, student, Path(place) / "direct")
+        auto = run.record.auto
+        assert auto is not None
+        about = {
+            "chosen": str(Configuration(**auto.configuration)),
+            "distils": bool(auto.configuration["alpha"]),
+            "reason": auto.reason,
+            "trial_seconds": auto.seconds,
+            "deciding_seconds": auto.deciding_seconds,
+            "extra_steps": auto.extra_steps,
+            "total_steps": auto.total_steps,
+        }
+        if is_direct(run.recipe, chosen):
+            return {**direct, **about}
+        teachers = runs.teachers if uses_teachers(chosen) else []
+        trained = train_or_load(
+            "student",
+            build,
+            chosen,
+            student_schedule(chosen),
+            student,
+            runs.parts.train,
+            runs.parts.validation,
+            teachers=teachers,
+            guide=runs.parts.guide if teachers else None,
+        )
+        return {"accuracy": float(runs.right(trained, runs.parts.test).float().mean()), **about}
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def summary(results: Sequence[dict[str, Any]]) -> str:
+    """Tables as Markdown: per data set, and over all of them."""
+    names = sorted({one["data"] for one in results})
+    lines: list[list[str]] = []
+    gains: list[float] = []
+    regrets: dict[str, list[float]] = {}
+    for name in names:
+        of_set = [one for one in results if one["data"] == name]
+        gain = mean_of([100 * _gain(one, "auto") for one in of_set])
+        gains.append(gain.mean)
+        count = sum(one["methods"]["auto"]["distils"] for one in of_set)
+        found = _regrets(of_set)
+        for method, value in found.items():
+            regrets.setdefault(method, []).append(value)
+        lines.append(
+            [
+                name,
+                str(len(of_set)),
+                f"{100 * np.mean([one['methods']['direct']['accuracy'] for one in of_set]):.2f}",
+                f"{100 * np.mean([_gain(one, 'fixed') for one in of_set]):+.2f}",
+                f"{gain.mean:+.2f}{_interval(gain)}",
+                f"{count} of {len(of_set)}",
+                *(f"{found[method]:.2f}" for method in found),
+            ]
+        )
+    methods = list(regrets)
+    header = ["data", "seeds", "direct, %", "fixed, points", "auto, points", "distilled"]
+    parts = [markdown([*header, *(f"regret {method}" for method in methods)], lines, left=1)]
+    everywhere = mean_of(gains)
+    distilled = [_gain(one, "auto") for one in results if one["methods"]["auto"]["distils"]]
+    told = f"Mean gain of auto over direct training, over the sets: {everywhere.mean:+.2f}{_interval(everywhere)} "
+    told += "points."
+    told += f" It distilled {len(distilled)} of {len(results)} times"
+    told += f", and gained {100 * np.mean(distilled):+.2f} points where it did." if distilled else "."
+    parts.append(told)
+    means = ", ".join(f"{method} {np.mean(values):.2f}" for method, values in regrets.items())
+    parts.append(f"Mean regret against the best cell of the grid on test rows, in points: {means}.")
+    seconds = [one["methods"]["auto"]["trial_seconds"] for one in results]
+    deciding = [one["methods"]["auto"]["deciding_seconds"] for one in results]
+    most = f"{np.mean(deciding):.1f} s (at most {max(deciding):.1f})"
+    parts.append(f"Tries took {np.mean(seconds):.1f} s a run, deciding {most}.")
+    return "\n\n".join(parts)
+
+
+def _gain(one: dict[str, Any], method: str) -> float:
+    return one["methods"][method]["accuracy"] - one["methods"]["direct"]["accuracy"]
+
+
+def _interval(mean: Mean) -> str:
+    return "" if mean.low is None else f" ({mean.low:+.2f} to {mean.high:+.2f})"
+
+
+def _regrets(of_set: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Points below the best cell of the grid, by mean test accuracy over the seeds. random: the cell that is best on
+    validation rows among direct training and as many cells as auto's steps would pay for, drawn at random.
+    """
+    best = np.mean([[cell["accuracy"] for cell in one["grid"]] for one in of_set], axis=0).max()
+    methods = [name for name in of_set[0]["methods"] if all(name in one["methods"] for one in of_set)]
+    found = {name: np.mean([one["methods"][name]["accuracy"] for one in of_set]) for name in methods}
+    found["random"] = np.mean([_random_search(one) for one in of_set])
+    return {name: round(100 * float(best - value), 6) + 0.0 for name, value in found.items()}  # no -0.00
+
+
+def _random_search(one: dict[str, Any]) -> float:
+    """Expected test accuracy over many draws."""
+    auto, grid = one["methods"]["auto"], one["grid"]
+    count = min(max(1, math.floor(auto["extra_steps"] / auto["total_steps"])), len(grid) - 1)
+    random = np.random.default_rng(0)
+    accuracies = []
+    for _ in range(500):
+        drawn = [grid[0], *(grid[1 + index] for index in random.permutation(len(grid) - 1)[:count])]
+        accuracies.append(max(drawn, key=lambda cell: cell["validation"])["accuracy"])
+    return float(np.mean(accuracies))
+
+
+def _plot(results: Sequence[dict[str, Any]]) -> Figure:
+    """A row per data set: gain of auto and of the fixed setting over direct training, seeds as small dots."""
+    names = sorted({one["data"] for one in results})
+    figure = Figure(figsize=(7.2, 1.4 + 0.42 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    for colour, shift, method in (("#c44e52", 0.12, "fixed"), ("#4c72b0", -0.12, "auto")):
+        for place, name in enumerate(names):
+            gains = [100 * _gain(one, method) for one in results if one["data"] == name]
+            axes.plot(gains, [place + shift] * len(gains), "o", color=colour, alpha=0.4, markersize=3.5)
+            label = method if place == 0 else None
+            axes.plot(np.mean(gains), place + shift, "D", color=colour, markersize=5, label=label)
+    axes.axvline(0, color="#555555", linewidth=1)
+    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlabel("points of test accuracy over direct training")
+    axes.legend(fontsize=9)
+    return figure

@@ -1,0 +1,184 @@
+"""`hpmkd prior build`: short real runs over tables, a row each, from which the adaptive configuration starts.
+
+Per table and seed the teachers are trained once; per setting (student, teachers, learning rate, steps) one student
+directly and some in ways drawn at random, all from the same weights on the same rows in the same order. A row holds
+what the adaptive configuration would have known, what was done and what it gained on validation rows. The test rows are
+never opened. The same command goes on where an interrupted one stood.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from transformers.utils.logging import disable_progress_bar
+
+from hf_hpmkd.components.adaptive_configuration import DIRECT, EARLY, SPACE, Configuration, Example
+from hf_hpmkd.components.progressive_chain import estimate_gain
+from hf_hpmkd.configuration_examples import prior_row, write_prior
+from hf_hpmkd.losses import LEGAL_SCHEDULES
+from hf_hpmkd.meta_features import LANDMARK, landmark_features
+from hf_hpmkd.quick_validation import landmark_loss
+from hf_hpmkd.recipe import read_recipe, recipe_tree
+from hf_hpmkd.run_record import code_commit, environment
+from hf_hpmkd.table_runs import TEACHERS, TableRuns, num_rows, spare_time, table_folders
+
+STUDENTS = ("mlp-4", "mlp-8", "mlp-16", "mlp-32", "mlp-64", "mlp-16x16")
+SETTINGS_PER_TABLE = 3
+RUNS_PER_SETTING = 6
+
+_ROWS = (300, 1_000, 3_000, 6_000)  # the most training rows that a table keeps
+_STEPS = (80, 160, 320)
+_LEARNING_RATES = (0.001, 0.003, 0.01)
+_BATCH = 64
+_EVALUATIONS = 8  # so that the landmark, its half, and EARLY fall on one
+_DRAWS: dict[str, tuple[tuple[Any, ...], tuple[float, ...] | None]] = {
+    "alpha": (SPACE["alpha"][1:], None),
+    "temperature": (SPACE["temperature"], None),
+    "temperature_schedule": (("constant", "cosine", "learned"), (0.8, 0.1, 0.1)),
+    "kd_kind": (SPACE["kd_kind"], (0.61, 0.13, 0.13, 0.13)),
+    "gate": (SPACE["gate"], (0.5, 0.2, 0.3)),
+    "learning_rate": (SPACE["learning_rate"], (0.25, 0.5, 0.25)),
+    "weight_decay": (SPACE["weight_decay"], (0.15, 0.7, 0.15)),
+}
+_DIRECT_SHARE = 0.1
+
+
+def build_prior(
+    data: Path, runs: int, output: Path, tables: list[str] | None = None, say: Callable[[str], None] = print
+) -> int:
+    """Runs until the prior has so many rows, and writes it; returns how many it has.
+
+    data: folder with a folder of Parquet files per table. tables: names of those to use; None takes all. output: the
+    Parquet file; beside it, with the suffix .jsonl, lie the rows one by one as they come.
+    Raises ValueError for unknown tables and fewer than one run.
+    """
+    folders = table_folders(data)
+    if unknown := set(tables or []) - {folder.name for folder in folders}:
+        raise ValueError(f"There is no table {', '.join(sorted(unknown))} in {data}.")
+    if runs < 1:
+        raise ValueError(f"--runs must be at least 1, got {runs}.")
+    folders = [folder for folder in folders if tables is None or folder.name in tables]
+    PartialState(cpu=True)
+    disable_progress_bar()
+    spare_time()
+    log = output.with_suffix(".jsonl")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    known = {(row["data"], row["seed"]) for row in rows if row.get("last")}
+    seed = 0
+    while len(rows) < runs:
+        for folder in folders:
+            if len(rows) >= runs:
+                break
+            if (folder.name, seed) in known:
+                continue
+            started = time.perf_counter()
+            rows = [row for row in rows if (row["data"], row["seed"]) != (folder.name, seed)]  # half done: anew
+            new = list(_rows_of_table(folder, seed))
+            new[-1]["last"] = True
+            rows += new
+            log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_prior([_without_mark(row) for row in rows], _provenance(rows), output)
+            gains = np.array([row["gain"] for row in new])
+            say(
+                f"{folder.name}, seed {seed}: {len(new)} runs, gain {gains.mean():+.2f}, best {gains.max():+.2f} "
+                f"points, {time.perf_counter() - started:.0f} s; {len(rows)} of {runs}"
+            )
+        seed += 1
+    return len(rows)
+
+
+def _without_mark(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "last"}
+
+
+def _provenance(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    versions, hardware = environment()
+    settings = {(row["data"], row["seed"], row["student"], row["taught_by"], row["steps"]) for row in rows}
+    return {
+        "command": "hpmkd prior build",
+        "made": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": code_commit(),
+        "runs": len(rows),
+        "direct_runs_beside": len(settings),
+        "tables": sorted({row["data"] for row in rows}),
+        "teachers": [one["model"] for one in TEACHERS],
+        "judged_on": "validation rows drawn from the training split; the test split is never opened",
+        "versions": versions,
+        "hardware": hardware,
+    }
+
+
+def _rows_of_table(folder: Path, seed: int) -> Iterator[dict[str, Any]]:
+    """All rows of one table and seed."""
+    random = np.random.default_rng([seed, *folder.name.encode()])
+    with tempfile.TemporaryDirectory() as place:
+        guide, validation = (min(most, num_rows(folder) // share) for most, share in ((500, 10), (2_000, 4)))
+        data = {"max_train_rows": int(random.choice(_ROWS)), "guide_size": guide, "validation_size": validation}
+        runs = TableRuns(folder, Path(place), seed, folds=int(random.choice([0, 3])), data=data)
+        for _ in range(SETTINGS_PER_TABLE):
+            yield from _rows_of_setting(runs, folder.name, seed, random)
+
+
+def _rows_of_setting(runs: TableRuns, name: str, seed: int, random: np.random.Generator) -> Iterator[dict[str, Any]]:
+    """One direct training, and some drawn at random to compare with it."""
+    steps, rate = int(random.choice(_STEPS)), float(random.choice(_LEARNING_RATES))
+    heard = sorted(random.choice(len(TEACHERS), size=random.integers(1, len(TEACHERS) + 1), replace=False).tolist())
+    tree = recipe_tree(runs.recipe)
+    tree["student"]["model"] = str(random.choice(STUDENTS))
+    tree["training"] |= {
+        "max_steps": steps,
+        "batch_size": _BATCH,
+        "learning_rate": rate,
+        "evaluations": _EVALUATIONS,
+        "log_every": max(1, steps // 32),
+        "save_total_limit": 1,
+    }
+    recipe = read_recipe(tree, "a run of the prior")
+    validation = runs.parts.validation
+    direct = runs.teach(recipe, DIRECT, heard, validation)
+    features = runs.features(recipe, heard, steps)
+    landmark = round(LANDMARK * steps)
+    accuracies = [direct.accuracy_at(landmark // 2), direct.accuracy_at(landmark)]
+    loss = landmark_loss(direct.trained.curve, landmark)
+    features |= landmark_features(accuracies, loss, len(runs.parts.class_names), features["mixture_accuracy"])
+    about = {
+        "student": recipe.student.model,
+        "taught_by": ", ".join(TEACHERS[index]["model"] for index in heard),
+        "seed": seed,
+        "steps": steps,
+        "judged_rows": len(validation),
+        "base_learning_rate": rate,
+        "direct_accuracy": direct.accuracy,
+    }
+    for _ in range(RUNS_PER_SETTING):
+        configuration = draw(random)
+        taught = runs.teach(recipe, configuration, heard, validation)
+        gain = estimate_gain(taught.right[None], direct.right[None])
+        early = tuple(
+            100 * (taught.accuracy_at(round(at * steps)) - direct.accuracy_at(round(at * steps))) for at in EARLY
+        )
+        noise = max(gain.standard_error, 100 / len(validation))
+        example = Example(features, configuration, gain.gain, noise, early, data=name)
+        yield prior_row(example, {**about, "accuracy": taught.accuracy})
+
+
+def draw(random: np.random.Generator) -> Configuration:
+    """A configuration at random, more often one of the usual kinds, now and then direct training at other rates."""
+    while True:
+        drawn: dict[str, Any] = {}
+        for name, (values, shares) in _DRAWS.items():
+            drawn[name] = values[int(random.choice(len(values), p=shares))]
+        if random.random() < _DIRECT_SHARE:
+            one = Configuration(learning_rate=drawn["learning_rate"], weight_decay=drawn["weight_decay"])
+            if one != DIRECT:
+                return one
+        elif drawn["temperature_schedule"] in LEGAL_SCHEDULES[drawn["kd_kind"]]:
+            if drawn["temperature_schedule"] != "constant":
+                drawn["temperature"] = DIRECT.temperature
+            return Configuration(**drawn)

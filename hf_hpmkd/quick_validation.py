@@ -1,0 +1,382 @@
+"""Tries the most promising configurations shortly on validation rows and takes one: the student's recipe, chosen.
+
+The tries are real trainings on the learning-rate schedule of the whole run, stopped early, so that the winner goes on
+where its try stood. Direct training is always among them. What to expect, to try and to conclude is decided by
+`components.adaptive_configuration`; this module gets it the figures, and keeps them in the run's folder `auto/`, so
+that an interrupted search goes on.
+"""
+
+import dataclasses
+import gc
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from hf_hpmkd.chain_probes import StudentBuilder
+from hf_hpmkd.chain_stages import Stages, WarmBuild
+from hf_hpmkd.classifier_training import (
+    done_file,
+    move_training,
+    student_schedule,
+    total_steps,
+    train_or_load,
+    write_json,
+)
+from hf_hpmkd.classifiers import Classifier
+from hf_hpmkd.components.adaptive_configuration import (
+    DIRECT,
+    SPACE,
+    Choice,
+    Configuration,
+    Early,
+    Example,
+    Judged,
+    Predictor,
+    choose,
+    configurations,
+    early_relation,
+    halving,
+    judge,
+    most_alike,
+    predictor,
+    propose,
+)
+from hf_hpmkd.components.progressive_chain import estimate_gain, from_bits, to_bits
+from hf_hpmkd.configuration_examples import memory_examples, read_prior
+from hf_hpmkd.data import DataParts
+from hf_hpmkd.evaluation import student_logits, teacher_logits
+from hf_hpmkd.heads import find_classifier_head
+from hf_hpmkd.meta_features import LANDMARK, data_features, landmark_features, size_features, teacher_features
+from hf_hpmkd.model_cost import training_flops
+from hf_hpmkd.recipe import Recipe
+from hf_hpmkd.run_context import Run
+from hf_hpmkd.run_record import AutoRecord, TrialRecord
+from hf_hpmkd.search_budget import budget_steps, most_candidates
+from hf_hpmkd.tasks.base import Rows
+from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
+
+FOLDER = "auto"
+MARGIN = 1.5
+"""Standard deviations by which a candidate must be better than direct training, to be trained in its place: with four
+candidates and nothing to gain, about one search in seven is misled, and then by a candidate that is no worse."""
+
+_FEATURE_ROWS = 2_000
+_SECTION = {name: "training" if name in ("learning_rate", "weight_decay") else "distillation" for name in SPACE}
+_FACTORS = ("learning_rate", "weight_decay")
+
+
+def configure(
+    run: Run,
+    parts: DataParts,
+    teachers: Sequence[Teacher],
+    build_student: StudentBuilder,
+    student: Path,
+    direct: Path | None = None,
+) -> Recipe:
+    """The recipe that the student is trained by: the run's own where `auto.mode` is off, else the chosen one.
+
+    Writes what was chosen, and why, into the record. student: folder that the winner's training is moved to, to go on
+    there. direct: the same for direct training, where the run trains it anyway.
+    """
+    if run.recipe.auto.mode == "off":
+        return run.recipe
+    if run.record.auto is None:
+        with run.phase("auto"):
+            run.record.auto = _Search(run, parts, teachers, build_student, student, direct).choice()
+    if run.is_main:
+        shutil.rmtree(run.folder / FOLDER, ignore_errors=True)
+    auto = run.record.auto
+    run.say(f"Configuration: {auto.reason}. Expectations come from {auto.knowledge}.")
+    return with_values(run.recipe, auto.overrides)
+
+
+def is_direct(recipe: Recipe, chosen: Recipe) -> bool:
+    """Whether the chosen recipe trains the student just as the run's direct training is."""
+    plain = chosen.distillation.alpha == 0 and chosen.distillation.feature_weight == 0 and not chosen.chain.warm_start
+    return recipe.auto.mode != "off" and plain and chosen.training == recipe.training
+
+
+def with_values(recipe: Recipe, overrides: dict[str, dict[str, Any]]) -> Recipe:
+    """The recipe with these values, by section."""
+    sections = {name: dataclasses.replace(getattr(recipe, name), **values) for name, values in overrides.items()}
+    return dataclasses.replace(recipe, **sections)
+
+
+def free_fields(recipe: Recipe) -> list[str]:
+    """What may be chosen: what `auto.choose` lists, else what the recipe leaves at its default."""
+    if recipe.auto.choose is not None:
+        return list(recipe.auto.choose)
+    sections = {"distillation": recipe.distillation, "training": recipe.training}
+    defaults = {name: type(section)() for name, section in sections.items()}
+    return [
+        name for name in SPACE if getattr(sections[_SECTION[name]], name) == getattr(defaults[_SECTION[name]], name)
+    ]
+
+
+def configuration_of(recipe: Recipe) -> Configuration:
+    """The recipe's own way to train the student."""
+    return Configuration(**{name: getattr(recipe.distillation, name) for name in SPACE if name not in _FACTORS})
+
+
+def overrides_of(configuration: Configuration, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Section -> key -> value: what a configuration changes in a recipe."""
+    one, now = configuration, recipe.distillation
+    training = {name: getattr(one, name) * getattr(recipe.training, name) for name in _FACTORS}
+    if not one.distils:
+        # Nothing is taken from the teachers then, neither answers nor weights: the run's direct training does not.
+        return {"distillation": {"alpha": 0.0}, "training": training, "chain": {"warm_start": False}}
+    taught = {name: getattr(one, name) for name in SPACE if name not in _FACTORS}
+    if one.temperature_schedule == "learned":
+        taught["temperature"] = min(max(one.temperature, now.temperature_min), now.temperature_max)
+    return {"distillation": taught, "training": training}
+
+
+# ---- meta-features ---------------------------------------------------------------------------------------------------
+
+
+def features_before(
+    parts: DataParts, student: Classifier, guide_logits: torch.Tensor, teachers: Sequence[Teacher],
+    train_accuracy: float | None, steps: int,
+) -> dict[str, float]:  # fmt: skip
+    """The meta-features that no training of the student is needed for. guide_logits: `(teachers, rows, classes)`.
+    train_accuracy: of the teachers on the rows that teach, mean; None where unknown.
+    """
+    return {
+        **data_features(parts.train.labels, len(parts.class_names), _inputs(student, parts.train)),
+        **size_features([one.num_params for one in teachers], student.num_params, steps),
+        **teacher_features(guide_logits, parts.guide.labels, train_accuracy),
+    }
+
+
+def _inputs(student: Classifier, rows: Rows) -> np.ndarray | None:
+    """Evenly spaced rows as quantities that the student sees, `(rows, columns)`; None where it sees none (tokens)."""
+    chosen = torch.linspace(0, len(rows) - 1, min(len(rows), _FEATURE_ROWS)).long()
+    fed = [value.flatten(1) for value in student.feed(rows.raw(chosen)).values() if value.is_floating_point()]
+    inputs = torch.cat(fed, dim=1).numpy() if fed else np.empty((0, 0))
+    return inputs if inputs.shape[1] else None
+
+
+def landmark_loss(curve: Sequence[dict[str, float]], step: int) -> float:
+    """Mean training loss of the last three log lines up to a step."""
+    losses = [row["loss"] for row in curve if "loss" in row and row["step"] <= step]
+    return float(np.mean(losses[-3:])) if losses else math.nan
+
+
+# ---- the search ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Trial:
+    """A configuration that is tried. steps, seconds: of its training so far."""
+
+    name: str
+    configuration: Configuration
+    expected: tuple[float, float] = (0.0, 0.0)
+    steps: int = 0
+    seconds: float = 0.0
+
+
+class _Search:
+    """The search of one run."""
+
+    def __init__(
+        self,
+        run: Run,
+        parts: DataParts,
+        teachers: Sequence[Teacher],
+        build_student: StudentBuilder,
+        student: Path,
+        direct: Path | None,
+    ) -> None:
+        self.run, self.recipe, self.parts, self.teachers = run, run.recipe, parts, list(teachers)
+        self.build_student, self.student, self.direct_folder = build_student, student, direct
+        self.folder = run.folder / FOLDER
+        self.total = total_steps(self.recipe, student_schedule(self.recipe), len(parts.train))
+        self.blueprint = build_student(meta=True)
+        rows_per_step = self.recipe.training.batch_size * self.recipe.training.gradient_accumulation_steps
+        operations = training_flops(self.blueprint, parts.train) * rows_per_step
+        mode = self.recipe.auto.mode
+        self.budget = budget_steps(mode, self.total, operations)
+        # Direct training that the run does anyway costs nothing; else the landmark is paid for.
+        spare = self.budget if direct is not None else self.budget - round(LANDMARK * self.total)
+        self.rungs = halving(self.total, max(spare, 0), most_candidates(mode))
+        self.direct = _Trial("direct", DIRECT)
+        self.tried: list[_Trial] = []
+        self.curve: list[dict[str, float]] = []
+
+    def choice(self) -> AutoRecord:
+        """Tries and chooses, and moves the trainings that go on to where they do."""
+        self.folder.mkdir(exist_ok=True)
+        gc.freeze()  # the trainer looks for garbage at every start, a third of a second among all that is imported
+        started = time.perf_counter()
+        features = self._features()
+        examples = self._examples()
+        knowledge = predictor(examples)
+        trials = self._candidates(features, knowledge)
+        judged: list[tuple[_Trial, Judged, TrialRecord]] = []
+        records: list[TrialRecord] = []
+        for rung in self.rungs:
+            if judged:
+                judged.sort(key=lambda one: one[1].gain[0], reverse=True)
+                trials = [trial for trial, _, _ in judged][: rung.candidates]
+            early = early_relation(examples, rung.step / self.total)
+            judged = [(trial, *self._judge(trial, rung.step, early)) for trial in trials]
+            records += [record for _, _, record in judged]
+        kept = configuration_of(self.recipe)
+        fallback = DIRECT if "alpha" in free_fields(self.recipe) else kept
+        decided = choose([one for _, one, _ in judged], MARGIN, fallback)
+        everyone = [self.direct, *self.tried]
+        going_on = self._hand_over([one for one in everyone if one.configuration == decided.configuration])
+        gc.unfreeze()
+        seconds = sum(trial.seconds for trial in everyone)
+        return self._record(decided, features, knowledge, examples, records, going_on, seconds, started)
+
+    def _record(
+        self, decided: Choice, features: dict[str, float], knowledge: Predictor, examples: Sequence[Example],
+        records: list[TrialRecord], going_on: list[_Trial], seconds: float, started: float,
+    ) -> AutoRecord:  # fmt: skip
+        spent = self.direct.steps + sum(trial.steps for trial in self.tried)
+        return AutoRecord(
+            reason=decided.reason,
+            knowledge=knowledge.words(),
+            alike=most_alike(features, examples),
+            configuration=dataclasses.asdict(decided.configuration),
+            overrides=overrides_of(decided.configuration, self.recipe),
+            features={name: value for name, value in features.items() if value == value},  # without NaN
+            trials=records,
+            total_steps=self.total,
+            budget_steps=self.budget,
+            extra_steps=spent - sum(trial.steps for trial in going_on),
+            seconds=seconds,
+            deciding_seconds=max(time.perf_counter() - started - seconds, 0.0),
+        )
+
+    def _features(self) -> dict[str, float]:
+        """Also trains the landmark, which the run's direct training goes on from."""
+        half, whole = max(1, round(0.5 * LANDMARK * self.total)), max(2, round(LANDMARK * self.total))
+        for step in sorted({half, whole, *(rung.step for rung in self.rungs)}):
+            self._answers(self.direct, step)
+        recipe = self.recipe
+        logits = teacher_logits(self.teachers, self.parts.guide, recipe, self.run.memory.cache, self.run.say)
+        on_train = [one.accuracy["train"] for one in self.run.record.teachers if "train" in one.accuracy]
+        train_accuracy = float(np.mean(on_train)) if on_train else None
+        features = features_before(self.parts, self.build_student(), logits, self.teachers, train_accuracy, self.total)
+        accuracies = [float(self._answers(self.direct, step).float().mean()) for step in (half, whole)]
+        loss, classes = landmark_loss(self.curve, whole), len(self.parts.class_names)
+        return features | landmark_features(accuracies, loss, classes, features["mixture_accuracy"])
+
+    def _examples(self) -> list[Example]:
+        """What the memory and the prior know. The main process reads; all go by the same."""
+        prior = Path(self.recipe.auto.prior).expanduser() if self.recipe.auto.prior else None
+        examples = read_prior(prior)
+        if self.run.memory.store is not None and self.run.is_main:
+            examples += memory_examples(self.run.memory.store.records()[0])
+        return broadcast_object_list([examples])[0]
+
+    def _candidates(self, features: dict[str, float], knowledge: Predictor) -> list[_Trial]:
+        possible = configurations(free_fields(self.recipe), configuration_of(self.recipe))
+        found = [one for one in possible if self._can_train(one)]
+        prediction = knowledge.predict(features, found)
+        chosen = propose(prediction, found, self.rungs[0].candidates) if self.rungs else []
+        expected = zip(prediction.gain.tolist(), prediction.spread.tolist(), strict=True)
+        known = dict(zip(found, expected, strict=True))
+        self.tried = [
+            _Trial(f"candidate-{number}", found[index], known[found[index]]) for number, index in enumerate(chosen, 1)
+        ]
+        return self.tried
+
+    def _can_train(self, one: Configuration) -> bool:
+        """Whether the student has the features that a configuration reads."""
+        if not one.distils or (one.gate not in ("mixture", "joint") and one.temperature_schedule != "learned"):
+            return True
+        return self._has_head
+
+    @property
+    def _has_head(self) -> bool:
+        try:
+            find_classifier_head(self.blueprint.model, len(self.parts.class_names))
+        except ValueError:
+            return False
+        return True
+
+    def _judge(self, trial: _Trial, step: int, early: Early) -> tuple[Judged, TrialRecord]:
+        answers, direct = self._answers(trial, step), self._answers(self.direct, step)
+        gain = estimate_gain(answers[None], direct[None])
+        # Equal answers to few rows are no proof that two students are equal: at least one row is in doubt.
+        error = max(gain.standard_error, 100.0 / len(answers))
+        judged = judge(trial.configuration, trial.expected, (gain.gain, error), step / self.total, early)
+        record = TrialRecord(str(trial.configuration), step, gain.gain, error, trial.expected, trial.seconds)
+        self.run.say(f"Tried {record.name}: {gain.gain:+.2f} ± {error:.2f} points after {step} of {self.total} steps.")
+        return judged, record
+
+    def _answers(self, trial: _Trial, step: int) -> torch.Tensor:
+        """Which validation rows the student of a trial answers right after so many steps, bool `(rows,)`."""
+        file = self.folder / f"{trial.name}-{step}.json"
+        if not file.is_file():
+            recipe = with_values(self.recipe, overrides_of(trial.configuration, self.recipe))
+            teachers = self.teachers if trial.configuration.distils else []
+            started = time.perf_counter()
+            trained = train_or_load(
+                f"try {trial.name}",
+                WarmBuild(self.build_student, self._above() if recipe.chain.warm_start and teachers else []),
+                recipe,
+                student_schedule(recipe),
+                self.folder / trial.name,
+                self.parts.train,
+                self.parts.validation,
+                num_views=self.parts.num_views,
+                teachers=teachers,
+                guide=self.parts.guide if teachers else None,
+                cache=self.run.memory.cache,
+                stop_at=step,
+            )
+            judged = TorchTeacher.of("judged", trained.classifier, self.parts.train, device=self.run.device)
+            logits = student_logits(judged, self.parts.validation, recipe.training.eval_batch_size)
+            right = broadcast_object_list([to_bits(logits.argmax(-1) == self.parts.validation.labels)])[0]
+            seconds = trial.seconds + time.perf_counter() - started
+            about = {"right": right, "seconds": seconds, "curve": trained.curve}
+            if self.run.is_main:
+                write_json(file, about)
+            PartialState().wait_for_everyone()
+        about = json.loads(file.read_text(encoding="utf-8"))
+        if step > trial.steps:
+            trial.steps, trial.seconds = step, about["seconds"]
+            if trial is self.direct:
+                self.curve = about["curve"]
+        return from_bits(about["right"])
+
+    def _above(self) -> list[TorchTeacher]:
+        """What the student may start from, as without a chain."""
+        if self.recipe.student.pretrained:
+            return []
+        return Stages(self.run, self.parts, self.teachers, self.folder).above([])
+
+    def _hand_over(self, winners: Sequence[_Trial]) -> list[_Trial]:
+        """Moves what goes on: direct training, and the winner, unless a chain will teach it more. winners: it, or
+        nothing if what was chosen has not been tried.
+        """
+        going_on: list[tuple[_Trial, Path]] = []
+        if self.direct_folder is not None:
+            going_on.append((self.direct, self.direct_folder))
+        chain = self.recipe.chain
+        for winner in winners:
+            taught_alike = (chain.length == 0 and not chain.models) or not winner.configuration.distils
+            if (winner is not self.direct or self.direct_folder is None) and taught_alike:
+                going_on.append((winner, self.student))
+        for trial, target in going_on:
+            source = self.folder / trial.name
+            if self.run.is_main and (source.exists() or done_file(source).exists()):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                move_training(source, target)
+        PartialState().wait_for_everyone()
+        return [trial for trial, _ in going_on]

@@ -1,0 +1,66 @@
+"""How long the tries of the adaptive configuration may take: the recipe's `auto` section, and what it means in steps.
+
+Steps are counted, not seconds, so that the same recipe tries the same on a busy machine, and after an interruption.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, validate_assignment=True)
+
+# What a second buys: a slow CPU core, so that elsewhere the tries take less than they are allowed.
+_OPERATIONS_PER_SECOND = 2e10
+_SECONDS_PER_STEP = 0.005  # of the training loop itself, whatever the model
+
+_FEW, _MANY = 4, 8
+_LEAST_SECONDS = 20.0
+_SHARES = {"fast": 0.35, "thorough": 2.0}
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class AutoConfig:
+    """The adaptive configuration: how the student is trained is tried shortly, and chosen, before it is trained."""
+
+    mode: Literal["off", "fast", "thorough"] | Annotated[float, Field(gt=0)] = Field(
+        "off",
+        description="off: the recipe as it is. fast: tries that add at most 35 % to one training or 20 s, whichever is "
+        "more. thorough: at most 200 %, or 20 s. A number: minutes. `auto: fast` says it all.",
+    )
+    choose: (
+        list[
+            Literal["alpha", "temperature", "temperature_schedule", "kd_kind", "gate", "learning_rate", "weight_decay"]
+        ]
+        | None
+    ) = Field(
+        None,
+        min_length=1,
+        description="What may be chosen; null: whatever this recipe leaves at its default. The rest is kept.",
+    )
+    prior: str | None = Field(
+        None,
+        min_length=1,
+        description="File of what earlier runs showed, from `hpmkd prior build`; null: the one that comes with the "
+        "package.",
+    )
+
+
+def most_candidates(mode: str | float) -> int:
+    """How many configurations are tried at most, beside direct training."""
+    return _FEW if mode == "fast" else _MANY
+
+
+def budget_steps(mode: str | float, total_steps: int, operations_per_step: float) -> int:
+    """Optimizer steps that the tries may add to a run. mode: fast, thorough, or minutes. total_steps: of one training.
+    operations_per_step: floating point operations of one step, forward and backward.
+
+    thorough, too, may take 20 s, or it would try less than fast where a training takes a few seconds.
+    Raises ValueError for off, which tries nothing.
+    """
+    if mode == "off":
+        raise ValueError("`auto.mode` off has no budget. Ask for fast, thorough or minutes.")
+    step = _SECONDS_PER_STEP + operations_per_step / _OPERATIONS_PER_SECOND
+    if not isinstance(mode, str):
+        return int(60 * mode / step)
+    return max(int(_SHARES[mode] * total_steps), int(_LEAST_SECONDS / step))

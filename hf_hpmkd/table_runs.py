@@ -1,0 +1,154 @@
+"""Short real runs on one table: its rows and teachers, got once, and students trained from them by the usual trainer.
+
+For the prior and for judging it. Nothing here opens the test rows unless it is asked to.
+"""
+
+import gc
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from hf_hpmkd.classifier_training import Trained, done_file, student_schedule, train_or_load
+from hf_hpmkd.components.adaptive_configuration import Configuration
+from hf_hpmkd.data import DataParts, load_parts
+from hf_hpmkd.distill import get_teachers, student_builder
+from hf_hpmkd.evaluation import evaluate_teachers, teacher_logits
+from hf_hpmkd.quick_validation import features_before, overrides_of, with_values
+from hf_hpmkd.recipe import Recipe, read_recipe
+from hf_hpmkd.run_context import Run, new_record
+from hf_hpmkd.run_memory import RunMemory
+from hf_hpmkd.tasks.base import Rows
+from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
+
+TEACHERS: tuple[dict[str, Any], ...] = (
+    {"model": "mlp-64x64", "epochs": 12, "learning_rate": 0.003, "batch_size": 64},
+    {"model": "sklearn:RandomForestClassifier", "params": {"n_estimators": 60, "min_samples_leaf": 2}},
+    {"model": "sklearn:HistGradientBoostingClassifier", "params": {"max_iter": 40}},
+    {"model": "sklearn:LogisticRegression"},
+)
+"""Unlike teachers, small enough to be trained for every table anew."""
+
+
+@dataclass
+class Taught:
+    """A student that was trained. right: which rows of a part it answers right, bool `(rows,)`."""
+
+    trained: Trained
+    right: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.right.float().mean())
+
+    def accuracy_at(self, step: int) -> float:
+        """On validation rows, as its training measured it. Raises StopIteration where it did not measure then."""
+        rows = self.trained.curve
+        return next(row["eval_accuracy"] for row in rows if row["step"] == step and "eval_accuracy" in row)
+
+
+class TableRuns:
+    """The runs on one table. folder: of Parquet files. place: where teachers and their outputs are kept meanwhile.
+
+    folds: of the scikit-learn teachers; 0 lets them answer rows that they have learned by heart. The sections are the
+    recipe's; data and output are filled in.
+    """
+
+    def __init__(self, folder: Path, place: Path, seed: int, folds: int = 3, **sections: dict[str, Any]) -> None:
+        teachers = [{**one, "folds": folds} if one["model"].startswith("sklearn") else one for one in TEACHERS]
+        tree: dict[str, Any] = {
+            "data": {"path": str(folder), "seed": seed, **sections.pop("data", {})},
+            "teachers": teachers,
+            "student": {"model": "mlp-16"},
+            "chain": {"warm_start": False},  # what is compared is how a student is taught, not where it starts
+            "memory": {"use": False},
+            "output": {"dir": str(place)},
+            **sections,
+        }
+        tree["training"] = {"seed": seed, **tree.get("training", {})}
+        self.place = place
+        self.run = self.make_run(read_recipe(tree, f"the runs on {folder.name}"), place)
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.run.recipe
+
+    @staticmethod
+    def make_run(recipe: Recipe, place: Path) -> Run:
+        """A run that says nothing and remembers nothing."""
+        place.mkdir(parents=True, exist_ok=True)
+        return Run(place, new_record(recipe), RunMemory(recipe, None, is_main=True, say=lambda line: None))
+
+    @cached_property
+    def parts(self) -> DataParts:
+        return load_parts(self.recipe.data, teachers_saw_train=False)
+
+    @cached_property
+    def teachers(self) -> list[Teacher]:
+        """Trained, and asked about the rows that a student needs."""
+        teachers = get_teachers(self.run, self.parts)
+        quiet = {"say": self.run.say, "warn": self.run.say}
+        evaluate_teachers(self.run.record, teachers, self.parts, self.recipe, self.run.memory.cache, **quiet)
+        return teachers
+
+    def features(self, recipe: Recipe, heard: Sequence[int], steps: int) -> dict[str, float]:
+        """The meta-features before any student is trained. heard: positions of the teachers that a student hears."""
+        teachers = [self.teachers[index] for index in heard]
+        logits = teacher_logits(teachers, self.parts.guide, recipe, self.run.memory.cache, self.run.say)
+        known = [self.run.record.teachers[index].accuracy["train"] for index in heard]
+        student = student_builder(recipe, self.parts)()
+        return features_before(self.parts, student, logits, teachers, sum(known) / len(known), steps)
+
+    def teach(
+        self, recipe: Recipe, configuration: Configuration, heard: Sequence[int], judged_on: Rows, name: str = "student"
+    ) -> Taught:
+        """A student of a recipe, trained as a configuration says, and which rows it answers right."""
+        recipe = with_values(recipe, overrides_of(configuration, recipe))
+        teachers = [self.teachers[index] for index in heard] if configuration.distils else []
+        trained = train_or_load(
+            name,
+            student_builder(recipe, self.parts),
+            recipe,
+            student_schedule(recipe),
+            self.place / name,
+            self.parts.train,
+            self.parts.validation,
+            teachers=teachers,
+            guide=self.parts.guide if teachers else None,
+        )
+        taught = Taught(trained, self.right(trained, judged_on))
+        shutil.rmtree(self.place / name)
+        done_file(self.place / name).unlink()
+        return taught
+
+    def right(self, trained: Trained, rows: Rows) -> Tensor:
+        """Which rows a student answers right, bool `(rows,)`: all at once, which is quicker than batch by batch."""
+        student = TorchTeacher.of("student", trained.classifier, self.parts.train, device=self.run.device)
+        return student.logits(rows, torch.arange(len(rows))).argmax(-1).cpu() == rows.labels
+
+
+def table_folders(data: Path) -> list[Path]:
+    """The folders of tables in a folder: those that hold Parquet files. Raises FileNotFoundError if there is none."""
+    found = [folder for folder in sorted(data.iterdir()) if folder.is_dir() and any(folder.glob("*.parquet"))]
+    if not found:
+        raise FileNotFoundError(f"{data} must hold a folder of Parquet files per table, it holds none.")
+    return found
+
+
+def num_rows(folder: Path, split: str = "train") -> int:
+    """Rows of a split of a table's folder."""
+    return sum(pq.read_metadata(file).num_rows for file in folder.glob(f"{split}*.parquet"))
+
+
+def spare_time() -> None:
+    """For processes that train many small students: one thread, and no search for garbage among what was imported,
+    which the trainer would do at every start (a third of a second each).
+    """
+    torch.set_num_threads(1)
+    gc.freeze()

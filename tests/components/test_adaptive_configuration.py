@@ -1,0 +1,237 @@
+"""What is expected, tried and concluded, against closed forms, limits and worlds whose answer is known."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hf_hpmkd.components.adaptive_configuration import (
+    _TRAINING_NOISE,
+    DIRECT,
+    EARLY,
+    SPACE,
+    Configuration,
+    Early,
+    Example,
+    Nearest,
+    Prediction,
+    Surrogate,
+    choose,
+    configurations,
+    early_relation,
+    encode,
+    halving,
+    judge,
+    likeness,
+    most_alike,
+    predictor,
+    propose,
+)
+from hf_hpmkd.losses import LEGAL_SCHEDULES
+
+SOFT, HARD = Configuration(alpha=0.9, temperature=4.0), Configuration(alpha=0.5, temperature=1.0)
+
+
+def world(count: int, seed: int = 0, noise: float = 0.3) -> list[Example]:
+    """Soft targets help large students and hurt small ones, in proportion to alpha; nothing else matters."""
+    random = np.random.default_rng(seed)
+    examples = []
+    for index in range(count):
+        size = random.uniform(1, 5)
+        alpha = random.choice([0.25, 0.5, 0.75, 0.9, 1.0])
+        gain = 2.0 * alpha * (size - 3.0) + random.normal(scale=noise)
+        features = {"log_student_params": size, "log_rows": random.uniform(2, 4)}
+        early = tuple(0.5 * gain + random.normal(scale=0.01) for _ in EARLY)
+        taught = Configuration(alpha=alpha, temperature=float(random.choice([1, 2, 4])))
+        examples.append(Example(features, taught, gain, noise, early, data=f"set {index % 20}"))
+    return examples
+
+
+# ---- the space -------------------------------------------------------------------------------------------------------
+
+
+def test_every_combination_goes_together_and_is_there_once() -> None:
+    found = configurations(SPACE, DIRECT)
+    assert len(found) == len(set(found)) and DIRECT in found
+    assert all(one.temperature_schedule in LEGAL_SCHEDULES[one.kd_kind] for one in found)
+    for name, values in SPACE.items():
+        assert {getattr(one, name) for one in found} == set(values), name
+    direct = [one for one in found if not one.distils]
+    assert len(direct) == len(SPACE["learning_rate"]) * len(SPACE["weight_decay"])
+
+
+def test_what_the_user_set_is_kept() -> None:
+    kept = Configuration(alpha=0.3, temperature=5.0, gate="joint")
+    found = configurations(["kd_kind", "learning_rate"], kept)
+    assert {(one.alpha, one.temperature, one.gate, one.weight_decay) for one in found} == {(0.3, 5.0, "joint", 1.0)}
+    assert {one.kd_kind for one in found} == set(SPACE["kd_kind"])
+    with pytest.raises(ValueError, match="Unknown fields colour"):
+        configurations(["colour"], DIRECT)
+
+
+def test_encodings_tell_configurations_apart_but_not_what_means_nothing() -> None:
+    found = configurations(SPACE, DIRECT)
+    assert len({tuple(encode(one)) for one in found}) == len(found)
+    assert np.array_equal(encode(Configuration(temperature=8.0, gate="label")), encode(DIRECT))
+
+
+# ---- what to expect --------------------------------------------------------------------------------------------------
+
+
+def test_the_surrogate_learns_who_is_hurt() -> None:
+    surrogate = predictor(world(600))
+    assert isinstance(surrogate, Surrogate)
+    for size in (1.5, 4.5):
+        found = surrogate.predict({"log_student_params": size, "log_rows": 3.0}, [SOFT, Configuration(alpha=0.25)])
+        truth = np.array([2.0 * 0.9 * (size - 3), 2.0 * 0.25 * (size - 3)])
+        assert np.abs(found.gain - truth).max() < 0.6
+        assert (found.spread >= found.doubt).all()
+
+
+def test_data_sets_that_differ_by_themselves_make_the_surrogate_unsure() -> None:
+    """Half of the spread between data sets is nothing that features tell: the predictions must own up to it."""
+    random = np.random.default_rng(0)
+    of_set = {f"set {index}": random.normal(scale=3.0) for index in range(20)}
+    told, hidden = world(600), []
+    for one in told:
+        hidden.append(Example(one.features, one.configuration, one.gain + of_set[one.data], one.noise, data=one.data))
+    sure, unsure = (
+        Surrogate(examples).predict({"log_student_params": 3.0}, [SOFT]).spread[0] for examples in (told, hidden)
+    )
+    assert sure < 1.0 and 2.0 < unsure < 6.0
+
+
+def test_own_runs_outweigh_the_prior() -> None:
+    shipped = [Example({"log_rows": 3.0}, SOFT, -2.0, data=f"s{i}") for i in range(60)]
+    own = [Example({"log_rows": 3.0}, SOFT, 2.0, data=f"o{i}", own=True) for i in range(60)]
+    assert Surrogate(shipped + own).predict({"log_rows": 3.0}, [SOFT]).gain[0] > 0.2
+
+
+def test_few_runs_count_by_likeness() -> None:
+    examples = [
+        Example({"log_rows": 2.0, "log_classes": 0.3}, SOFT, -3.0, data="small"),
+        Example({"log_rows": 5.0, "log_classes": 2.0}, SOFT, 4.0, data="large"),
+    ]
+    nearest = predictor(examples)
+    assert isinstance(nearest, Nearest)
+    small = nearest.predict({"log_rows": 2.2, "log_classes": 0.4}, [SOFT, Configuration(alpha=0.25, kd_kind="dist")])
+    large = nearest.predict({"log_rows": 4.8, "log_classes": 1.9}, [SOFT])
+    assert small.gain[0] < -1 and large.gain[0] > 1
+    assert abs(small.gain[1]) < abs(small.gain[0]) and small.spread[1] > small.spread[0]
+    assert most_alike({"log_rows": 4.8, "log_classes": 1.9}, examples) == ["large", "small"]
+
+
+def test_nothing_known_expects_nothing_and_tries_the_usual() -> None:
+    found = configurations(SPACE, DIRECT)
+    prediction = predictor([]).predict({}, found)
+    assert not prediction.gain.any() and (prediction.spread == prediction.spread[0]).all()
+    tried = [found[index] for index in propose(prediction, found, 3)]
+    assert tried[0] == SOFT and HARD in tried and DIRECT not in tried
+
+
+def test_likeness_is_the_cosine_of_standardised_features() -> None:
+    random = np.random.default_rng(0)
+    values = random.normal(size=(30, 2))
+    examples = [Example({"log_rows": a, "log_classes": b}, SOFT, 0.0) for a, b in values]
+    here = np.array([0.7, -0.2])
+    scaled, point = stats.zscore(values), (here - values.mean(0)) / values.std(0)
+    expected = scaled @ point / np.linalg.norm(scaled, axis=1) / np.linalg.norm(point)
+    assert likeness({"log_rows": 0.7, "log_classes": -0.2}, examples) == pytest.approx(expected)
+
+
+# ---- what to try -----------------------------------------------------------------------------------------------------
+
+
+def test_candidates_are_hopeful_and_unlike() -> None:
+    found = [DIRECT, SOFT, Configuration(alpha=0.9, temperature=4.0, weight_decay=1.0001), HARD]
+    gain, doubt = np.array([9.0, 1.0, 0.9, 0.0]), np.array([0.0, 0.1, 0.1, 0.1])
+    assert propose(Prediction(gain, doubt, doubt), found, 3) == [1, 3]
+    doubt = np.array([0.0, 0.1, 0.1, 5.0])  # doubt is a reason to try
+    assert propose(Prediction(gain, doubt, doubt), found, 1) == [3]
+
+
+@pytest.mark.parametrize("total", [10, 97, 640, 20_000])
+@pytest.mark.parametrize("share", [0.05, 0.35, 1.0, 2.0, 9.0])
+@pytest.mark.parametrize("most", [1, 3, 4, 8])
+def test_halving_stays_within_its_budget(total: int, share: float, most: int) -> None:
+    budget = int(share * total)
+    rungs = halving(total, budget, most)
+    steps = np.diff([0, *(rung.step for rung in rungs)])
+    cost = sum(rung.candidates * more for rung, more in zip(rungs, steps, strict=True))
+    assert cost <= budget
+    assert all(0 < rung.step <= total and 1 <= rung.candidates <= most for rung in rungs)
+    assert all(a.step < b.step and a.candidates > b.candidates for a, b in pairwise(rungs))
+    if budget >= 1:
+        assert rungs
+    if budget >= most * total:
+        assert rungs[-1].step == total and rungs[0].candidates == most
+
+
+def test_a_budget_for_everything_tries_everything_to_the_end() -> None:
+    assert [(rung.step, rung.candidates) for rung in halving(100, 400, 4)] == [(100, 4)]
+    assert [(rung.step, rung.candidates) for rung in halving(1000, 350, 4)] == [(43, 4), (86, 2), (172, 1)]
+    assert halving(100, 0, 4) == []
+
+
+# ---- what a try proves -----------------------------------------------------------------------------------------------
+
+
+def test_judging_is_the_product_of_two_normal_distributions() -> None:
+    found = judge(SOFT, (1.0, 2.0), (3.0, 0.5), 0.5, Early(0.6, 0.4))
+    grid = np.linspace(-20, 20, 400_001)
+    spread = math.hypot(0.4, 0.6 * 0.5, _TRAINING_NOISE)
+    weight = stats.norm.pdf(grid, 1.0, 2.0) * stats.norm.pdf(grid, 0.6 * 3.0, spread)
+    mean = (weight @ grid) / weight.sum()
+    assert found.gain[0] == pytest.approx(mean, abs=1e-4)
+    assert found.gain[1] == pytest.approx(math.sqrt((weight @ (grid - mean) ** 2) / weight.sum()), abs=1e-4)
+
+
+def test_a_whole_training_is_believed_and_a_start_is_not() -> None:
+    whole = early_relation([], 1.0)
+    assert (whole.slope, whole.spread) == (1.0, 0.0)
+    start = early_relation([], 0.05)
+    assert start.slope < 0.2 and start.spread > 1.0
+
+
+def test_the_early_relation_is_learned_from_runs_that_know_it() -> None:
+    for share in EARLY:  # in this world the early gain is half of the final one
+        found = early_relation(world(300), share)
+        assert found.slope == pytest.approx(1.0) and found.spread < 2.5
+    doubled = [
+        Example(e.features, e.configuration, 0.5 * e.early[0], e.noise, e.early, data=e.data) for e in world(300)
+    ]
+    found = early_relation(doubled, EARLY[0])
+    assert found.slope == pytest.approx(0.5, abs=0.02) and found.spread < 0.1
+
+
+def test_distillation_has_to_prove_itself() -> None:
+    def judged(configuration: Configuration, gain: float, deviation: float):
+        return judge(configuration, (0.0, 1e6), (gain, deviation), 1.0, Early(1.0, 0.0))
+
+    sure, unsure = judged(HARD, 1.0, 0.3), judged(SOFT, 1.2, 2.0)
+    assert choose([sure, unsure], margin=1.0).configuration == HARD
+    assert choose([unsure], margin=1.0).configuration == DIRECT
+    assert choose([unsure], margin=0.5).configuration == SOFT
+    assert choose([judged(SOFT, -3.0, 0.1)], 1.0, fallback=HARD).configuration == SOFT  # alpha is the user's
+    assert choose([], 1.0).configuration == DIRECT and choose([], 1.0, fallback=HARD).configuration == HARD
+
+
+def test_noise_alone_seldom_misleads() -> None:
+    """Four candidates as good as direct training, on rows that tell a point: seldom one of them looks surely better."""
+    random = np.random.default_rng(0)
+    misled = 0
+    for _ in range(400):
+        judged = [judge(SOFT, (0.0, 2.0), (gain, 1.0), 1.0, Early(1.0, 0.0)) for gain in random.normal(size=4)]
+        misled += choose(judged, margin=1.5).configuration.distils
+    assert 0.05 < misled / 400 < 0.25
+
+
+def test_the_reason_says_what_was_weighed() -> None:
+    judged = judge(SOFT, (0.5, 1.0), (-2.0, 0.4), 0.25, Early(1.0, 0.1))
+    reason = choose([judged], 1.0).reason
+    assert reason.startswith("direct training, because no candidate is surely better")
+    for words in ("alpha 0.9, T 4", "+0.50 ± 1.00", "-2.00 ± 0.40", "25% of the steps"):
+        assert words in reason
+    assert "direct training" in str(DIRECT) and str(Configuration(learning_rate=2.0)).endswith("learning_rate x2")

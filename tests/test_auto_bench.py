@@ -1,0 +1,120 @@
+"""The judgement of the adaptive configuration: its sums by hand, and one small real run."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import ClassLabel, Dataset
+from sklearn.datasets import load_wine
+
+from hf_hpmkd import auto_bench, prior_build
+from hf_hpmkd.auto_bench import Settings, bench_auto, summary
+from hf_hpmkd.components.adaptive_configuration import Configuration
+from hf_hpmkd.configuration_examples import provenance, read_prior
+from hf_hpmkd.prior_build import build_prior
+
+
+def result(data: str, seed: int, direct: float, auto: float, grid: list[tuple[float, float]]) -> dict:
+    about = {"distils": auto != direct, "trial_seconds": 2.0, "deciding_seconds": 0.5, "extra_steps": 100}
+    methods = {
+        "direct": {"accuracy": direct},
+        "fixed": {"accuracy": direct - 0.02},
+        "auto": {"accuracy": auto, **about, "total_steps": 100},
+    }
+    cells = [{"accuracy": accuracy, "validation": validation} for accuracy, validation in grid]
+    return {"data": data, "seed": seed, "methods": methods, "grid": cells}
+
+
+def test_gains_and_regrets_are_those_done_by_hand() -> None:
+    grid = [(0.80, 0.5), (0.90, 0.9)]  # the first cell is direct training; with one more to try, random finds the best
+    results = [result("a", 0, 0.80, 0.85, grid), result("a", 1, 0.80, 0.85, grid), result("b", 0, 0.80, 0.80, grid)]
+    text = summary(results)
+    row_a = next(line for line in text.splitlines() if line.startswith("| a "))
+    assert [cell.strip() for cell in row_a.strip("|").split("|")] == [
+        "a", "2", "80.00", "-2.00", "+5.00 (+5.00 to +5.00)", "2 of 2", "10.00", "12.00", "5.00", "0.00",
+    ]  # fmt: skip
+    assert "over the sets: +2.50" in text and "It distilled 2 of 3 times, and gained +5.00 points" in text
+    assert "direct 10.00, fixed 12.00, auto 7.50, random 0.00" in text
+
+
+def test_a_worse_cell_on_validation_rows_is_not_found_by_random_search() -> None:
+    text = summary([result("a", 0, 0.80, 0.80, [(0.80, 0.9), (0.90, 0.5)])])
+    assert "random 10.00" in text and "It distilled 0 of 1 times." in text
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two tables of ours, and what makes a run on them short."""
+    frame = load_wine(as_frame=True).frame.rename(columns={"target": "label"})
+    frame.columns = [column.replace("/", "_") for column in frame.columns]
+    for name in ("red", "white"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        frame = frame.sample(frac=1.0, random_state=len(name))
+        rows = Dataset.from_pandas(frame, preserve_index=False).cast_column("label", ClassLabel(names=["a", "b", "c"]))
+        rows.select(range(130)).to_parquet(tmp_path / "data" / name / "train.parquet")
+        rows.select(range(130, 178)).to_parquet(tmp_path / "data" / name / "test.parquet")
+    from hf_hpmkd import table_runs
+
+    few = ({"model": "mlp-8", "epochs": 1}, {"model": "sklearn:LogisticRegression"})
+    for module in (table_runs, prior_build, auto_bench):
+        monkeypatch.setattr(module, "TEACHERS", few)
+    monkeypatch.setattr(auto_bench, "_HEARD", (0, 1))
+    monkeypatch.setattr(auto_bench, "GRID", auto_bench.GRID[:2])
+    monkeypatch.setattr(prior_build, "SETTINGS_PER_TABLE", 1)
+    monkeypatch.setattr(prior_build, "RUNS_PER_SETTING", 2)
+    monkeypatch.setattr(prior_build, "_STEPS", (16,))
+    return tmp_path / "data"
+
+
+@pytest.mark.slow
+def test_a_prior_is_built_goes_on_and_is_judged_without_the_judged(tables: Path, tmp_path: Path, monkeypatch) -> None:
+    prior, said = tmp_path / "prior.parquet", []
+    assert build_prior(tables, 2, prior, say=said.append) == 2
+    first = read_prior(prior)
+    assert len(said) == 1 and {one.data for one in first} == {"red"}
+    assert build_prior(tables, 4, prior, say=said.append) == 4  # only what is missing is run
+    examples = read_prior(prior)
+    assert len(said) == 2 and [one.data for one in examples] == ["red", "red", "white", "white"]
+    assert [one.gain for one in examples[:2]] == [one.gain for one in first]
+    for one in examples:
+        assert {"landmark_accuracy", "teacher_accuracy", "log_rows", "overfit"} <= set(one.features)
+        assert one.noise > 0 and all(-100 <= value <= 100 for value in (*one.early, one.gain))
+    about = provenance(prior)
+    assert about["runs"] == 4 and about["direct_runs_beside"] == 2 and about["tables"] == ["red", "white"]
+    assert str(tmp_path) not in json.dumps(about)
+
+    known = []
+    monkeypatch.setattr(auto_bench, "write_prior", lambda rows, about, path: known.extend(row["data"] for row in rows)
+                        or original(rows, about, path))  # fmt: skip
+    settings = Settings(tables, tmp_path / "bench", ["red"], seeds=1, prior=prior, student="mlp-3", epochs=2)
+    text = bench_auto(settings, say=said.append)
+    assert known == ["white", "white"]
+    assert "| red" in text and (tmp_path / "bench" / "gains.png").stat().st_size > 5000
+    found = json.loads((tmp_path / "bench" / "red-0.json").read_text())
+    assert set(found["methods"]) == {"direct", "fixed", "auto"} and len(found["grid"]) == 2
+    assert found["methods"]["auto"]["deciding_seconds"] > 0
+    before = (tmp_path / "bench" / "red-0.json").stat().st_mtime_ns
+    bench_auto(settings, say=said.append)
+    assert (tmp_path / "bench" / "red-0.json").stat().st_mtime_ns == before
+
+
+original = auto_bench.write_prior
+
+
+def test_unknown_tables_are_told_before_any_work(tables: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no table green"):
+        build_prior(tables, 1, tmp_path / "prior.parquet", ["green"])
+    with pytest.raises(ValueError, match="no table green"):
+        bench_auto(Settings(tables, tmp_path / "bench", ["green"]))
+    with pytest.raises(FileNotFoundError, match="must hold a folder of Parquet files"):
+        build_prior(tmp_path / "data" / "red", 1, tmp_path / "prior.parquet")
+
+
+def test_draws_go_together_and_cover_the_space() -> None:
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    drawn = [prior_build.draw(random) for _ in range(600)]
+    assert {one.alpha for one in drawn} == {0.0, 0.25, 0.5, 0.75, 0.9, 1.0}
+    assert {one.kd_kind for one in drawn} == {"forward_kl", "standardized_kl", "dkd", "dist"}
+    assert Configuration() not in drawn

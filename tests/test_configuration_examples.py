@@ -1,0 +1,106 @@
+"""Rows of priors and memories as examples."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hf_hpmkd.components.adaptive_configuration import Configuration, Example
+from hf_hpmkd.configuration_examples import (
+    MAX_BYTES,
+    SCHEMA,
+    memory_examples,
+    prior_row,
+    provenance,
+    read_prior,
+    write_prior,
+)
+from hf_hpmkd.memory_records import memory_row
+from hf_hpmkd.run_record import AutoRecord, ModelRecord, RunRecord, TeacherRecord
+
+SOFT = Configuration(alpha=0.9, temperature=8.0, gate="label", learning_rate=2.0)
+EXAMPLE = Example({"log_rows": 3.0, "overfit": 0.25}, SOFT, 1.5, 0.5, (0.5, math.nan, 1.25), data="letter")
+ABOUT = dict.fromkeys(SCHEMA.names)
+
+
+def test_a_prior_is_read_as_it_was_written(tmp_path: Path) -> None:
+    other = dataclasses.replace(EXAMPLE, data="yeast")
+    write_prior([prior_row(one, ABOUT) for one in (EXAMPLE, other)], {"runs": 2}, tmp_path / "a" / "prior.parquet")
+    found = read_prior(tmp_path / "a" / "prior.parquet", leave_out=["yeast"])
+    assert len(found) == 1 and math.isnan(found[0].early[1])
+    assert dataclasses.replace(found[0], early=()) == dataclasses.replace(EXAMPLE, early=())
+    assert (found[0].early[0], found[0].early[2]) == (0.5, 1.25)
+    assert provenance(tmp_path / "a" / "prior.parquet") == {"runs": 2}
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["prior.parquet"]
+
+
+def test_another_table_is_no_prior(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"data": ["x"]}), tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match="must be a prior of format 1"):
+        read_prior(tmp_path / "other.parquet")
+
+
+def test_a_package_without_a_prior_knows_nothing_and_says_how_to_get_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_hpmkd.configuration_examples.shipped_prior", lambda: tmp_path / "prior.parquet")
+    assert read_prior() == []
+    with pytest.raises(FileNotFoundError, match="Make one: hpmkd prior build"):
+        provenance()
+
+
+def test_a_prior_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_hpmkd.configuration_examples.MAX_BYTES", 100)
+    with pytest.raises(ValueError, match="may have 100 bytes"):
+        write_prior([prior_row(EXAMPLE, ABOUT)], {}, tmp_path / "prior.parquet")
+    assert MAX_BYTES <= 2_000_000 and not list(tmp_path.iterdir())
+
+
+def finished(**changes: object) -> RunRecord:
+    """A run that gained 3 points on 400 validation rows and lost 20 on test rows."""
+    record = RunRecord(
+        status="completed",
+        recipe={"distillation": {"alpha": 0.5, "temperature": 2.0, "temperature_schedule": "constant",
+                                 "kd_kind": "dkd", "gate": "uniform"}},
+        parts={"parts": {"train": {"rows": 1000}, "validation": {"rows": 400}}, "path": "letter"},
+        class_names=["a", "b"],
+        teachers=[TeacherRecord("one", "sklearn:X", "sklearn", num_params=500, accuracy={"guide": 0.75})],
+        models={
+            "student": ModelRecord(
+                "student", 50, {"validation": {"accuracy": 0.83}, "test": {"accuracy": 0.6}}, compression=10.0
+            ),
+            "direct": ModelRecord("direct", 50, {"validation": {"accuracy": 0.8}, "test": {"accuracy": 0.8}}),
+        },
+    )  # fmt: skip
+    return dataclasses.replace(record, **changes)
+
+
+def test_a_run_of_the_memory_counts_by_its_validation_rows() -> None:
+    [found] = memory_examples([memory_row(finished())])
+    assert found.gain == pytest.approx(3.0) and found.own and found.data == "letter"
+    assert found.noise == pytest.approx(100 * math.sqrt(0.83 * 0.17 / 400))
+    assert found.configuration == Configuration(alpha=0.5, temperature=2.0, kd_kind="dkd", gate="uniform")
+    assert found.features == pytest.approx({
+        "log_rows": 3.0, "log_classes": math.log10(2), "log_student_params": math.log10(50), "log_capacity_gap": 1.0,
+        "teachers": 1.0, "teacher_accuracy": 0.75,
+    })  # fmt: skip
+
+
+def test_a_run_that_chose_counts_as_what_it_chose() -> None:
+    auto = AutoRecord(
+        "because", "by nothing", [], dataclasses.asdict(SOFT), {"distillation": {"alpha": 0.9}, "training": {}},
+        {"log_rows": 2.5}, [], 10, 5, 3, 1.0, 0.1,
+    )  # fmt: skip
+    row = memory_row(finished(auto=auto))
+    assert row["alpha"] == 0.9 and row["temperature"] == 2.0
+    [found] = memory_examples([row])
+    assert found.configuration == SOFT and found.features == {"log_rows": 2.5}
+
+
+def test_runs_that_prove_nothing_are_left_out() -> None:
+    without_direct = {"student": finished().models["student"]}
+    direct = {"distillation": {"alpha": 0.0}}
+    assert memory_examples([memory_row(finished(models=without_direct)), memory_row(finished(recipe=direct))]) == []

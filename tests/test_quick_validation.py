@@ -1,0 +1,179 @@
+"""The adaptive configuration end to end, small: what is tried, what goes on, what is written down."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from hf_hpmkd import classifier_training, quick_validation
+from hf_hpmkd import distill as distill_module
+from hf_hpmkd.cli import main
+from hf_hpmkd.components.adaptive_configuration import DIRECT, SPACE, Configuration
+from hf_hpmkd.quick_validation import configuration_of, free_fields, is_direct, overrides_of, with_values
+from hf_hpmkd.recipe import read_recipe
+from hf_hpmkd.run_record import RunRecord
+
+STEPS = 28  # 109 rows in batches of 16, four epochs
+
+
+def tree(folder: Path, steps: float = 10, **training: object) -> dict:
+    """Wine: 178 rows of 13 numbers, bundled with scikit-learn. steps: that the tries may add."""
+    return {
+        "data": {"path": "sklearn:wine"},
+        "teachers": [{"model": "mlp-16", "epochs": 3}, {"model": "sklearn:LogisticRegression", "folds": 0}],
+        "student": {"model": "mlp-3"},
+        "auto": {"mode": steps * 0.00501 / 60},
+        "training": {"epochs": 4, "batch_size": 16, "learning_rate": 0.01, "evaluations": 2, **training},
+        "memory": {"use": False},
+        "output": {"dir": str(folder / "run")},
+    }
+
+
+def run(folder: Path, recipe: dict) -> RunRecord:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert main(["distill", str(path)]) == 0
+    return RunRecord.load(Path(recipe["output"]["dir"]) / "run_record.json")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """Folder name, first and last step of every training."""
+    found: list[tuple[str, int, int]] = []
+    original = classifier_training.HPMKDTrainer.train
+
+    def train(self, *args, **kwargs):
+        checkpoint = kwargs["resume_from_checkpoint"]
+        first = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+        result = original(self, *args, **kwargs)
+        found.append((Path(self.args.output_dir).parent.name, first, self.state.global_step))
+        return result
+
+    monkeypatch.setattr(classifier_training.HPMKDTrainer, "train", train)
+    return found
+
+
+def test_the_winner_goes_on_and_ends_as_if_it_had_been_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainings: list[tuple[str, int, int]]
+) -> None:
+    """Bitwise the student, and the direct baseline, of the run whose recipe says what was chosen. Test rows are not at
+    hand while it is chosen."""
+    monkeypatch.setattr(quick_validation, "MARGIN", -1e9)
+    original = distill_module.configure
+    monkeypatch.setattr(
+        distill_module,
+        "configure",
+        lambda run, parts, *rest: original(run, dataclasses.replace(parts, test=None), *rest),
+    )
+    record = run(tmp_path, tree(tmp_path))
+    auto = record.auto
+    assert [(trial.steps, count) for trial, count in zip(auto.trials, (1, 1, 1, 1), strict=False)] == [(1, 1)] * 4
+    assert [trial.steps for trial in auto.trials] == [1] * 4 + [2] * 2 + [4]
+    assert auto.total_steps == STEPS and auto.extra_steps <= auto.budget_steps == 10
+    assert auto.extra_steps == 4 * 1 + 2 * 1 + 2 - 4  # direct training, and the winner's four steps, go on
+    assert ("student", 4, STEPS) in trainings and max(first for name, first, _ in trainings if name == "direct") == 7
+    assert str(Configuration(**auto.configuration)) == auto.trials[-1].name
+    assert not (tmp_path / "run" / "auto").exists()
+    for text in ((tmp_path / "run" / "README.md").read_text(), auto.reason):
+        assert auto.trials[-1].name in text and "over direct training" in text.replace("Gains are over", "over")
+    assert record.seconds["auto"] > auto.seconds > 0
+    asked = tree(tmp_path / "asked")
+    asked["auto"] = "off"
+    for section, values in auto.overrides.items():
+        asked[section] = {**asked.get(section, {}), **values}
+    other = run(tmp_path, asked)
+    assert other.auto is None and "auto" not in other.seconds
+    assert same(weights(tmp_path / "run" / "student"), weights(tmp_path / "asked" / "run" / "student"))
+    asked_directly = tree(tmp_path / "plain")
+    asked_directly["auto"] = "off"
+    run(tmp_path, asked_directly)
+    assert same(weights(tmp_path / "run" / "direct"), weights(tmp_path / "plain" / "run" / "direct"))
+
+
+def test_direct_training_is_not_trained_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainings: list[tuple[str, int, int]], capsys
+) -> None:
+    monkeypatch.setattr(quick_validation, "MARGIN", 1e9)
+    record = run(tmp_path, tree(tmp_path))
+    assert Configuration(**record.auto.configuration) == DIRECT
+    assert "student" not in {name for name, _, _ in trainings}
+    assert same(weights(tmp_path / "run" / "student"), weights(tmp_path / "run" / "direct"))
+    assert record.models["student"].metrics == record.models["direct"].metrics
+    assert "Configuration: direct training, because no candidate is surely better" in capsys.readouterr().out
+
+
+def test_an_interrupted_search_goes_on_and_chooses_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quick_validation, "MARGIN", -1e9)
+    whole = run(tmp_path, tree(tmp_path / "whole", keep="best"))
+    write = quick_validation.write_json
+
+    def stop(path: Path, value: object) -> None:
+        if path.name == "candidate-1-2.json":  # trained, and not written down
+            raise KeyboardInterrupt
+        write(path, value)
+
+    monkeypatch.setattr(quick_validation, "write_json", stop)
+    recipe = tree(tmp_path / "stopped", keep="best")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["distill", str(tmp_path / "recipe.yaml")]) == 130
+    monkeypatch.setattr(quick_validation, "write_json", write)
+    stopped = run(tmp_path, recipe)
+    for one, two in zip(whole.auto.trials, stopped.auto.trials, strict=True):
+        assert dataclasses.replace(one, seconds=0) == dataclasses.replace(two, seconds=0)
+    assert same(weights(tmp_path / "whole" / "run" / "student"), weights(tmp_path / "stopped" / "run" / "student"))
+
+
+# ---- what may be chosen ----------------------------------------------------------------------------------------------
+
+
+def recipe_with(**sections: dict) -> object:
+    return read_recipe({**tree(Path("x")), **sections}, "a test")
+
+
+def test_what_a_recipe_leaves_at_its_default_may_be_chosen() -> None:
+    assert "learning_rate" not in free_fields(recipe_with())  # 0.01 was set
+    recipe = recipe_with(training={"epochs": 3}, distillation={"temperature": 3.0, "gate": "label"})
+    assert free_fields(recipe) == ["alpha", "temperature_schedule", "kd_kind", "learning_rate", "weight_decay"]
+    assert configuration_of(recipe) == Configuration(alpha=0.9, temperature=3.0, gate="label")
+    asked = recipe_with(distillation={"temperature": 3.0}, auto={"mode": "fast", "choose": ["temperature"]})
+    assert free_fields(asked) == ["temperature"]
+
+
+def test_a_configuration_becomes_values_of_the_recipe() -> None:
+    recipe = recipe_with(distillation={"temperature_min": 5.0, "temperature_max": 9.0})
+    taught = Configuration(alpha=0.5, temperature_schedule="learned", learning_rate=2.0, weight_decay=0.1)
+    chosen = with_values(recipe, overrides_of(taught, recipe))
+    assert chosen.training.learning_rate == pytest.approx(0.02)
+    assert chosen.training.weight_decay == pytest.approx(0.001)
+    assert chosen.distillation.temperature == 5.0  # the learned schedule starts within its range
+    assert configuration_of(chosen).alpha == 0.5 and not is_direct(recipe, chosen)
+    plain = with_values(recipe, overrides_of(DIRECT, recipe))
+    assert plain.training == recipe.training and is_direct(recipe, plain)
+    assert not is_direct(recipe, with_values(recipe, overrides_of(Configuration(learning_rate=2.0), recipe)))
+    assert set(overrides_of(taught, recipe)["distillation"]) | {"learning_rate", "weight_decay"} == set(SPACE)
+
+
+@pytest.mark.slow
+def test_a_comparison_counts_what_was_tried(tmp_path: Path) -> None:
+    from hf_hpmkd.compare import Settings, compare
+    from hf_hpmkd.methods import choose_methods
+
+    recipe = read_recipe(tree(tmp_path), "a test")
+    methods = choose_methods(["direct", "hpmkd"])
+    record = compare(recipe, Settings(methods, [0], tmp_path / "compared"), say=lambda line: None)
+    direct, chosen = (next(one for one in record.results if one.method == name) for name in ("direct", "hpmkd"))
+    assert direct.overrides[-1] == "auto.mode=off" and direct.steps == chosen.steps == STEPS
+    auto = RunRecord.load(tmp_path / "compared" / "seed-0" / "hpmkd.run" / "run_record.json").auto
+    assert auto.trials and chosen.seconds > auto.seconds
+    assert auto.extra_steps <= auto.budget_steps  # direct training is tried, and paid for

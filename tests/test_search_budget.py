@@ -1,0 +1,57 @@
+"""Budgets in words and in steps, and the recipe's section."""
+
+import pytest
+
+from hf_hpmkd.recipe import RecipeError, fingerprint, read_recipe, recipe_tree
+from hf_hpmkd.search_budget import budget_steps, most_candidates
+
+TREE = {
+    "data": {"path": "sklearn:wine"},
+    "teachers": [{"model": "sklearn:LogisticRegression"}],
+    "student": {"model": "mlp-4"},
+}
+
+
+def test_fast_is_a_share_of_a_long_training_and_seconds_of_a_short_one() -> None:
+    assert budget_steps("fast", 100_000, 0.0) == 35_000
+    assert budget_steps("fast", 100, 0.0) == 4_000  # 20 s of steps of 5 ms
+    assert budget_steps("fast", 100, 1e10) == 39  # half a second more each
+    assert budget_steps("thorough", 100_000, 0.0) == 200_000
+    assert budget_steps(1.5, 10, 0.0) == 18_000
+    assert most_candidates("fast") < most_candidates("thorough")
+    with pytest.raises(ValueError, match="off has no budget"):
+        budget_steps("off", 100, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "mode"), [("fast", "fast"), (False, "off"), (2, 2.0), ({"mode": False}, "off"), ({"mode": 0.5}, 0.5)]
+)
+def test_the_section_may_be_one_word(given: object, mode: object) -> None:
+    recipe = read_recipe({**TREE, "auto": given}, "a test")
+    assert recipe.auto.mode == mode
+    assert read_recipe(recipe_tree(recipe), "again") == recipe
+
+
+def test_a_word_behind_the_recipe_counts() -> None:
+    assert read_recipe(TREE, "a test", ["auto=thorough"]).auto.mode == "thorough"
+    assert read_recipe({**TREE, "auto": "fast"}, "a test", ["auto=off"]).auto.mode == "off"
+    recipe = read_recipe({**TREE, "auto": "fast"}, "a test", ["auto.choose=[alpha]"])
+    assert recipe.auto.mode == "fast" and recipe.auto.choose == ["alpha"]
+
+
+@pytest.mark.parametrize("given", ["slow", 0, -1, True, {"choose": ["colour"]}])
+def test_other_values_are_faults(given: object) -> None:
+    with pytest.raises(RecipeError, match="auto"):
+        read_recipe({**TREE, "auto": given}, "a test")
+
+
+def test_a_prior_that_is_not_there_is_told() -> None:
+    with pytest.raises(RecipeError, match="auto.prior: there is no 'mine.parquet' here"):
+        read_recipe({**TREE, "auto": {"prior": "mine.parquet"}}, "a test", check_files=True)
+
+
+def test_off_leaves_the_fingerprint_alone() -> None:
+    """Runs and comparisons of recipes without the section go on."""
+    off, fast = (read_recipe({**TREE, "auto": mode}, "a test") for mode in ("off", "fast"))
+    assert fingerprint(off) == fingerprint(read_recipe({**TREE, "auto": {"choose": ["alpha"]}}, "a test"))
+    assert fingerprint(off) != fingerprint(fast)
