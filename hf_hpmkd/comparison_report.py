@@ -133,8 +133,19 @@ def collection(records: Sequence[ComparisonRecord], part: str) -> str:
     for record in records:
         student, epochs = record.recipe["student"]["model"], record.recipe["training"]["epochs"]
         blocks.append(f"**{_data_name(record)}**, {student}, {epochs} epochs:\n\n{table(record, part)}")
-    meaning = {method.name: f"`{method.name}`: {method.description}" for record in records for method in record.methods}
-    return "\n\n".join([*blocks, "\n".join(f"- {line}" for line in meaning.values())])
+    meaning: dict[str, dict[str, list[str]]] = {}  # name -> description -> data
+    for record in records:
+        for method in record.methods:
+            meaning.setdefault(method.name, {}).setdefault(method.description, []).append(_data_name(record))
+    listed = "\n".join(f"- `{name}`: {_told(described)}" for name, described in meaning.items())
+    return "\n\n".join([*blocks, listed])
+
+
+def _told(described: dict[str, list[str]]) -> str:
+    """What a method is; where its description differs between data sets, for each."""
+    if len(described) == 1:
+        return next(iter(described))
+    return "; ".join(f"{text} ({', '.join(data)})" for text, data in described.items())
 
 
 def show(paths: Sequence[Path], plot: Path | None = None) -> str:

@@ -1,5 +1,7 @@
 """Tables and figures of a comparison, from records made by hand; every figure computed a second time."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
@@ -139,6 +141,12 @@ def test_what_weakens_the_figures_is_said(change, said):
 def test_what_the_methods_are_is_said_once_below_all_tables():
     text = collection([make(), make([0])], "validation")
     assert text.count("| direct |") == 2 and text.count("- `direct`: ") == 1
+    other = make()
+    other.parts["path"] = "elsewhere/wine"
+    direct = next(method for method in other.methods if method.name == "direct")
+    other.methods[other.methods.index(direct)] = dataclasses.replace(direct, description="another")
+    listed = next(line for line in collection([make(), other], "validation").splitlines() if line.startswith("- `dir"))
+    assert listed == f"- `direct`: {direct.description} (data); another (wine)"
 
 
 def test_compression_is_that_of_the_largest_teacher(tmp_path, monkeypatch):
