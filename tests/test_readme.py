@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from hf_hpmkd.bench import bench_table
+from hf_hpmkd.bench_pipeline import pipeline_table
 from hf_hpmkd.cli import build_parser
 from hf_hpmkd.comparison_record import ComparisonRecord
 from hf_hpmkd.comparison_report import collection, table
@@ -39,6 +40,11 @@ def test_the_results_are_those_of_the_run_records():
 def test_the_costs_are_those_of_the_bench_record():
     record = json.loads((ROOT / "model_cards" / "bench_trainer.json").read_text(encoding="utf-8"))
     assert block("bench") == bench_table(record)
+
+
+def test_the_schedules_are_those_of_the_pipeline_record():
+    record = json.loads((ROOT / "model_cards" / "bench_pipeline.json").read_text(encoding="utf-8"))
+    assert block("pipeline") == pipeline_table(record)
 
 
 def test_the_comparisons_are_those_of_their_records():
