@@ -56,7 +56,7 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from hf_hpmkd import table_runs
 
     few = ({"model": "mlp-8", "epochs": 1}, {"model": "sklearn:LogisticRegression"})
-    for module in (table_runs, prior_build, auto_bench):
+    for module in (table_runs, auto_bench):
         monkeypatch.setattr(module, "TEACHERS", few)
     monkeypatch.setattr(auto_bench, "_HEARD", (0, 1))
     monkeypatch.setattr(auto_bench, "GRID", auto_bench.GRID[:2])
@@ -80,7 +80,7 @@ def test_a_prior_is_built_goes_on_and_is_judged_without_the_judged(tables: Path,
         assert {"landmark_accuracy", "teacher_accuracy", "log_rows", "overfit"} <= set(one.features)
         assert one.noise > 0 and all(-100 <= value <= 100 for value in (*one.early, one.gain))
     about = provenance(prior)
-    assert about["runs"] == 4 and about["direct_runs_beside"] == 2 and about["tables"] == ["red", "white"]
+    assert about["runs"] == 4 and about["direct_runs_beside"] == 2 and about["data"] == ["red", "white"]
     assert str(tmp_path) not in json.dumps(about)
 
     known = []
