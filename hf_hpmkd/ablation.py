@@ -6,7 +6,7 @@ A component that the recipe uses is switched off; one that it leaves off is swit
 from dataclasses import dataclass
 from itertools import combinations
 
-from hf_hpmkd.methods import NO_CHAIN, Method
+from hf_hpmkd.methods import Method
 from hf_hpmkd.recipe import Recipe
 
 FULL = "full"
@@ -27,11 +27,14 @@ class Component:
             "chain": bool(chain.models) or chain.length != 0,
             "attention": distillation.gate != "uniform" or distillation.calibrate_teachers,
             "temperature": distillation.temperature_schedule != "constant",
+            "warm-starts": chain.warm_start,
+            "adaptive": recipe.auto.mode != "off",
         }[self.name]
 
 
 COMPONENTS = (
-    Component("chain", NO_CHAIN, ("chain.length=1",)),
+    Component("chain", ("chain.length=0", "chain.models=[]"), ("chain.length=1",)),
+    Component("warm-starts", ("chain.warm_start=false",), ("chain.warm_start=true",)),
     Component(
         "attention",
         ("distillation.gate=uniform", "distillation.calibrate_teachers=false"),
@@ -42,6 +45,7 @@ COMPONENTS = (
         ("distillation.temperature_schedule=constant",),
         ("distillation.temperature_schedule=learned",),
     ),
+    Component("adaptive", ("auto.mode=off",), ("auto.mode=fast",)),
 )
 
 
