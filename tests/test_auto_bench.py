@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from datasets import ClassLabel, Dataset
+from PIL import Image
 from sklearn.datasets import load_wine
 
 from hf_hpmkd import auto_bench, prior_build
@@ -108,6 +109,18 @@ def test_unknown_tables_are_told_before_any_work(tables: Path, tmp_path: Path) -
         bench_auto(Settings(tables, tmp_path / "bench", ["green"]))
     with pytest.raises(FileNotFoundError, match="must hold a folder of Parquet files"):
         build_prior(tmp_path / "data" / "red", 1, tmp_path / "prior.parquet")
+
+
+def test_folders_of_images_are_told_from_tables(tables: Path, tmp_path: Path) -> None:
+    from hf_hpmkd.table_runs import TableRuns, holds_images
+
+    pictures = [Image.new("RGB", (8, 8), (20 * index, 0, 0)) for index in range(4)]
+    (tmp_path / "pictures").mkdir()
+    Dataset.from_dict({"image": pictures, "label": [0, 1, 0, 1]}).to_parquet(tmp_path / "pictures" / "train.parquet")
+    assert holds_images(tmp_path / "pictures") and not holds_images(tables / "red")
+    runs = TableRuns(tmp_path / "pictures", tmp_path / "place", seed=0)
+    assert runs.recipe.student.model.startswith("cifar-resnet")
+    assert runs.recipe.teachers[0].model.startswith("cifar-resnet")
 
 
 def test_draws_go_together_and_cover_the_space() -> None:
