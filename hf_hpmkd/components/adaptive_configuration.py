@@ -234,7 +234,7 @@ class Surrogate:
             model = HistGradientBoostingRegressor(
                 max_iter=50,
                 learning_rate=0.1,
-                max_leaf_nodes=15,
+                max_leaf_nodes=8,
                 min_samples_leaf=10,
                 max_bins=32,  # with the usual 255 ten thousand examples take eight times as long
                 random_state=member,
