@@ -1,6 +1,6 @@
-"""`hpmkd prior build`: short real runs over tables, a row each, from which the adaptive configuration starts.
+"""`hpmkd prior build`: short real runs over tables or images, a row each: what the adaptive configuration starts from.
 
-Per table and seed the teachers are trained once; per setting (student, teachers, learning rate, steps) one student
+Per data set and seed the teachers are trained once; per setting (student, teachers, learning rate, steps) one student
 directly and some in ways drawn at random, all from the same weights on the same rows in the same order. A row holds
 what the adaptive configuration would have known, what was done and what it gained on validation rows. The test rows are
 never opened. The same command goes on where an interrupted one stood.
@@ -25,10 +25,11 @@ from hf_hpmkd.meta_features import LANDMARK, landmark_features
 from hf_hpmkd.quick_validation import landmark_loss
 from hf_hpmkd.recipe import read_recipe, recipe_tree
 from hf_hpmkd.run_record import code_commit, environment
-from hf_hpmkd.table_runs import TEACHERS, TableRuns, num_rows, spare_time, table_folders
+from hf_hpmkd.table_runs import TableRuns, num_rows, spare_time, table_folders
 
 STUDENTS = ("mlp-4", "mlp-8", "mlp-16", "mlp-32", "mlp-64", "mlp-16x16")
-SETTINGS_PER_TABLE = 3
+IMAGE_STUDENTS = ("cifar-resnet-8x2", "cifar-resnet-8x4", "cifar-resnet-8x8", "cifar-resnet-14x4")
+SETTINGS_PER_TABLE = 5  # training teachers takes as long as one
 RUNS_PER_SETTING = 6
 
 _ROWS = (300, 1_000, 3_000, 6_000)  # the most training rows that a table keeps
@@ -41,7 +42,7 @@ _DRAWS: dict[str, tuple[tuple[Any, ...], tuple[float, ...] | None]] = {
     "temperature": (SPACE["temperature"], None),
     "temperature_schedule": (("constant", "cosine", "learned"), (0.8, 0.1, 0.1)),
     "kd_kind": (SPACE["kd_kind"], (0.61, 0.13, 0.13, 0.13)),
-    "gate": (SPACE["gate"], (0.5, 0.2, 0.3)),
+    "gate": (SPACE["gate"], (0.4, 0.3, 0.3)),
     "learning_rate": (SPACE["learning_rate"], (0.25, 0.5, 0.25)),
     "weight_decay": (SPACE["weight_decay"], (0.15, 0.7, 0.15)),
 }
@@ -53,8 +54,8 @@ def build_prior(
 ) -> int:
     """Runs until the prior has so many rows, and writes it; returns how many it has.
 
-    data: folder with a folder of Parquet files per table. tables: names of those to use; None takes all. output: the
-    Parquet file; beside it, with the suffix .jsonl, lie the rows one by one as they come.
+    data: folder with a folder of Parquet files per table or set of images. tables: names of those to use; None takes
+    all. output: the Parquet file; beside it, with the suffix .jsonl, lie the rows one by one as they come.
     Raises ValueError for unknown tables and fewer than one run.
     """
     folders = table_folders(data)
@@ -106,8 +107,8 @@ def _provenance(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "commit": code_commit(),
         "runs": len(rows),
         "direct_runs_beside": len(settings),
-        "tables": sorted({row["data"] for row in rows}),
-        "teachers": [one["model"] for one in TEACHERS],
+        "data": sorted({row["data"] for row in rows}),
+        "teachers": sorted({one for row in rows for one in row["taught_by"].split(", ")}),
         "judged_on": "validation rows drawn from the training split; the test split is never opened",
         "versions": versions,
         "hardware": hardware,
@@ -128,9 +129,10 @@ def _rows_of_table(folder: Path, seed: int) -> Iterator[dict[str, Any]]:
 def _rows_of_setting(runs: TableRuns, name: str, seed: int, random: np.random.Generator) -> Iterator[dict[str, Any]]:
     """One direct training, and some drawn at random to compare with it."""
     steps, rate = int(random.choice(_STEPS)), float(random.choice(_LEARNING_RATES))
-    heard = sorted(random.choice(len(TEACHERS), size=random.integers(1, len(TEACHERS) + 1), replace=False).tolist())
+    teachers = [one.model for one in runs.recipe.teachers]
+    heard = sorted(random.choice(len(teachers), size=random.integers(1, len(teachers) + 1), replace=False).tolist())
     tree = recipe_tree(runs.recipe)
-    tree["student"]["model"] = str(random.choice(STUDENTS))
+    tree["student"]["model"] = str(random.choice(IMAGE_STUDENTS if runs.images else STUDENTS))
     tree["training"] |= {
         "max_steps": steps,
         "batch_size": _BATCH,
@@ -149,7 +151,7 @@ def _rows_of_setting(runs: TableRuns, name: str, seed: int, random: np.random.Ge
     features |= landmark_features(accuracies, loss, len(runs.parts.class_names), features["mixture_accuracy"])
     about = {
         "student": recipe.student.model,
-        "taught_by": ", ".join(TEACHERS[index]["model"] for index in heard),
+        "taught_by": ", ".join(teachers[index] for index in heard),
         "seed": seed,
         "steps": steps,
         "judged_rows": len(validation),

@@ -1,4 +1,4 @@
-"""Short real runs on one table: its rows and teachers, got once, and students trained from them by the usual trainer.
+"""Short real runs on a table or images: rows and teachers, got once, and students trained by the usual trainer.
 
 For the prior and for judging it. Nothing here opens the test rows unless it is asked to.
 """
@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -35,6 +36,14 @@ TEACHERS: tuple[dict[str, Any], ...] = (
 )
 """Unlike teachers, small enough to be trained for every table anew."""
 
+IMAGE_TEACHERS: tuple[dict[str, Any], ...] = (
+    {"model": "cifar-resnet-14x8", "epochs": 8, "learning_rate": 0.01, "batch_size": 64},
+    {"model": "cifar-resnet-8x8", "epochs": 6, "learning_rate": 0.01, "batch_size": 64},
+    {"model": "sklearn:RandomForestClassifier", "params": {"n_estimators": 60, "min_samples_leaf": 2}},
+    {"model": "sklearn:LogisticRegression", "params": {"max_iter": 100}},
+)
+"""The same for images."""
+
 
 @dataclass
 class Taught:
@@ -54,25 +63,27 @@ class Taught:
 
 
 class TableRuns:
-    """The runs on one table. folder: of Parquet files. place: where teachers and their outputs are kept meanwhile.
+    """The runs on one table, or set of images. folder: of Parquet files. place: where teachers and their outputs are
+    kept meanwhile.
 
     folds: of the scikit-learn teachers; 0 lets them answer rows that they have learned by heart. The sections are the
     recipe's; data and output are filled in.
     """
 
     def __init__(self, folder: Path, place: Path, seed: int, folds: int = 3, **sections: dict[str, Any]) -> None:
-        teachers = [{**one, "folds": folds} if one["model"].startswith("sklearn") else one for one in TEACHERS]
+        self.place, self.images = place, holds_images(folder)
+        chosen = IMAGE_TEACHERS if self.images else TEACHERS
+        teachers = [{**one, "folds": folds} if one["model"].startswith("sklearn") else one for one in chosen]
         tree: dict[str, Any] = {
             "data": {"path": str(folder), "seed": seed, **sections.pop("data", {})},
             "teachers": teachers,
-            "student": {"model": "mlp-16"},
+            "student": {"model": "cifar-resnet-8x4" if self.images else "mlp-16"},
             "chain": {"warm_start": False},  # what is compared is how a student is taught, not where it starts
             "memory": {"use": False},
             "output": {"dir": str(place)},
             **sections,
         }
         tree["training"] = {"seed": seed, **tree.get("training", {})}
-        self.place = place
         self.run = self.make_run(read_recipe(tree, f"the runs on {folder.name}"), place)
 
     @property
@@ -121,6 +132,7 @@ class TableRuns:
             self.parts.validation,
             teachers=teachers,
             guide=self.parts.guide if teachers else None,
+            resumable=False,
         )
         taught = Taught(trained, self.right(trained, judged_on))
         shutil.rmtree(self.place / name)
@@ -139,6 +151,11 @@ def table_folders(data: Path) -> list[Path]:
     if not found:
         raise FileNotFoundError(f"{data} must hold a folder of Parquet files per table, it holds none.")
     return found
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether a column of a folder's Parquet files holds files, as `datasets` stores images."""
+    return any(pa.types.is_struct(column.type) for column in pq.read_schema(next(folder.glob("*.parquet"))))
 
 
 def num_rows(folder: Path, split: str = "train") -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from datasets import ClassLabel, Dataset
+from PIL import Image
 from sklearn.datasets import load_wine
 
 from hf_hpmkd import auto_bench, prior_build
@@ -56,7 +57,7 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from hf_hpmkd import table_runs
 
     few = ({"model": "mlp-8", "epochs": 1}, {"model": "sklearn:LogisticRegression"})
-    for module in (table_runs, prior_build, auto_bench):
+    for module in (table_runs, auto_bench):
         monkeypatch.setattr(module, "TEACHERS", few)
     monkeypatch.setattr(auto_bench, "_HEARD", (0, 1))
     monkeypatch.setattr(auto_bench, "GRID", auto_bench.GRID[:2])
@@ -80,7 +81,7 @@ def test_a_prior_is_built_goes_on_and_is_judged_without_the_judged(tables: Path,
         assert {"landmark_accuracy", "teacher_accuracy", "log_rows", "overfit"} <= set(one.features)
         assert one.noise > 0 and all(-100 <= value <= 100 for value in (*one.early, one.gain))
     about = provenance(prior)
-    assert about["runs"] == 4 and about["direct_runs_beside"] == 2 and about["tables"] == ["red", "white"]
+    assert about["runs"] == 4 and about["direct_runs_beside"] == 2 and about["data"] == ["red", "white"]
     assert str(tmp_path) not in json.dumps(about)
 
     known = []
@@ -108,6 +109,18 @@ def test_unknown_tables_are_told_before_any_work(tables: Path, tmp_path: Path) -
         bench_auto(Settings(tables, tmp_path / "bench", ["green"]))
     with pytest.raises(FileNotFoundError, match="must hold a folder of Parquet files"):
         build_prior(tmp_path / "data" / "red", 1, tmp_path / "prior.parquet")
+
+
+def test_folders_of_images_are_told_from_tables(tables: Path, tmp_path: Path) -> None:
+    from hf_hpmkd.table_runs import TableRuns, holds_images
+
+    pictures = [Image.new("RGB", (8, 8), (20 * index, 0, 0)) for index in range(4)]
+    (tmp_path / "pictures").mkdir()
+    Dataset.from_dict({"image": pictures, "label": [0, 1, 0, 1]}).to_parquet(tmp_path / "pictures" / "train.parquet")
+    assert holds_images(tmp_path / "pictures") and not holds_images(tables / "red")
+    runs = TableRuns(tmp_path / "pictures", tmp_path / "place", seed=0)
+    assert runs.recipe.student.model.startswith("cifar-resnet")
+    assert runs.recipe.teachers[0].model.startswith("cifar-resnet")
 
 
 def test_draws_go_together_and_cover_the_space() -> None:

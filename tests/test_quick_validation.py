@@ -25,7 +25,7 @@ def tree(folder: Path, steps: float = 10, **training: object) -> dict:
         "data": {"path": "sklearn:wine"},
         "teachers": [{"model": "mlp-16", "epochs": 3}, {"model": "sklearn:LogisticRegression", "folds": 0}],
         "student": {"model": "mlp-3"},
-        "auto": {"mode": steps * 0.00501 / 60},
+        "auto": {"mode": steps * 0.01501 / 60},
         "training": {"epochs": 4, "batch_size": 16, "learning_rate": 0.01, "evaluations": 2, **training},
         "memory": {"use": False},
         "output": {"dir": str(folder / "run")},
