@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hf_hpmkd.classifier_training import (
     Schedule,
     Trained,
+    batches_per_step,
     done_file,
     student_schedule,
     train_or_load,
@@ -255,7 +256,7 @@ class Stages:
                     for section, left_out in _NOT_IN_KEY.items()
                 },
                 "schedule": dataclasses.asdict(schedule),
-                "processes": PartialState().num_processes,
+                "processes": batches_per_step(self.run.recipe),
                 "train": [rows.fingerprint, rows.view_key() if self.parts.num_views else None, self.parts.num_views],
                 "guide": self.parts.guide.fingerprint,
                 "validation": self.parts.validation.fingerprint,

@@ -62,9 +62,17 @@ def student_schedule(recipe: Recipe) -> Schedule:
     )
 
 
+def batches_per_step(recipe: Recipe) -> int:
+    """How many of the schedule's batches a step takes: one per process; one in all where the processes are those of a
+    job (`pipeline.processes`), whose result must not depend on them.
+    """
+    processes = PartialState().num_processes
+    return 1 if processes == recipe.pipeline.processes else processes
+
+
 def total_steps(recipe: Recipe, schedule: Schedule, num_rows: int) -> int:
     """Optimizer steps of a training on so many rows."""
-    rows_per_step = schedule.batch_size * recipe.training.gradient_accumulation_steps * PartialState().num_processes
+    rows_per_step = schedule.batch_size * recipe.training.gradient_accumulation_steps * batches_per_step(recipe)
     return schedule.max_steps if schedule.max_steps > 0 else math.ceil(num_rows / rows_per_step) * schedule.epochs
 
 
@@ -81,7 +89,7 @@ def training_arguments(
         output_dir=str(folder / "checkpoints"),
         num_train_epochs=schedule.epochs,
         max_steps=schedule.max_steps,
-        per_device_train_batch_size=schedule.batch_size,
+        per_device_train_batch_size=schedule.batch_size * batches_per_step(recipe) // PartialState().num_processes,
         per_device_eval_batch_size=training.eval_batch_size,
         learning_rate=schedule.learning_rate,
         weight_decay=training.weight_decay,

@@ -47,6 +47,12 @@ class PipelineConfig:
     workers: int | None = Field(
         None, ge=1, description="Jobs at a time; null: one per GPU, without GPUs one per thread of the run."
     )
+    processes: int = Field(
+        1,
+        ge=1,
+        description="Processes of one network's training, as accelerate launch starts them, on as many GPUs, without "
+        "GPUs with the worker's threads shared out. They share a batch.",
+    )
     address: str | None = Field(
         None, min_length=1, description="Ray cluster, as ray.init takes it (auto, HOST:PORT); null starts one here."
     )
@@ -140,8 +146,9 @@ class LocalWorkers:
     """Worker processes on this machine, each with so many threads; to be used as a context.
 
     Each is a loky pool of one process: a worker that dies takes no other with it, and it is known who did what. Threads
-    are limited, not tied to cores, so that two programs do not crowd on the same ones. devices: CUDA devices, shared
-    out in turn; without any, workers see none. Whatever ends this process ends the workers.
+    are limited, not tied to cores, so that two programs do not crowd on the same ones. devices: per worker those it
+    sees, as CUDA_VISIBLE_DEVICES takes them, shared out in turn; without any, workers see none. Whatever ends this
+    process ends the workers.
     """
 
     def __init__(self, count: int, threads: int = 1, devices: Sequence[str] = ()) -> None:
@@ -186,13 +193,19 @@ def _begin(threads: int) -> None:
     # loky 3.7 restarts a worker that has grown by 100 MB, taking it for a leak; ours keep data and models.
     loky.process_executor._USE_PSUTIL = False
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them; the first process ends the others
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    parent = os.getppid()
+    end_when(lambda: os.getppid() != parent)
 
 
-def _end_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(_POLL_SECONDS)
-    os._exit(1)  # killed, the first process could not end this one
+def end_when(is_over: Callable[[], bool]) -> None:
+    """Ends this process, whatever it does, once that holds: a process that was killed could not end its own."""
+
+    def watch() -> None:
+        while not is_over():
+            time.sleep(_POLL_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _ended(job: str, worker: str, called: Called, handed: float, received: float, attempts: int) -> Ended:
@@ -250,11 +263,14 @@ def run_on_ray(
     try:
         remote = ray.remote(_call_on_ray)
         handed = time.time()
+        has_gpus = ray.cluster_resources().get("GPU", 0) > 0
         refs: dict[str, Any] = {}
         for job in graph.jobs.values():
             env = {"env_vars": dict.fromkeys(_THREAD_VARIABLES, str(job.threads))}
-            options: dict[str, Any] = {"num_cpus": job.threads, "max_retries": _ATTEMPTS - 1, "name": job.name}
-            options |= {"num_gpus": 1 if job.device == "cuda" else 0, "memory": job.memory or None, "runtime_env": env}
+            cpus = job.threads * job.processes
+            options: dict[str, Any] = {"num_cpus": cpus, "max_retries": _ATTEMPTS - 1, "name": job.name}
+            gpus = job.processes if has_gpus and job.device != "cpu" else 0
+            options |= {"num_gpus": gpus, "memory": job.memory or None, "runtime_env": env}
             needed = [refs[name] for name in job.needs]
             refs[job.name] = remote.options(**options).remote(do, job.name, log_file(logs, job.name), *needed)
         names = {ref: name for name, ref in refs.items()}

@@ -105,7 +105,9 @@ def run_graph(recipe: Recipe, parts: DataParts) -> Graph:
         model = teachers[task.teacher].model if task.teacher else recipe.student.model
         key = json_digest({"recipe": fingerprint(recipe), "job": task.name})
         kind = f"{task.what} {Path(model).name}"
-        jobs.append(Job(task.name, costs.seconds(task, teachers), tuple(needs), key=key, kind=kind))
+        processes = recipe.pipeline.processes if task.what != "outputs" and not is_sklearn(model) else 1
+        seconds = costs.seconds(task, teachers)
+        jobs.append(Job(task.name, seconds, tuple(needs), key=key, kind=kind, processes=processes))
     return Graph(jobs)
 
 

@@ -278,12 +278,35 @@ def _other_rules(recipe: "Recipe") -> Iterator[Fault]:
             f"pipeline.workers: one process does one job at a time, got {pipeline.workers} workers with engine "
             "in-process. Remove the key, or use engine local.",
         )
+    if pipeline.processes > 1:
+        yield from _process_faults(recipe)
     place = recipe.memory.path
     if place is not None and "://" in place and not re.fullmatch(r"hf://datasets/[\w.-]+/[\w.-]+", place):
         yield (
             ("memory.path",),
             f"memory.path: a shared memory is a dataset repository, hf://datasets/USER/NAME, got {place!r}.",
         )
+
+
+def _process_faults(recipe: "Recipe") -> Iterator[Fault]:
+    """Trainings by several processes, which share every batch."""
+    processes, engine = recipe.pipeline.processes, recipe.pipeline.engine
+    if engine not in ("local", "ray"):
+        yield (
+            ("pipeline.processes", "pipeline.engine"),
+            f"pipeline.processes: engine {engine} starts none, got {processes}. Use engine local or ray, or accelerate "
+            "launch for the whole run.",
+        )
+    batches = {"training.batch_size": recipe.training.batch_size}
+    for index, teacher in enumerate(recipe.teachers):
+        if teacher.batch_size is not None and not is_sklearn(teacher.model):
+            batches[f"teachers.{index}.batch_size"] = teacher.batch_size
+    for key, size in batches.items():
+        if size % processes:
+            yield (
+                (key, "pipeline.processes"),
+                f"{key}: must be a multiple of pipeline.processes, which share a batch, got {size} and {processes}.",
+            )
 
 
 def _name_faults(recipe: "Recipe") -> Iterator[Fault]:

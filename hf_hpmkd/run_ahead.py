@@ -9,6 +9,9 @@ import dataclasses
 import json
 import math
 import os
+import subprocess
+import sys
+import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -62,7 +65,14 @@ def run_ahead(run: Run, parts: DataParts) -> None:
     devices = _devices()
     if config.engine == "in-process" or PartialState().num_processes > 1:
         return
-    count = config.workers or len(devices) or min(threads, _MOST_WORKERS)
+    if devices and config.engine == "local":
+        devices = _groups(devices, config.processes)
+    count = config.workers or len(devices) or max(1, min(threads, _MOST_WORKERS) // config.processes)
+    if not devices and config.engine == "local" and config.processes > max(1, threads // count):
+        raise ValueError(
+            f"pipeline.processes: {config.processes} processes of a job need as many threads, but {count} workers "
+            f"share {threads}. Take fewer workers or processes, or raise OMP_NUM_THREADS."
+        )
     if config.engine == "auto" and (count < 2 or devices):
         return  # nothing to share out, or a GPU that one job at a time may fill
     raw = run_graph(run.recipe, parts).without(_finished(run, parts))
@@ -83,6 +93,16 @@ def _devices() -> list[str]:
     """The CUDA devices that this process sees, as CUDA_VISIBLE_DEVICES names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+
+
+def _groups(devices: list[str], size: int) -> list[str]:
+    """Devices in groups for jobs of so many processes; those left over stay idle."""
+    if len(devices) < size:
+        raise ValueError(
+            f"pipeline.processes: {size} processes of a job need as many GPUs, but {len(devices)} are seen. Take fewer "
+            "processes, or show more in CUDA_VISIBLE_DEVICES."
+        )
+    return [",".join(devices[first : first + size]) for first in range(0, len(devices) - size + 1, size)]
 
 
 def _faster(run: Run, parts: DataParts, graph: Graph, count: int, threads: int) -> str | None:
@@ -119,7 +139,8 @@ def _do(
     run.say(f"Pipeline: {len(graph.jobs)} jobs, {count} workers of {threads} threads ({engine}), {reason}.")
     if run.record.chain is not None and run.record.chain.reason:
         _keep_chain(run.folder, run.record.chain)
-    jobs = RunJobs(json.dumps(recipe_tree(run.recipe)), str(run.folder.absolute()), os.getcwd())
+    launched = tuple(job.name for job in graph.jobs.values() if job.processes > 1)
+    jobs = RunJobs(json.dumps(recipe_tree(run.recipe)), str(run.folder.absolute()), os.getcwd(), launched)
     logs = run.folder / LOGS
     done = 0
 
@@ -209,15 +230,37 @@ def _keep_chain(folder: Path, chain: ChainRecord) -> None:
 @dataclass(frozen=True)
 class RunJobs:
     """The jobs of one run by their names, in whatever process. recipe: its tree as JSON. folder: the run's, absolute.
-    where: the folder that relative paths of the recipe start from.
+    where: the folder that relative paths of the recipe start from. launched: names of those that several processes
+    share.
     """
 
     recipe: str
     folder: str
     where: str
+    launched: tuple[str, ...] = ()
 
     def __call__(self, name: str) -> dict[str, Any]:
+        return self._launch(name) if name in self.launched else self.here(name)
+
+    def here(self, name: str) -> dict[str, Any]:
+        """A job in this process, or its share of one that several do together."""
         return _place(self).do(name)
+
+    def _launch(self, name: str) -> dict[str, Any]:
+        processes = json.loads(self.recipe)["pipeline"]["processes"]
+        threads = max(1, torch.get_num_threads() // processes)
+        with tempfile.TemporaryDirectory() as folder:
+            asked, answer = Path(folder) / "job.json", Path(folder) / "value.json"
+            about = {"jobs": dataclasses.asdict(self), "name": name, "answer": str(answer), "parent": os.getpid()}
+            write_json(asked, about)
+            # Several processes on CPUs, too, are what accelerate calls multi_gpu; port 0 is any that is free.
+            launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}"]
+            launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+            env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            done = subprocess.run([*launch, "-m", "hf_hpmkd.launched_job", str(asked)], cwd=self.where, env=env)
+            if done.returncode or not answer.is_file():
+                raise RuntimeError(f"accelerate launch of {processes} processes ended with {done.returncode}")
+            return json.loads(answer.read_text(encoding="utf-8"))
 
 
 @lru_cache(maxsize=1)
@@ -238,11 +281,12 @@ class _Place:
     """Recipe, data and memory of a run inside a worker. Loaded once, when first needed."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
-        PartialState(cpu=not torch.accelerator.is_available())
+        state = PartialState(cpu=not torch.accelerator.is_available())
         disable_progress_bar()
         stack = ExitStack()
         atexit.register(stack.close)
-        self.run = _WorkerRun(folder, new_record(recipe), stack.enter_context(run_memory(recipe, is_main=True)))
+        memory = stack.enter_context(run_memory(recipe, state.is_main_process))
+        self.run = _WorkerRun(folder, new_record(recipe), memory)
         self.teachers: dict[str, Teacher] = {}
 
     @cached_property
@@ -289,9 +333,10 @@ class _Place:
         chain = build_chain(run, parts, get_teachers(run, parts), build)
         if what == "chain":
             assert run.record.chain is not None
-            _keep_chain(run.folder, run.record.chain)
+            if run.is_main:
+                _keep_chain(run.folder, run.record.chain)
             told = {"curves": run.record.curves, "warnings": run.record.warnings}
-            return {"chain": json.loads(decided.read_text(encoding="utf-8")), **told}
+            return {"chain": plain_values(dataclasses.asdict(run.record.chain), "chain"), **told}
         self.train_student("student", chain.guides if uses_teachers(run.recipe) else [], WarmBuild(build, chain.above))
         return {}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from hf_hpmkd.classifier_training import Schedule, done_file, train_or_load, write_json
+from hf_hpmkd.classifier_training import Schedule, batches_per_step, done_file, train_or_load, write_json
 from hf_hpmkd.classifiers import Classifier, build_classifier
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.kept_classifiers import NOT_IN_KEY, About, Training, making, measure, take
@@ -121,7 +121,7 @@ def _key(model: str, schedule: Schedule, recipe: Recipe, rows: Rows, parts: Data
             "teacher": model,
             "settings": {name: value for name, value in settings.items() if name not in left_out},
             "schedule": dataclasses.asdict(schedule),
-            "processes": PartialState().num_processes,
+            "processes": batches_per_step(recipe),
             "train": [rows.fingerprint, rows.view_key() if parts.num_views else None, parts.num_views],
             "labels": rows.labels.tolist(),
             "validation": parts.validation.fingerprint,

@@ -1,7 +1,10 @@
 """A run whose jobs other processes do ends as the run that does them itself: bit by bit, and with the same record."""
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +19,10 @@ from hf_hpmkd.job_graph import corrected, run_graph, run_tasks
 from hf_hpmkd.memory_records import memory_row
 from hf_hpmkd.model_cost import thread_gain
 from hf_hpmkd.recipe import RecipeError, read_recipe
+from hf_hpmkd.run_ahead import _groups
 from hf_hpmkd.run_record import JobRecord, RunRecord
+
+ROOT = Path(__file__).parents[1]
 
 
 def recipe_tree(folder, **sections):
@@ -92,6 +98,32 @@ def test_workers_change_nothing_in_the_result(tmp_path, alone, workers):
     assert not [job for job in expected.jobs if job.worker != "main"]
 
 
+@pytest.mark.slow
+def test_jobs_of_two_processes_give_what_one_gives(tmp_path, one_thread):
+    """accelerate launch, with the processes sharing each batch: as near as sums in another order are, if the rows fill
+    the batches."""
+    whole = ["data.max_train_rows=96"]
+    words = ["chain.length=1", "pipeline.engine=local", "pipeline.workers=1", "pipeline.processes=2", *whole]
+    alone = tmp_path / "alone"
+    assert distill(alone, "chain.length=1", *whole) == 0
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_tree(tmp_path)))
+    command = [sys.executable, "-m", "hf_hpmkd", "distill", str(tmp_path / "recipe.yaml"), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("student", "direct", "chain/stage-1", "teachers/mlp-16"):
+        mine, expected = (load_file(folder / "run" / name / "model.safetensors") for folder in (tmp_path, alone))
+        for key, value in expected.items():
+            torch.testing.assert_close(mine[key], value, rtol=1e-3, atol=1e-4, msg=f"{name} {key}")
+        steps = [
+            json.loads((folder / "run" / f"{name}.trained.json").read_text())["steps"] for folder in (tmp_path, alone)
+        ]
+        assert steps[0] == steps[1]
+    record = RunRecord.load(tmp_path / "run" / "run_record.json")
+    assert {job.name for job in record.jobs if job.worker != "main"} >= {"train mlp-16", "direct", "chain", "student"}
+    assert (tmp_path / "run" / "logs" / "student.log").stat().st_size > 0
+
+
 def _stop(*words, **options):
     raise KeyboardInterrupt
 
@@ -141,6 +173,13 @@ def digits(*words, teachers=("cifar-resnet-14x8", "sklearn:SVC")):
         "student": {"model": "cifar-resnet-8x4"},
     }
     return read_recipe(tree, "test", words)
+
+
+def test_several_processes_share_trainings_of_networks_alone():
+    jobs = graph_of(digits("pipeline.processes=2", "pipeline.engine=local")).jobs
+    shared = {"train cifar-resnet-14x8", "direct", "student"}
+    assert {name for name, job in jobs.items() if job.processes == 2} == shared
+    assert all(job.processes in (1, 2) for job in jobs.values())
 
 
 def graph_of(recipe):
@@ -212,3 +251,21 @@ def test_settings_that_do_not_go_together_are_told():
         digits("pipeline.engine=local", "pipeline.address=auto")
     with pytest.raises(RecipeError, match="one process does one job at a time, got 2 workers"):
         digits("pipeline.engine=in-process", "pipeline.workers=2")
+    with pytest.raises(RecipeError, match="pipeline.processes: engine in-process starts none, got 2"):
+        digits("pipeline.processes=2")
+    odd = ["pipeline.processes=2", "pipeline.engine=local", "training.batch_size=33", "teachers.0.batch_size=7"]
+    with pytest.raises(RecipeError, match="teachers.0.batch_size: must be a multiple of pipeline.processes") as told:
+        digits(*odd)
+    assert "training.batch_size: must be a multiple of pipeline.processes, which share a batch, got 33 and 2" in str(
+        told.value
+    )
+
+
+def test_processes_need_threads_or_gpus(tmp_path, one_thread, capsys):
+    words = ["pipeline.engine=local", "pipeline.workers=1", "pipeline.processes=2"]
+    assert distill(tmp_path, *words) == 2
+    told = capsys.readouterr().err
+    assert "2 processes of a job need as many threads, but 1 workers share 1." in told
+    assert _groups(["0", "1", "2", "3", "4"], 2) == ["0,1", "2,3"]
+    with pytest.raises(ValueError, match="3 processes of a job need as many GPUs, but 2 are seen"):
+        _groups(["0", "1"], 3)

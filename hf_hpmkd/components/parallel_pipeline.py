@@ -19,7 +19,8 @@ class Job:
     """One piece of work. seconds: estimated, on a worker of speed 1. needs: names of the jobs whose results it takes.
 
     key: what its result depends on, so that a finished one is found by it. kind: jobs whose estimates err alike.
-    threads, memory (bytes) and device ("cpu", "cuda", ...; None: any) are what a worker must offer it.
+    threads, memory (bytes) and device ("cpu", "cuda", ...; None: any) are what a worker must offer it. processes: that
+    share it, each with a device of its own where there are any.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Job:
     threads: int = 1
     memory: int = 0
     device: str | None = None
+    processes: int = 1
 
 
 @dataclass(frozen=True)
