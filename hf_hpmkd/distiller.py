@@ -174,7 +174,7 @@ class Distiller:
         teacher_logits = self.ensemble.taught(calibrated)
         temperature = self.scheduler.temperature
         target = log_mixture(teacher_logits, weights, temperature, standardized=args.kd_kind == "standardized_kl")
-        kd = kd_loss(args.kd_kind, student_logits, target, labels, temperature)
+        kd = self.kd(student_logits, target, labels)
         ce = F.cross_entropy(student_logits, labels, reduction="none", label_smoothing=args.label_smoothing_factor)
         total = args.alpha * kd + (1.0 - args.alpha) * ce
         if args.gate == "joint" and self.ensemble.gate is not None:
@@ -187,6 +187,10 @@ class Distiller:
             head = HeadBatch(features.detach(), student_logits.detach(), labels)
             self._remembered.append(_Remembered(head, teacher_logits.detach(), losses.weights))
         return losses
+
+    def kd(self, student_logits: torch.Tensor, target: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The KD term `(batch,)`. target: log-probabilities of the mixture at the temperature of this step."""
+        return kd_loss(self.args.kd_kind, student_logits, target, labels, self.scheduler.temperature)
 
     def add_loss(self, loss: torch.Tensor) -> None:
         """Adds a micro-batch's share of the step's loss, for the schedules that look at it."""

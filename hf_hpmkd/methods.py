@@ -15,7 +15,7 @@ from hf_hpmkd.recipe import Recipe, RecipeError, read_recipe, recipe_tree
 from hf_hpmkd.recipe_faults import did_you_mean
 
 Heard = Literal["all", "best", "best-network", "peer", "constant", "shuffled", "permuted"]
-Loss = Literal["", "at", "ctkd", "dml", "fitnets"]
+Loss = Literal["", "as-printed", "at", "ctkd", "dml", "fitnets"]
 
 DEFAULT_METHODS = ("direct", "kd-best", "kd-mean", "hpmkd")
 SECTIONS = ("distillation", "chain", "auto", "training")
@@ -107,7 +107,7 @@ METHODS = (
     ),
     Method(
         "paper",
-        "HPM-KD's weights and temperature as printed: gate trained jointly, schedule picked after 10 % of the steps",
+        "HPM-KD's loss as printed: no factor T², gate trained jointly, schedule picked after 10 % of the steps",
         (
             *PLAIN,
             "distillation.gate=joint",
@@ -116,6 +116,7 @@ METHODS = (
             "distillation.temperature_min=2",
             "distillation.temperature_max=6",
         ),
+        loss="as-printed",
     ),
     Method(
         "takd",

@@ -194,6 +194,20 @@ def test_curriculum_temperature_step_by_step(tmp_path, monkeypatch):
     assert trainer.distiller.temperature == pytest.approx(1 + 20 * torch.sigmoid(place).item(), abs=1e-4)
 
 
+def test_the_printed_loss_teaches_less_the_higher_the_temperature(tmp_path):
+    """alpha KL + (1 - alpha) CE, and nothing that makes up for T."""
+    student, teacher, data = tiny_vit(2), tiny_vit(3), TinyImages()
+    mine = copy.deepcopy(student)
+    with torch.no_grad():
+        target = (teacher.eval()(pixel_values=data.pixels).logits / 3).softmax(-1)
+    for _ in range(STEPS):
+        logits = mine(pixel_values=data.pixels).logits
+        kl = (target * (target.log() - (logits / 3).log_softmax(-1))).sum(-1).mean()
+        descend(0.3 * F.cross_entropy(logits, data.labels) + 0.7 * kl, mine)
+    trainer = trained(tmp_path, "as-printed", student, [teacher], alpha=0.7, temperature=3.0)
+    assert close(trainer.model, mine)
+
+
 @pytest.mark.parametrize("name", ["ctkd", "fitnets", "dml", "at"])
 def test_a_resumed_run_ends_the_same(tmp_path, name):
     def run(folder, resume=None):
