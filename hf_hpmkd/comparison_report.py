@@ -17,6 +17,7 @@ from hf_hpmkd.run_record import last_name
 _BASELINE, _OTHER, _REFERENCE = "#0072B2", "#D55E00", "#666666"
 _PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D")
+_SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
@@ -127,18 +128,39 @@ def summary(record: ComparisonRecord) -> str:
     return "\n\n".join([*blocks, "\n".join(meaning)])
 
 
-def collection(records: Sequence[ComparisonRecord], part: str) -> str:
-    """The tables of several comparisons on one part, each under its data and student, and what the methods are."""
-    blocks = []
-    for record in records:
-        student, epochs = record.recipe["student"]["model"], record.recipe["training"]["epochs"]
-        blocks.append(f"**{_data_name(record)}**, {student}, {epochs} epochs:\n\n{table(record, part)}")
+def overview(records: Sequence[ComparisonRecord], part: str) -> str:
+    """Several comparisons side by side: a row per method, a column per data set and student, what the methods are.
+
+    A cell is the accuracy in percent, mean ± standard deviation over the seeds, and in brackets the difference to the
+    record's baseline in points, with * where its corrected p is below 0.05.
+    """
+    columns = [{line.method: line for line in lines(record, part)} for record in records]
+    methods = list(dict.fromkeys(name for column in columns for name in column))
+    header = ["method", *(f"{_data_name(record)}, {record.recipe['student']['model']}" for record in records)]
+    rows = [[name, *(_cell(column.get(name)) for column in columns)] for name in methods]
+    seeds = sorted({line.accuracy.count for column in columns for line in column.values()})
+    counts = " or ".join(str(count) for count in seeds)
+    told = (
+        f"{part.capitalize()} accuracy in percent, mean ± standard deviation over {counts} seeds; in brackets the "
+        f"difference to {' or '.join(sorted({record.baseline for record in records}))} in points, with * where p < "
+        f"{_SIGNIFICANT} (paired t, Holm's correction within a column)."
+    )
     meaning: dict[str, dict[str, list[str]]] = {}  # name -> description -> data
     for record in records:
         for method in record.methods:
             meaning.setdefault(method.name, {}).setdefault(method.description, []).append(_data_name(record))
     listed = "\n".join(f"- `{name}`: {_told(described)}" for name, described in meaning.items())
-    return "\n\n".join([*blocks, listed])
+    return "\n\n".join([markdown(header, rows, left=1), told, listed])
+
+
+def _cell(line: Line | None) -> str:
+    if line is None:
+        return "-"
+    accuracy = _spread(line.accuracy, 100)
+    if line.difference is None:
+        return accuracy
+    mark = "*" if line.p is not None and line.p < _SIGNIFICANT else ""
+    return f"{accuracy} ({100 * line.difference.mean:+.2f}{mark})"
 
 
 def _told(described: dict[str, list[str]]) -> str:
@@ -149,9 +171,14 @@ def _told(described: dict[str, list[str]]) -> str:
 
 
 def show(paths: Sequence[Path], plot: Path | None = None) -> str:
-    """The summaries again, from comparisons' folders or their records alone. plot: where to draw `draw_compression`."""
+    """The summaries again, from comparisons' folders or their records alone; of several also side by side.
+
+    plot: where to draw `draw_compression`.
+    """
     records = [ComparisonRecord.load(path / COMPARISON_FILE if path.is_dir() else path) for path in paths]
     told = [summary(record) for record in records]
+    if len(records) > 1:
+        told.insert(0, overview(records, common_part(records)))
     if plot is not None:
         told.append(f"Drawn into {draw_compression(records, common_part(records), plot)}.")
     return "\n\n".join(told)

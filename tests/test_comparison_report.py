@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from scipy import stats
 
 from hf_hpmkd.comparison_record import ComparisonRecord, Look, MethodRecord, Result, Score
-from hf_hpmkd.comparison_report import collection, draw_compression, draw_plots, lines, summary, table
+from hf_hpmkd.comparison_report import draw_compression, draw_plots, lines, overview, summary, table
 from hf_hpmkd.run_record import TeacherRecord
 
 SEEDS = range(4)
@@ -138,14 +138,29 @@ def test_what_weakens_the_figures_is_said(change, said):
     assert said in summary(record)
 
 
-def test_what_the_methods_are_is_said_once_below_all_tables():
-    text = collection([make(), make([0])], "validation")
-    assert text.count("| direct |") == 2 and text.count("- `direct`: ") == 1
+def test_several_comparisons_side_by_side():
+    other = make()
+    other.results = [one for one in other.results if one.method != "odd"]
+    text = overview([make(), other], "validation")
+    rows = {cells[1].strip(): cells[2:4] for line in text.splitlines() if len(cells := line.split("|")) == 5}
+    kd, base = np.array(SHARES["kd"]), np.array(SHARES["direct"])
+    p = stats.ttest_rel(kd, base).pvalue
+    assert p < 0.05 / 2  # corrected for the two that are compared
+    expected = f" {100 * kd.mean():.2f} ± {100 * kd.std(ddof=1):.2f} ({100 * (kd - base).mean():+.2f}*) "
+    assert rows["kd"] == [expected, expected]
+    assert rows["direct"][0] == f" {100 * base.mean():.2f} ± {100 * base.std(ddof=1):.2f} "
+    assert "*" not in rows["odd"][0] and rows["odd"][1] == " - "
+    assert "over 4 seeds" in text and "difference to direct in points" in text
+
+
+def test_what_the_methods_are_is_said_once_below_all_columns():
+    text = overview([make(), make([0])], "validation")
+    assert text.count("| direct |") == 1 and text.count("- `direct`: ") == 1
     other = make()
     other.parts["path"] = "elsewhere/wine"
     direct = next(method for method in other.methods if method.name == "direct")
     other.methods[other.methods.index(direct)] = dataclasses.replace(direct, description="another")
-    listed = next(line for line in collection([make(), other], "validation").splitlines() if line.startswith("- `dir"))
+    listed = next(line for line in overview([make(), other], "validation").splitlines() if line.startswith("- `dir"))
     assert listed == f"- `direct`: {direct.description} (data); another (wine)"
 
 

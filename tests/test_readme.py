@@ -12,7 +12,8 @@ from hf_hpmkd.bench import bench_table
 from hf_hpmkd.bench_pipeline import pipeline_table
 from hf_hpmkd.cli import build_parser
 from hf_hpmkd.comparison_record import ComparisonRecord
-from hf_hpmkd.comparison_report import collection, table
+from hf_hpmkd.comparison_report import common_part, overview, table
+from hf_hpmkd.comparison_report import summary as comparison_summary
 from hf_hpmkd.recipe import load_recipe
 from hf_hpmkd.run_record import RunRecord
 from hf_hpmkd.run_summary import memory_table, summary
@@ -49,7 +50,11 @@ def test_the_schedules_are_those_of_the_pipeline_record():
 
 def test_the_comparisons_are_those_of_their_records():
     assert COMPARISONS
-    assert block("comparisons") == collection([ComparisonRecord.load(path) for path in COMPARISONS], "validation")
+    records = [ComparisonRecord.load(path) for path in COMPARISONS]
+    assert block("comparisons") == overview(records, common_part(records))
+    text = (ROOT / "model_cards" / "comparisons" / "README.md").read_text(encoding="utf-8")
+    tables = [f"## {path.stem}\n\n{comparison_summary(ComparisonRecord.load(path))}" for path in COMPARISONS]
+    assert text.split("\n\n", 2)[2] == "\n\n".join(tables) + "\n"
 
 
 def test_the_tables_of_the_log_are_those_of_their_records():
