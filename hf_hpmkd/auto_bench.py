@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from matplotlib.figure import Figure
 from transformers.utils.logging import disable_progress_bar
@@ -23,6 +24,7 @@ from hf_hpmkd.classifier_training import student_schedule, train_or_load, write_
 from hf_hpmkd.components.adaptive_configuration import DIRECT, SPACE, Configuration
 from hf_hpmkd.configuration_examples import SCHEMA, prior_row, read_prior, write_prior
 from hf_hpmkd.distill import student_builder
+from hf_hpmkd.kept_student import judge
 from hf_hpmkd.paired_tests import Mean, mean_of
 from hf_hpmkd.quick_validation import configure, is_direct
 from hf_hpmkd.recipe import Recipe, read_recipe, recipe_tree
@@ -107,11 +109,15 @@ def _judge(settings: Settings, folder: Path, seed: int) -> dict[str, Any]:
         runs = TableRuns(folder, Path(place), seed, data=data, training=training, student={"model": settings.student})
         test, validation = runs.parts.test, runs.parts.validation
         methods: dict[str, dict[str, Any]] = {}
+        direct = torch.empty(0)
 
         def taught(configuration: Configuration) -> dict[str, Any]:
+            nonlocal direct
             started = time.perf_counter()
             one = runs.teach(runs.recipe, configuration, _HEARD, test)
             seconds = time.perf_counter() - started
+            if configuration == DIRECT:
+                direct = runs.right(one.trained, validation)
             last = [row["eval_accuracy"] for row in one.trained.curve if "eval_accuracy" in row][-1]
             return {"accuracy": one.accuracy, "validation": last, "seconds": seconds, "chosen": str(configuration)}
 
@@ -123,7 +129,7 @@ def _judge(settings: Settings, folder: Path, seed: int) -> dict[str, Any]:
             prior = Path(place) / "prior.parquet"
             _write_left_out(settings.prior, folder.name, count, seed, prior)
             name = "auto" if count is None else f"auto-{count}"
-            methods[name] = _auto(settings, runs, prior, methods["direct"])
+            methods[name] = _auto(settings, runs, prior, methods["direct"], direct)
         return {
             "data": folder.name,
             "seed": seed,
@@ -145,8 +151,12 @@ def _write_left_out(source: Path | None, table: str, count: int | None, seed: in
     write_prior([prior_row(one, empty) for one in examples], {"left_out": table}, target)
 
 
-def _auto(settings: Settings, runs: TableRuns, prior: Path, direct: dict[str, Any]) -> dict[str, Any]:
-    """The adaptive configuration as `distill` runs it, and what it cost beside one training."""
+def _auto(
+    settings: Settings, runs: TableRuns, prior: Path, direct: dict[str, Any], direct_right: torch.Tensor
+) -> dict[str, Any]:
+    """The adaptive configuration as `distill` runs it, and what it cost beside one training. direct_right: which
+    validation rows the directly trained student answers right; it is kept where it is better there.
+    """
     tree = recipe_tree(runs.recipe)
     tree["auto"] = {"mode": settings.mode, "prior": str(prior), "choose": list(SPACE)}
     with tempfile.TemporaryDirectory() as place:
@@ -180,7 +190,10 @@ def _auto(settings: Settings, runs: TableRuns, prior: Path, direct: dict[str, An
             teachers=teachers,
             guide=runs.parts.guide if teachers else None,
         )
-        return {"accuracy": float(runs.right(trained, runs.parts.test).float().mean()), **about}
+        kept = judge(direct_right, runs.right(trained, runs.parts.validation)).kept
+        if kept == "direct":
+            return {**direct, **about, "kept": kept}
+        return {"accuracy": float(runs.right(trained, runs.parts.test).float().mean()), **about, "kept": kept}
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -218,7 +231,8 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     distilled = [_gain(one, "auto") for one in results if one["methods"]["auto"]["distils"]]
     told = f"Mean gain of auto over direct training, over the sets: {everywhere.mean:+.2f}{_interval(everywhere)} "
     told += "points."
-    told += f" It distilled {len(distilled)} of {len(results)} times"
+    back = sum(one["methods"]["auto"].get("kept") == "direct" for one in results)
+    told += f" It distilled {len(distilled)} of {len(results)} times, and kept the direct student after {back} of them"
     told += f", and gained {100 * np.mean(distilled):+.2f} points where it did." if distilled else "."
     parts.append(told)
     means = ", ".join(f"{method} {np.mean(values):.2f}" for method, values in regrets.items())

@@ -24,9 +24,8 @@ from hf_hpmkd.classifier_training import (
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.components.progressive_chain import from_bits, taught_by, to_bits
 from hf_hpmkd.data import DataParts
-from hf_hpmkd.evaluation import student_logits
 from hf_hpmkd.intermediate_models import Intermediate, build_intermediate, find_intermediates
-from hf_hpmkd.kept_classifiers import NOT_IN_KEY, About, Training, making, take
+from hf_hpmkd.kept_classifiers import NOT_IN_KEY, About, Training, answers_right, making, take
 from hf_hpmkd.recipe import recipe_tree
 from hf_hpmkd.run_context import Run
 from hf_hpmkd.run_record import StageRecord
@@ -39,7 +38,7 @@ STAGE_FILE = "stage.json"
 # What a recipe says that changes nothing in a stage's weights; epochs and seed are in its schedule.
 _NOT_IN_KEY = {
     "training": (*NOT_IN_KEY, "epochs", "seed"),
-    "distillation": ("cache_dir", "direct"),
+    "distillation": ("cache_dir", "direct", "keep"),
 }
 
 
@@ -240,9 +239,8 @@ class Stages:
 
     def right(self, classifier: Classifier) -> torch.Tensor:
         """Which validation rows are answered right, bool `(rows,)`; the main process's answer in all of them."""
-        judged = self.as_teacher("judged", classifier, "judged")
-        logits = student_logits(judged, self.parts.validation, self.run.recipe.training.eval_batch_size)
-        answer = [to_bits(logits.argmax(-1) == self.parts.validation.labels)]
+        size = self.run.recipe.training.eval_batch_size
+        answer = [to_bits(answers_right(classifier, self.parts.validation, size))]
         return from_bits(broadcast_object_list(answer)[0])
 
     def key(self, build: WarmBuild, schedule: Schedule, stages: Sequence[TorchTeacher]) -> str:

@@ -116,6 +116,8 @@ def memory_examples(rows: Iterable[Row]) -> list[Example]:
 def _example_of_run(row: Row) -> Example | None:
     details = json.loads(row["details"])
     accuracy, direct = row["validation_accuracy"], row["direct_validation_accuracy"]
+    if "distilled" in details["models"]:  # the run kept the direct student
+        accuracy = details["models"]["distilled"]["metrics"].get("validation", {}).get("accuracy")
     chain = details.get("chain") or {}
     if accuracy is None or direct is None or not row["validation_rows"] or chain.get("stages"):
         return None

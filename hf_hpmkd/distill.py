@@ -7,6 +7,7 @@
     direct   = the student trained on labels alone, to compare      (classifier_training)
     chain    = intermediate models between them, if they pay        (chain, components.progressive_chain)
     student  = the student trained on the outputs of all of them    (trainer, distiller)
+    keep     = the better of direct and distilled, on validation    (kept_student)
     report   = test opened once; record, table, plots, card         (evaluation, report, model_card)
     memory   = teacher outputs found there, the run added at the end (run_memory)
 
@@ -31,6 +32,7 @@ from hf_hpmkd.data import load_parts
 from hf_hpmkd.evaluation import evaluate_teachers, evaluate_test
 from hf_hpmkd.heads import find_classifier_head
 from hf_hpmkd.hub_store import check_can_push, push_run
+from hf_hpmkd.kept_student import distilled_folder, keep_better
 from hf_hpmkd.metrics import load_metric
 from hf_hpmkd.quick_validation import configure, is_direct
 from hf_hpmkd.recipe import Recipe, fingerprint, recipe_tree
@@ -127,7 +129,7 @@ def _run(run: Run) -> None:
                 build,
                 recipe,
                 student_schedule(recipe),
-                run.folder / name,
+                distilled_folder(run.folder) if name == "student" else run.folder / name,
                 parts.train,
                 parts.validation,
                 num_views=parts.num_views,
@@ -153,6 +155,8 @@ def _run(run: Run) -> None:
     trained["student"] = train_student("student", build_warm, guides, chosen)
     run.keep_start(build_warm.share, build_warm.origin)
     run.keep_weights(trained["student"], guides)
+    if recipe.distillation.keep == "better" and "direct" in trained and not is_direct(recipe, chosen):
+        keep_better(run, parts, trained)
 
     with run.phase("report"):
         classifiers = {name: one.classifier for name, one in trained.items()}

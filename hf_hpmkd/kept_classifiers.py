@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from accelerate import PartialState
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -129,8 +130,13 @@ def take(
 
 def measure(classifier: Classifier, rows: Rows, batch_size: int) -> float:
     """The share of unaugmented rows that it answers right, 0 to 1."""
-    model = TorchTeacher.of("kept", classifier, rows, PartialState().device)
-    return float((student_logits(model, rows, batch_size).argmax(-1) == rows.labels).double().mean())
+    return float(answers_right(classifier, rows, batch_size).double().mean())
+
+
+def answers_right(classifier: Classifier, rows: Rows, batch_size: int) -> torch.Tensor:
+    """Which unaugmented rows it answers right, bool `(rows,)`, on the CPU."""
+    model = TorchTeacher.of("judged", classifier, rows, PartialState().device)
+    return student_logits(model, rows, batch_size).argmax(-1) == rows.labels
 
 
 def _with_weights(classifier: Classifier, folder: Path) -> Classifier:

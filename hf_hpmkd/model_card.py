@@ -149,6 +149,11 @@ def student_name(record: RunRecord) -> str:
     return str(record.recipe.get("student", {}).get("model") or "student")
 
 
+def keeps_direct(record: RunRecord) -> bool:
+    """Whether the run kept the student that was trained on labels alone."""
+    return record.kept is not None and record.kept.kept == "direct"
+
+
 def _start_of_student(record: RunRecord) -> str | None:
     """The Hub id whose weights the student began with, if any."""
     student = record.recipe.get("student", {})
@@ -156,8 +161,9 @@ def _start_of_student(record: RunRecord) -> str | None:
 
 
 def base_models(record: RunRecord) -> list[str]:
-    """Hub ids: what the student's weights began with, then the teachers."""
-    teachers = [hub_id(one.source, one.commit) for one in record.teachers if not one.trained_here]
+    """Hub ids: what the student's weights began with, then the teachers, if it learned from them."""
+    taught = [] if keeps_direct(record) else record.teachers
+    teachers = [hub_id(one.source, one.commit) for one in taught if not one.trained_here]
     return list(dict.fromkeys(name for name in [_start_of_student(record), *teachers] if name))
 
 
@@ -248,14 +254,18 @@ def _opening(record: RunRecord) -> str:
     count = len(record.teachers)
     teachers = "one teacher" if count == 1 else f"{count} teachers"
     name, data = last_name(student_name(record)), last_name(data_name(record))
-    lines = [f"# {name}, distilled from {teachers} on {data}"]
+    alone = keeps_direct(record)
+    lines = [f"# {name}, trained on {data}" if alone else f"# {name}, distilled from {teachers} on {data}"]
     if record.status != "completed":
         lines.append(f"> **This run did not finish (status: {record.status}).** The figures below may be incomplete.")
     kind = f" for {task(record)}" if task(record) else ""
     size = record.models["student"].num_params
     params = f" with {size:,} parameters" if size else ""
     classes = f" It tells {len(record.class_names)} classes apart." if record.class_names else ""
-    lines.append(f"A model{kind}{params}, trained on the outputs of {teachers} with `hf_hpmkd`.{classes}")
+    source = "the labels alone" if alone else f"the outputs of {teachers}"
+    lines.append(f"A model{kind}{params}, trained on {source} with `hf_hpmkd`.{classes}")
+    if alone:
+        lines.append(f"It was also distilled from {teachers}, which made it worse on validation rows.")
     student = record.models["student"]
     best = record.best_teacher()
     retention = report.student_retention(record, student)
@@ -267,6 +277,8 @@ def _opening(record: RunRecord) -> str:
             f"single teacher (`{best.name}`, {best.accuracy['test']:.2%}) on {on}."
         )
     lines.append(f"**{report.verdict(record)}**")
+    if record.kept is not None:
+        lines.append(report.kept_told(record))
     return "\n\n".join(lines)
 
 
@@ -285,7 +297,8 @@ def _reading(record: RunRecord) -> str:
 
 
 def _metrics(record: RunRecord) -> str:
-    models = {name: model for name in ("direct", "student") if (model := record.models.get(name)) is not None}
+    shown = ("direct", "distilled", "student")
+    models = {name: model for name in shown if (model := record.models.get(name)) is not None}
     lines = []
     for part in ("validation", "test"):
         names = dict.fromkeys(name for model in models.values() for name in model.metrics.get(part, {}))

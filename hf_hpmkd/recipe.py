@@ -147,6 +147,11 @@ class DistillationConfig:
         None, description="Folder of the teacher outputs; null: $HPMKD_CACHE or a folder in the Hugging Face home."
     )
     direct: bool = Field(True, description="Also train the student without teachers, for comparison.")
+    keep: Literal["better", "distilled"] = Field(
+        "better",
+        description="The student of the run. better: the directly trained one where it is better on validation rows by "
+        "more than a standard error, else the distilled one.",
+    )
 
 
 @dataclass(config=_STRICT, kw_only=True)

@@ -71,7 +71,7 @@ def rows(record: RunRecord) -> list[Row]:
         accuracy = teacher.accuracy.get("test")
         ratios = record.compression(teacher.num_params), accuracy, record.retention(accuracy)
         found.append(Row(f"teacher {teacher.name}", teacher.num_params, *ratios, teacher.seconds, teacher.latency_ms))
-    for name in sorted(record.models, key=lambda name: {"direct": 1, "student": 2}.get(name, 0)):
+    for name in sorted(record.models, key=lambda name: {"direct": 1, "distilled": 2, "student": 3}.get(name, 0)):
         model = record.models[name]
         ratios = record.compression(model.num_params), model.accuracy(), student_retention(record, model)
         found.append(Row(name, model.num_params, *ratios, model.seconds, model.latency_ms))
@@ -97,7 +97,8 @@ def result_table(record: RunRecord) -> str:
     lines.insert(1, "  ".join("-" * width for width in widths))
     auto = [f"Configuration: {record.auto.reason}."] if record.auto is not None else []
     chain = [f"Chain: {record.chain.reason}"] if record.chain is not None and record.chain.reason else []
-    return "\n".join([*lines, "", *auto, *chain, verdict(record)])
+    kept = [kept_told(record)] if record.kept is not None else []
+    return "\n".join([*lines, "", *auto, *chain, verdict(record), *kept])
 
 
 def markdown_table(record: RunRecord) -> str:
@@ -111,6 +112,16 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], left: int) -
     ruler = [":--" if column < left else "--:" for column in range(len(header))]
     escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ruler, *escaped])
+
+
+def kept_told(record: RunRecord) -> str:
+    """Which student the run kept, in a sentence; "" where there was no choice."""
+    if (kept := record.kept) is None:
+        return ""
+    gain = f"{kept.gain:+.2f} ± {kept.standard_error:.2f} points for the distilled one on {kept.rows:,} validation rows"
+    if kept.kept == "distilled":
+        return f"Kept: the distilled student ({gain})."
+    return f"Kept: the directly trained student ({gain}); the distilled one is in `distilled/`."
 
 
 def auto_section(record: RunRecord) -> str:
@@ -210,7 +221,7 @@ def difference_margin(first: float, second: float, num_rows: int) -> float:
 
 def verdict(record: RunRecord) -> str:
     """One sentence: is the student better than, worse than, or not distinguishable from the directly trained model?"""
-    student, direct = record.models.get("student"), record.models.get("direct")
+    student, direct = record.distilled, record.models.get("direct")
     if student is None:
         return f"The run has no student (status: {record.status})."
     if direct is None:

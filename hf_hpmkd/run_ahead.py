@@ -32,6 +32,7 @@ from hf_hpmkd.data import DataParts, load_parts
 from hf_hpmkd.engines import Ended, LocalWorkers, PipelineConfig, run_jobs, run_on_ray
 from hf_hpmkd.evaluation import capture
 from hf_hpmkd.job_graph import Task, corrected, has_chain, run_graph, run_tasks
+from hf_hpmkd.kept_student import distilled_folder
 from hf_hpmkd.model_cost import operations_per_second, thread_gain, training_flops
 from hf_hpmkd.recipe import Recipe, read_recipe, recipe_tree
 from hf_hpmkd.recipe_rules import is_trained_here, teacher_names, uses_teachers
@@ -207,7 +208,8 @@ def _finished(run: Run, parts: DataParts) -> list[str]:
         elif task.what == "chain":
             there = run.record.chain is not None and bool(run.record.chain.reason)
         else:
-            there = done_file(run.folder / task.what).is_file()
+            folder = distilled_folder(run.folder) if task.what == "student" else run.folder / task.what
+            there = done_file(folder).is_file()
         if there:
             done.append(task.name)
     return done

@@ -64,7 +64,8 @@ class TeacherRecord:
 
 @dataclass
 class ModelRecord:
-    """The student ("student"), or the same model trained without teachers ("direct").
+    """The student that the run kept ("student"), the same model trained without teachers ("direct"), or the distilled
+    one where the run kept the direct one ("distilled").
 
     metrics: part -> metric -> value. retention: test accuracy over that of the best single teacher on the same rows.
     compression: parameters of the largest teacher that has a count, over its own. seconds: of training.
@@ -208,14 +209,31 @@ class AutoRecord:
 
 
 @dataclass
+class KeptRecord:
+    """Which of two students a run kept, by the validation rows that each answered right.
+
+    kept: "distilled" or "direct". gain, standard_error: of the distilled one over the direct one, on the same rows, in
+    points. rows: how many.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    kept: Literal["distilled", "direct"]
+    gain: Number
+    standard_error: Number
+    rows: int
+
+
+@dataclass
 class RunRecord:
     """One distillation.
 
     parts: the provenance of the data; parts["parts"][part]["rows"] is a part's size. curves: run name ("student",
     "direct", a teacher, a stage) -> rows of its log, each with `step`. taught_by: what taught the student, teachers and
     stages of the chain. class_weights: `taught_by x classes`, mean weight of each on the guide rows of each class; a
-    column of zeros is a class without guide rows. auto: None for a run whose recipe is taken as it is, and before it is
-    decided. chain: None before it is decided. seconds: phase -> seconds.
+    column of zeros is a class without guide rows. kept: None for a run without direct training, one that keeps the
+    distilled student anyhow, and before it is decided. auto: None for a run whose recipe is taken as it is, and before
+    it is decided. chain: None before it is decided. seconds: phase -> seconds.
     memory: which one, and what was found in it; {} for a run without. pipeline: who did the jobs, and why; {} for a run
     without workers. jobs: what happened when, an interrupted run's jobs before its last ones.
     events: {"time", "text"}. Times are UTC, ISO 8601.
@@ -240,6 +258,7 @@ class RunRecord:
     curves: dict[str, list[dict[str, Number | None]]] = field(default_factory=dict)
     taught_by: list[str] = field(default_factory=list)
     class_weights: list[list[Number]] | None = None
+    kept: KeptRecord | None = None
     class_names: list[str] = field(default_factory=list)
     seconds: dict[str, Number] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
@@ -249,6 +268,11 @@ class RunRecord:
     events: list[dict[str, str]] = field(default_factory=list)
     error: str | None = None
     format_version: int = FORMAT_VERSION
+
+    @property
+    def distilled(self) -> ModelRecord | None:
+        """The student that learned from the teachers, kept or not; None before it is trained."""
+        return self.models.get("distilled", self.models.get("student"))
 
     def num_rows(self, part: str) -> int | None:
         """Rows of a part; None if the record does not say."""

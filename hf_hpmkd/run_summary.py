@@ -16,6 +16,7 @@ HEADER = (
     "direct training",
     "distilled",
     "gain, points",
+    "student kept",
     "retention",
     "seeds",
 )
@@ -25,7 +26,8 @@ def summary(records: Sequence[RunRecord]) -> str:
     """A Markdown table, a row per recipe: test accuracies as mean ± standard deviation over its seeds.
 
     Runs belong together if their recipes differ in nothing but `training.seed` and where they lie. gain: the mean of
-    the paired differences, distilled minus direct, ± their standard deviation. A dash stands for what was not measured.
+    the paired differences, distilled minus direct, ± their standard deviation. student kept, retention: of the one that
+    validation rows chose. A dash stands for what was not measured.
     Raises ValueError if a record is not of a completed run.
     """
     groups: dict[str, list[RunRecord]] = {}
@@ -70,10 +72,12 @@ def _line(group: Sequence[RunRecord]) -> list[str]:
     first = group[0]
     best = [teacher.accuracy["test"] for record in group if (teacher := record.best_teacher()) is not None]
     students = [record.models["student"] for record in group]
-    distilled = [accuracy for student in students if (accuracy := student.accuracy()) is not None]
+    kept = [accuracy for student in students if (accuracy := student.accuracy()) is not None]
+    taught = [one.accuracy() for record in group if (one := record.distilled) is not None]
+    distilled = [accuracy for accuracy in taught if accuracy is not None]
     pairs = [
-        (student.accuracy(), direct.accuracy())
-        for student, record in zip(students, group, strict=True)
+        (accuracy, direct.accuracy())
+        for accuracy, record in zip(taught, group, strict=True)
         if (direct := record.models.get("direct")) is not None
     ]
     bases = [base for _, base in pairs if base is not None]
@@ -90,6 +94,7 @@ def _line(group: Sequence[RunRecord]) -> list[str]:
         _spread(bases),
         _spread(distilled),
         _spread(gains, sign="+"),
+        _spread(kept),
         "-" if not retention else f"{statistics.mean(retention):.1%}",
         ", ".join(str(record.seed) for record in sorted(group, key=lambda record: record.seed)),
     ]

@@ -1,0 +1,66 @@
+"""Which student a run keeps: the distilled one, unless the same model trained on labels alone is surely better.
+
+Soft targets can hurt, most of all students that cannot even fit the labels. The direct training is there to compare
+with, so its student may take the place of the other; validation rows decide, and test rows stay closed.
+"""
+
+import dataclasses
+import math
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from hf_hpmkd.classifier_training import Trained, copy_training, done_file
+from hf_hpmkd.data import DataParts
+from hf_hpmkd.kept_classifiers import answers_right
+from hf_hpmkd.run_context import Run
+from hf_hpmkd.run_record import KeptRecord
+
+DISTILLED = "distilled"
+
+
+def judge(direct: torch.Tensor, distilled: torch.Tensor) -> KeptRecord:
+    """Which of two to keep, by the rows that each answered right, bool `(rows,)`, at least one.
+
+    The direct one only where it is better by more than a standard error of the paired difference.
+    """
+    difference = distilled.double() - direct.double()
+    gain = float(difference.mean())
+    error = float(difference.std(correction=0)) / math.sqrt(len(difference))
+    kept = "direct" if gain < -error else "distilled"
+    return KeptRecord(kept, round(100 * gain, 4), round(100 * error, 4), len(difference))  # type: ignore[arg-type]
+
+
+def distilled_folder(folder: Path) -> Path:
+    """Where a run's distilled student is trained: `student`, or `distilled` once another has taken its place."""
+    moved = folder / DISTILLED
+    return moved if done_file(moved).is_file() else folder / "student"
+
+
+def keep_better(run: Run, parts: DataParts, trained: dict[str, Trained]) -> None:
+    """Keeps the better of `direct` and `student`; where it is the first, the second becomes `distilled`."""
+    rows, size = parts.validation, run.recipe.training.eval_batch_size
+    right = [answers_right(trained[name].classifier, rows, size) for name in ("direct", "student")]
+    run.record.kept = kept = broadcast_object_list([judge(*right)])[0]
+    if kept.kept == "distilled":
+        return
+    if run.is_main:
+        _exchange(run.folder)
+    PartialState().wait_for_everyone()
+    trained[DISTILLED], trained["student"] = trained["student"], trained["direct"]
+    models = run.record.models
+    models[DISTILLED] = dataclasses.replace(models["student"], name=DISTILLED)
+    models["student"] = dataclasses.replace(models["direct"], name="student")
+
+
+def _exchange(folder: Path) -> None:
+    """Stopped anywhere, it can be done again."""
+    student = folder / "student"
+    if distilled_folder(folder) == student:
+        copy_training(student, folder / DISTILLED)
+    done_file(student).unlink(missing_ok=True)
+    shutil.rmtree(student, ignore_errors=True)
+    copy_training(folder / "direct", student)
