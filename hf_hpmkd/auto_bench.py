@@ -30,7 +30,7 @@ from hf_hpmkd.quick_validation import configure, is_direct
 from hf_hpmkd.recipe import Recipe, read_recipe, recipe_tree
 from hf_hpmkd.recipe_rules import uses_teachers
 from hf_hpmkd.report import markdown
-from hf_hpmkd.run_record import code_commit, environment
+from hf_hpmkd.run_environment import code_commit, environment
 from hf_hpmkd.table_runs import TEACHERS, TableRuns, spare_time, table_folders
 
 FIXED = Configuration(alpha=0.9, temperature=4.0)
@@ -209,7 +209,7 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
         of_set = [one for one in results if one["data"] == name]
         gain = mean_of([100 * _gain(one, "auto") for one in of_set])
         gains.append(gain.mean)
-        count = sum(one["methods"]["auto"]["distils"] for one in of_set)
+        count = sum(_distils(one) for one in of_set)
         found = _regrets(of_set)
         for method, value in found.items():
             regrets.setdefault(method, []).append(value)
@@ -228,11 +228,12 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     header = ["data", "seeds", "direct, %", "fixed, points", "auto, points", "distilled"]
     parts = [markdown([*header, *(f"regret {method}" for method in methods)], lines, left=1)]
     everywhere = mean_of(gains)
-    distilled = [_gain(one, "auto") for one in results if one["methods"]["auto"]["distils"]]
+    distilled = [_gain(one, "auto") for one in results if _distils(one)]
     told = f"Mean gain of auto over direct training, over the sets: {everywhere.mean:+.2f}{_interval(everywhere)} "
     told += "points."
     back = sum(one["methods"]["auto"].get("kept") == "direct" for one in results)
-    told += f" It distilled {len(distilled)} of {len(results)} times, and kept the direct student after {back} of them"
+    told += f" It distilled {len(distilled)} of {len(results)} times"
+    told += f", {back} more were given up for the direct student" if back else ""
     told += f", and gained {100 * np.mean(distilled):+.2f} points where it did." if distilled else "."
     parts.append(told)
     means = ", ".join(f"{method} {np.mean(values):.2f}" for method, values in regrets.items())
@@ -242,6 +243,12 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     most = f"{np.mean(deciding):.1f} s (at most {max(deciding):.1f})"
     parts.append(f"Tries took {np.mean(seconds):.1f} s a run, deciding {most}.")
     return "\n\n".join(parts)
+
+
+def _distils(one: dict[str, Any]) -> bool:
+    """Whether the student that was kept is a distilled one."""
+    auto = one["methods"]["auto"]
+    return auto["distils"] and auto.get("kept") != "direct"
 
 
 def _gain(one: dict[str, Any], method: str) -> float:

@@ -22,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.report import markdown
-from hf_hpmkd.run_record import code_commit, environment
+from hf_hpmkd.run_environment import code_commit, environment
 from hf_hpmkd.tasks.base import UNAUGMENTED, FedDataset
 from hf_hpmkd.tasks.images import Augmentation, ImageRows
 from hf_hpmkd.teacher_cache import TeacherCache

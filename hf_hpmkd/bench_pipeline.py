@@ -20,7 +20,8 @@ from hf_hpmkd.components.parallel_pipeline import Graph, Job, equal_workers, sim
 from hf_hpmkd.plan_schedule import estimated_graph, scaling
 from hf_hpmkd.recipe import load_recipe
 from hf_hpmkd.report import markdown
-from hf_hpmkd.run_record import RECORD_FILE, RunRecord, code_commit, environment
+from hf_hpmkd.run_environment import code_commit, environment
+from hf_hpmkd.run_record import RECORD_FILE, RunRecord
 
 GRAPHS = 1_000
 SCALING = (1, 2, 4, 8, 64)

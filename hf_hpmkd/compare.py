@@ -26,7 +26,7 @@ from hf_hpmkd.distill import check_student, student_builder
 from hf_hpmkd.evaluation import evaluate_teachers, teacher_logits
 from hf_hpmkd.methods import Method, method_recipe, with_overrides
 from hf_hpmkd.recipe import Recipe, fingerprint, read_recipe, recipe_tree
-from hf_hpmkd.run_record import code_commit, environment
+from hf_hpmkd.run_environment import code_commit, environment
 from hf_hpmkd.tuning import TUNING_SEED, trials
 
 _LOCK = ".lock"

@@ -39,8 +39,9 @@ from hf_hpmkd.quick_validation import configure
 from hf_hpmkd.recipe import Recipe, fingerprint, read_recipe, recipe_tree
 from hf_hpmkd.recipe_rules import is_trained_here, uses_teachers
 from hf_hpmkd.run_context import Run, new_record
+from hf_hpmkd.run_environment import code_commit, environment
 from hf_hpmkd.run_memory import RunMemory, run_memory
-from hf_hpmkd.run_record import RECORD_FILE, ChainRecord, RunRecord, code_commit, environment
+from hf_hpmkd.run_record import RECORD_FILE, ChainRecord, RunRecord
 from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.teacher_cache import TeacherCache
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher

@@ -39,9 +39,10 @@ from hf_hpmkd.recipe import Recipe, fingerprint, recipe_tree
 from hf_hpmkd.recipe_rules import is_trained_here, uses_teachers
 from hf_hpmkd.run_ahead import run_ahead
 from hf_hpmkd.run_context import Run, new_record
+from hf_hpmkd.run_environment import code_commit
 from hf_hpmkd.run_folder import claim
 from hf_hpmkd.run_memory import run_memory
-from hf_hpmkd.run_record import RECORD_FILE, ModelRecord, code_commit
+from hf_hpmkd.run_record import RECORD_FILE, ModelRecord
 from hf_hpmkd.run_steps import get_teachers, student_builder
 from hf_hpmkd.teacher_kinds import Teacher
 

@@ -10,8 +10,8 @@ from hf_hpmkd.job_graph import corrected, run_graph
 from hf_hpmkd.recipe import Recipe
 from hf_hpmkd.recipe_rules import is_trained_here
 from hf_hpmkd.report import markdown
+from hf_hpmkd.run_environment import environment
 from hf_hpmkd.run_memory import open_memory
-from hf_hpmkd.run_record import environment
 
 _LONGEST_LIST = 40
 

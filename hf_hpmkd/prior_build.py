@@ -24,7 +24,7 @@ from hf_hpmkd.losses import LEGAL_SCHEDULES
 from hf_hpmkd.meta_features import LANDMARK, landmark_features
 from hf_hpmkd.quick_validation import landmark_loss
 from hf_hpmkd.recipe import read_recipe, recipe_tree
-from hf_hpmkd.run_record import code_commit, environment
+from hf_hpmkd.run_environment import code_commit, environment
 from hf_hpmkd.table_runs import TableRuns, num_rows, spare_time, table_folders
 
 STUDENTS = ("mlp-4", "mlp-8", "mlp-16", "mlp-32", "mlp-64", "mlp-16x16")

@@ -138,19 +138,15 @@ class DistillationConfig:
         0.0, ge=0, description="Weight of matching the teachers' features; above 0 needs teacher_outputs live."
     )
     teacher_outputs: Literal["full", "topk", "live"] = Field(
-        "full",
-        description="full: computed once, kept on disk, all classes; topk: the same, largest topk only; live: teachers "
-        "run in the loop.",
+        "full", description="full: computed once and kept; topk: the largest of each row; live: run in the loop."
     )
     topk: int | None = Field(None, ge=1, description="Classes kept per row with teacher_outputs topk.")
     cache_dir: str | None = Field(
-        None, description="Folder of the teacher outputs; null: $HPMKD_CACHE or a folder in the Hugging Face home."
+        None, description="Folder of teacher outputs; null: $HPMKD_CACHE or in the Hugging Face home."
     )
     direct: bool = Field(True, description="Also train the student without teachers, for comparison.")
     keep: Literal["better", "distilled"] = Field(
-        "better",
-        description="The student of the run. better: the directly trained one where it is better on validation rows by "
-        "more than a standard error, else the distilled one.",
+        "better", description="The student: better keeps the direct one where it surely is, on validation rows."
     )
 
 

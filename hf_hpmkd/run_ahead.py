@@ -37,8 +37,9 @@ from hf_hpmkd.model_cost import operations_per_second, thread_gain, training_flo
 from hf_hpmkd.recipe import Recipe, read_recipe, recipe_tree
 from hf_hpmkd.recipe_rules import is_trained_here, teacher_names, uses_teachers
 from hf_hpmkd.run_context import Run, new_record
+from hf_hpmkd.run_environment import environment
 from hf_hpmkd.run_memory import RunMemory, run_memory
-from hf_hpmkd.run_record import ChainRecord, JobRecord, environment, plain_values
+from hf_hpmkd.run_record import ChainRecord, JobRecord, plain_values
 from hf_hpmkd.run_steps import get_teachers, load, student_builder, train
 from hf_hpmkd.teacher_cache import Tally
 from hf_hpmkd.teacher_kinds import Teacher

@@ -13,8 +13,9 @@ from hf_hpmkd.data import DataParts
 from hf_hpmkd.model_card import write_card
 from hf_hpmkd.recipe import Recipe, TeacherConfig, fingerprint, recipe_tree
 from hf_hpmkd.recipe_rules import is_trained_here
+from hf_hpmkd.run_environment import environment
 from hf_hpmkd.run_memory import RunMemory
-from hf_hpmkd.run_record import RECORD_FILE, JobRecord, RunRecord, Status, TeacherRecord, environment
+from hf_hpmkd.run_record import RECORD_FILE, JobRecord, RunRecord, Status, TeacherRecord
 from hf_hpmkd.teacher_kinds import Teacher
 
 

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "hf_hpmkd"
 # From the bottom up; inside a level from left to right. A file may import what stands before it, nothing else. A folder
 # (tasks, models, metrics, components) is one word; what its files do among themselves is their matter, save components.
 LEVELS = (
-    ("losses", "heads", "paired_tests", "meta_features", "run_record", "memory_records", "memory_files", "hub_client",
-     "tasks", "models", "metrics"),
+    ("losses", "heads", "paired_tests", "meta_features", "run_environment", "run_record", "memory_records",
+     "memory_files", "hub_client", "tasks", "models", "metrics"),
     ("components", "engines", "configuration_examples", "training_args", "dataset_rows", "data_source", "data",
      "model_names", "classifiers", "model_shapes", "intermediate_models", "warm_start", "model_cost"),
     (
@@ -38,6 +38,7 @@ ONLY = {
     "heads": set(),
     "paired_tests": set(),
     "meta_features": set(),
+    "run_environment": set(),
     "run_record": set(),
     "tasks": set(),
     "models": set(),

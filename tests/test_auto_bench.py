@@ -43,6 +43,14 @@ def test_a_worse_cell_on_validation_rows_is_not_found_by_random_search() -> None
     assert "random 10.00" in text and "It distilled 0 of 1 times." in text
 
 
+def test_a_distilled_student_that_was_given_up_counts_as_none() -> None:
+    given_up = result("a", 1, 0.80, 0.80, [(0.80, 0.9), (0.90, 0.5)])
+    given_up["methods"]["auto"] |= {"distils": True, "kept": "direct"}
+    text = summary([result("a", 0, 0.80, 0.84, [(0.80, 0.9), (0.90, 0.5)]), given_up])
+    assert "| 1 of 2 |" in text
+    assert "It distilled 1 of 2 times, 1 more were given up for the direct student, and gained +4.00 points" in text
+
+
 @pytest.fixture
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two tables of ours, and what makes a run on them short."""
@@ -94,6 +102,7 @@ def test_a_prior_is_built_goes_on_and_is_judged_without_the_judged(tables: Path,
     found = json.loads((tmp_path / "bench" / "red-0.json").read_text())
     assert set(found["methods"]) == {"direct", "fixed", "auto"} and len(found["grid"]) == 2
     assert found["methods"]["auto"]["deciding_seconds"] > 0
+    assert ("kept" in found["methods"]["auto"]) == found["methods"]["auto"]["distils"]
     before = (tmp_path / "bench" / "red-0.json").stat().st_mtime_ns
     bench_auto(settings, say=said.append)
     assert (tmp_path / "bench" / "red-0.json").stat().st_mtime_ns == before

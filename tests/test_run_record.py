@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_hpmkd import run_record
-from hf_hpmkd.run_record import ModelRecord, RunRecord, TeacherRecord, environment, hide_paths
+from hf_hpmkd.run_environment import environment
+from hf_hpmkd.run_record import ModelRecord, RunRecord, TeacherRecord, hide_paths
 
 # A file of format 1, as written. It stays as it is: later versions must go on reading it.
 FORMAT_1 = """{
@@ -203,4 +203,4 @@ def test_gpu_names_are_told(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda index: f"GPU {index}")
-    assert run_record.environment()[1]["gpus"] == ["GPU 0", "GPU 1"]
+    assert environment()[1]["gpus"] == ["GPU 0", "GPU 1"]

@@ -49,6 +49,7 @@ def test_means_and_deviations_over_the_seeds():
         f"{100 * statistics.mean(direct):.2f} ± {100 * statistics.stdev(direct):.2f}",
         f"{100 * statistics.mean(student):.2f} ± {100 * statistics.stdev(student):.2f}",
         f"{statistics.mean(gains):+.2f} ± {statistics.stdev(gains):.2f}",
+        f"{100 * statistics.mean(student):.2f} ± {100 * statistics.stdev(student):.2f}",
         f"{statistics.mean(student) / 0.9:.1%}",
         "0, 1, 2",
     ]
