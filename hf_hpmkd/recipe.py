@@ -141,9 +141,7 @@ class DistillationConfig:
         "full", description="full: computed once and kept; topk: the largest of each row; live: run in the loop."
     )
     topk: int | None = Field(None, ge=1, description="Classes kept per row with teacher_outputs topk.")
-    cache_dir: str | None = Field(
-        None, description="Folder of teacher outputs; null: $HPMKD_CACHE or in the Hugging Face home."
-    )
+    cache_dir: str | None = Field(None, description="Folder of teacher outputs; null: $HPMKD_CACHE or the memory's.")
     direct: bool = Field(True, description="Also train the student without teachers, for comparison.")
     keep: Literal["better", "distilled"] = Field(
         "better", description="The student: better keeps the direct one where it surely is, on validation rows."
