@@ -69,9 +69,7 @@ class TeacherConfig:
     labels: list[str] | None = Field(
         None, description="Class names in the order of the teacher's outputs, where its config does not say them."
     )
-    epochs: int | None = Field(
-        None, ge=1, description="Epochs of a network trained on the spot; null takes training.epochs."
-    )
+    epochs: int | None = Field(None, ge=1, description="Epochs of a network trained on the spot; null: the student's.")
     learning_rate: float | None = Field(
         None, gt=0, description="Learning rate of a network trained on the spot; null takes training.learning_rate."
     )
@@ -83,6 +81,9 @@ class TeacherConfig:
         ge=0,
         description="Teachers trained on the spot: the training rows are answered by that many models, each trained "
         "without the rows it answers; 0 uses the one model trained on all. null: 5 for scikit-learn, 0 for networks.",
+    )
+    precision: Literal["fp32", "bf16", "fp16"] | None = Field(
+        None, description="Weights and arithmetic of a network that is loaded; null: those of its file."
     )
     license: str | None = Field(None, description="Licence of the teacher's weights, for the card.")
     trusted_types: list[str] = Field(

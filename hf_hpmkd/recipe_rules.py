@@ -122,6 +122,7 @@ def _teacher_rules(at: str, teacher: "TeacherConfig") -> Iterator[Fault]:
         ("batch_size", network_here, "is for networks trained on the spot"),
         ("folds", is_trained_here(teacher.model), "is for teachers trained on the spot"),
         ("labels", not is_trained_here(teacher.model), "is for teachers that are loaded"),
+        ("precision", kind in ("hub", "timm", "safetensors"), "is for networks that are loaded"),
         ("revision", kind in ("hub", "timm"), "is for teachers from the Hub"),
         ("trust_remote_code", kind == "hub", "is for teachers from the Hub"),
         ("trusted_types", kind == "skops", "is for .skops files"),

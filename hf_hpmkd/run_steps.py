@@ -17,6 +17,7 @@ from hf_hpmkd.teacher_training import train_teacher
 from hf_hpmkd.teachers import load_teacher
 
 _CHECKED_ROWS = 64
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def student_builder(recipe: Recipe, parts: DataParts) -> StudentBuilder:
@@ -59,6 +60,7 @@ def load(run: Run, name: str, config: TeacherConfig, parts: DataParts) -> Teache
         trust_remote_code=config.trust_remote_code,
         trusted_types=config.trusted_types,
         device=run.device,
+        dtype=_DTYPES.get(config.precision or ""),
     )
     few = torch.arange(min(_CHECKED_ROWS, len(parts.guide)))
     check_teacher(teacher, teacher.logits(parts.guide, few).cpu(), parts.guide.labels[few])

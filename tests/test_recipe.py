@@ -188,6 +188,7 @@ def test_message_counts_the_faults_and_names_the_source() -> None:
         ("teachers.0.params={a: 1}", "teachers.0.params: is for sklearn: teachers"),
         ("teachers.1.model=sklearn:RandomForest", "Did you mean `RandomForestClassifier`?"),
         ("teachers.1.epochs=3", "teachers.1.epochs: is for networks trained on the spot"),
+        ("teachers.1.precision=bf16", "teachers.1.precision: is for networks that are loaded"),
         ("teachers.0.labels=[a]", "teachers.0.labels: is for teachers that are loaded"),
         ("teachers.0.name=a/b", "teachers.0.name: must be text of the form"),
         ("teachers.5.name=a", "`teachers` is a list of 2, so the next word must be a position from 0 to 1, got '5'"),
