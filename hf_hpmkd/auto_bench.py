@@ -1,4 +1,5 @@
-"""`hpmkd bench auto`: is the adaptive configuration worth it? Judged leave-one-dataset-out on the test rows of tables.
+"""`hpmkd bench auto`: is the adaptive configuration worth it? Judged on the test rows of tables or images,
+leave-one-dataset-out.
 
 Per table and seed, the same teachers, rows, weights and steps for all: direct training, the usual fixed setting, every
 cell of a grid, random search and the adaptive configuration, whose prior has not seen the table. Each pair of table and
@@ -47,7 +48,8 @@ _HEARD = tuple(range(len(TEACHERS)))
 @dataclass(frozen=True)
 class Settings:
     """data: folder with a folder of Parquet files per table. tables: None takes all. most_rows: training rows that a
-    table keeps. records: numbers of prior runs that the adaptive configuration may know; None is all.
+    table keeps. student: None takes a small one for tables, another for images. records: numbers of prior runs that the
+    adaptive configuration may know; None is all.
     """
 
     data: Path
@@ -56,7 +58,7 @@ class Settings:
     seeds: int = 3
     mode: str = "fast"
     prior: Path | None = None
-    student: str = "mlp-16"
+    student: str | None = None
     most_rows: int = 4_000
     epochs: int = 15
     records: Sequence[int | None] = (None,)
@@ -106,7 +108,10 @@ def _judge(settings: Settings, folder: Path, seed: int) -> dict[str, Any]:
     data = {"max_train_rows": settings.most_rows, "guide_size": 0.1, "validation_size": 0.2}
     training = {"epochs": settings.epochs, "batch_size": 64, "learning_rate": 0.003}
     with tempfile.TemporaryDirectory() as place:
-        runs = TableRuns(folder, Path(place), seed, data=data, training=training, student={"model": settings.student})
+        sections: dict[str, dict[str, Any]] = {"data": data, "training": training}
+        if settings.student is not None:
+            sections["student"] = {"model": settings.student}
+        runs = TableRuns(folder, Path(place), seed, **sections)
         test, validation = runs.parts.test, runs.parts.validation
         methods: dict[str, dict[str, Any]] = {}
         direct = torch.empty(0)
