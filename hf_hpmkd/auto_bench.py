@@ -108,10 +108,8 @@ def _judge(settings: Settings, folder: Path, seed: int) -> dict[str, Any]:
     data = {"max_train_rows": settings.most_rows, "guide_size": 0.1, "validation_size": 0.2}
     training = {"epochs": settings.epochs, "batch_size": 64, "learning_rate": 0.003}
     with tempfile.TemporaryDirectory() as place:
-        sections: dict[str, dict[str, Any]] = {"data": data, "training": training}
-        if settings.student is not None:
-            sections["student"] = {"model": settings.student}
-        runs = TableRuns(folder, Path(place), seed, **sections)
+        student = {"model": settings.student} if settings.student else {}
+        runs = TableRuns(folder, Path(place), seed, data=data, training=training, student=student)
         test, validation = runs.parts.test, runs.parts.validation
         methods: dict[str, dict[str, Any]] = {}
         direct = torch.empty(0)

@@ -77,7 +77,7 @@ class TableRuns:
         tree: dict[str, Any] = {
             "data": {"path": str(folder), "seed": seed, **sections.pop("data", {})},
             "teachers": teachers,
-            "student": {"model": "cifar-resnet-8x4" if self.images else "mlp-16"},
+            "student": {"model": "cifar-resnet-8x4" if self.images else "mlp-16", **sections.pop("student", {})},
             "chain": {"warm_start": False},  # what is compared is how a student is taught, not where it starts
             "memory": {"use": False},
             "output": {"dir": str(place)},
