@@ -1,5 +1,6 @@
 """A comparison's record to tables and figures. Reads the record alone; opens no model and no data."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hf_hpmkd.comparison_record import COMPARISON_FILE, ComparisonRecord, Result
-from hf_hpmkd.paired_tests import Mean, holm, mcnemar, mean_of, paired_t
+from hf_hpmkd.paired_tests import Mean, holm, mcnemar, mean_of, paired_t, surely_better
 from hf_hpmkd.report import markdown
 from hf_hpmkd.run_record import last_name
 
@@ -18,6 +19,10 @@ _BASELINE, _OTHER, _REFERENCE = "#0072B2", "#D55E00", "#666666"
 _PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D")
 _SIGNIFICANT = 0.05
+
+KEPT = "kept"
+"""What a run leaves: `hpmkd`, or `direct` where it is surely better on validation rows (`distillation.keep`)."""
+_KEPT_TOLD = "of hpmkd and direct the one that a run keeps, chosen on validation rows; seconds of both"
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,10 @@ class Line:
 
 
 def lines(record: ComparisonRecord, part: str) -> list[Line]:
-    """One line per method that has results on a part, the baseline first, then in the order of the record."""
-    results = {method.name: _measured(record, method.name, part) for method in record.methods}
+    """One line per method that has results on a part, the baseline first, then in the order of the record, then `KEPT`
+    where both that it chooses from are there.
+    """
+    results = {name: _measured(record, name, part) for name in (*(method.name for method in record.methods), KEPT)}
     names = sorted((name for name in results if results[name]), key=lambda name: name != record.baseline)
     base = results.get(record.baseline, {})
     p_values, by_rows = [], []
@@ -69,7 +76,22 @@ def lines(record: ComparisonRecord, part: str) -> list[Line]:
 
 
 def _measured(record: ComparisonRecord, method: str, part: str) -> dict[int, Result]:
+    if method == KEPT:
+        return {seed: one for seed, one in _kept(record).items() if part in one.scores}
     return {seed: one for seed, one in record.of_method(method).items() if part in one.scores}
+
+
+def _kept(record: ComparisonRecord) -> dict[int, Result]:
+    """By seed the student that a run would keep; its seconds are those of both trainings."""
+    direct, distilled = record.of_method("direct"), record.of_method("hpmkd")
+    found = {}
+    for seed in direct.keys() & distilled.keys():
+        one, other = direct[seed], distilled[seed]
+        rights = [result.scores["validation"].right().tolist() for result in (one, other)]
+        chosen = one if surely_better(rights[0], rights[1])[0] else other
+        seconds = None if one.seconds is None or other.seconds is None else one.seconds + other.seconds
+        found[seed] = dataclasses.replace(chosen, method=KEPT, seconds=seconds)
+    return dict(sorted(found.items()))
 
 
 def _accuracy(result: Result, part: str) -> float:
@@ -125,6 +147,8 @@ def summary(record: ComparisonRecord) -> str:
     if any("test" in one.scores for one in record.results):
         blocks.insert(1, table(record, "test"))
     meaning = [f"- {m.name}: {m.description}" for m in record.methods]
+    if _kept(record):
+        meaning.append(f"- {KEPT}: {_KEPT_TOLD}")
     return "\n\n".join([*blocks, "\n".join(meaning)])
 
 
@@ -149,6 +173,8 @@ def overview(records: Sequence[ComparisonRecord], part: str) -> str:
     for record in records:
         for method in record.methods:
             meaning.setdefault(method.name, {}).setdefault(method.description, []).append(_data_name(record))
+        if _kept(record):
+            meaning.setdefault(KEPT, {}).setdefault(_KEPT_TOLD, []).append(_data_name(record))
     listed = "\n".join(f"- `{name}`: {_told(described)}" for name, described in meaning.items())
     return "\n\n".join([markdown(header, rows, left=1), told, listed])
 

@@ -5,7 +5,6 @@ with, so its student may take the place of the other; validation rows decide, an
 """
 
 import dataclasses
-import math
 import shutil
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from hf_hpmkd.classifier_training import Trained, copy_training, done_file
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.kept_classifiers import answers_right
+from hf_hpmkd.paired_tests import surely_better
 from hf_hpmkd.run_context import Run
 from hf_hpmkd.run_record import KeptRecord
 
@@ -27,11 +27,13 @@ def judge(direct: torch.Tensor, distilled: torch.Tensor) -> KeptRecord:
 
     The direct one only where it is better by more than a standard error of the paired difference.
     """
-    difference = distilled.double() - direct.double()
-    gain = float(difference.mean())
-    error = float(difference.std(correction=0)) / math.sqrt(len(difference))
-    kept = "direct" if gain < -error else "distilled"
-    return KeptRecord(kept, round(100 * gain, 4), round(100 * error, 4), len(difference))  # type: ignore[arg-type]
+    is_better, loss, error = surely_better(direct.tolist(), distilled.tolist())
+    return KeptRecord(
+        kept="direct" if is_better else "distilled",
+        gain=round(-100 * loss, 4) + 0.0,  # no -0.0
+        standard_error=round(100 * error, 4),
+        rows=len(direct),
+    )
 
 
 def distilled_folder(folder: Path) -> Path:

@@ -37,6 +37,19 @@ def mean_of(values: Sequence[float]) -> Mean:
     return Mean(mean, sd, mean - margin, mean + margin, count)
 
 
+def surely_better(first: Sequence[bool], second: Sequence[bool]) -> tuple[bool, float, float]:
+    """Of two models, by the rows that each answers right: whether the first is better by more than a standard error of
+    the paired difference; that difference (first minus second) and its standard error, as shares of the rows.
+
+    Raises ValueError for no rows, and for unlike numbers of them.
+    """
+    if len(first) != len(second) or not len(first):
+        raise ValueError(f"Needs the same rows of both, at least one, got {len(first)} and {len(second)}.")
+    difference = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    mean, error = float(difference.mean()), float(difference.std()) / math.sqrt(len(difference))
+    return mean > error, mean, error
+
+
 def paired_t(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Two-sided p of the paired t test that `first - second` has mean 0; the pairs share a seed.
 

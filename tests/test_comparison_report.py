@@ -46,6 +46,25 @@ def test_bits_come_back():
     assert score.accuracy == pytest.approx(0.4)
 
 
+def test_of_direct_and_hpmkd_the_one_that_validation_rows_choose():
+    """On validation rows: worse, even, and better; on test rows the other way round, so that it shows."""
+    record = ComparisonRecord("r.yaml", RECIPE, "f", "direct", seeds=[0, 1, 2])
+    record.methods = [MethodRecord("direct", "labels"), MethodRecord("hpmkd", "the recipe")]
+    first = {"direct": [200, 200, 200], "hpmkd": [150, 200, 250]}
+    for name, counts in first.items():
+        for seed, count in enumerate(counts):
+            result = Result(name, seed, "f", status="completed", seconds=10.0)
+            tested = 180 if name == "direct" else 190 + seed
+            shares = {"validation": count, "test": tested}
+            result.scores = {part: Score.of(np.arange(ROWS) < number) for part, number in shares.items()}
+            record.results.append(result)
+    kept = next(line for line in lines(record, "test") if line.method == "kept")
+    assert kept.accuracy.mean == pytest.approx((180 + 191 + 192) / 3 / ROWS) and kept.seconds.mean == 20
+    text = summary(record)
+    assert "- kept: of hpmkd and direct" in text and text.index("| hpmkd") < text.index("| kept")
+    assert "kept" not in summary(make())
+
+
 def test_lines_recomputed():
     found = {line.method: line for line in lines(make(), "validation")}
     assert list(found) == ["direct", "kd", "odd"]  # the baseline first

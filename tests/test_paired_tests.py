@@ -7,10 +7,22 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hf_hpmkd.paired_tests import holm, mcnemar, mean_of, paired_t
+from hf_hpmkd.paired_tests import holm, mcnemar, mean_of, paired_t, surely_better
 
 A = [0.712, 0.705, 0.721, 0.699, 0.730]
 B = [0.701, 0.699, 0.712, 0.704, 0.711]
+
+
+def test_surely_better_is_beyond_a_standard_error():
+    one, other = [1] * 60 + [0] * 40, [0] * 12 + [1] * 48 + [1] * 8 + [0] * 32
+    better, difference, error = surely_better(one, other)
+    assert not better and difference == pytest.approx(0.04)
+    assert error == pytest.approx(np.std([1] * 12 + [-1] * 8 + [0] * 80) / 10)
+    assert surely_better(one, [0] * 16 + [1] * 44 + [1] * 8 + [0] * 32)[0]
+    assert not surely_better(one, one)[0] and surely_better([1, 1], [0, 0]) == (True, 1.0, 0.0)
+    for first, second in (([], []), ([1], [1, 0])):
+        with pytest.raises(ValueError, match="the same rows of both, at least one"):
+            surely_better(first, second)
 
 
 def test_mean_and_interval_by_the_table_of_t():
