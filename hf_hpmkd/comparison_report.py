@@ -41,16 +41,18 @@ class Line:
     seconds: Mean | None
 
 
-def lines(record: ComparisonRecord, part: str) -> list[Line]:
-    """One line per method that has results on a part, the baseline first, then in the order of the record, then `KEPT`
-    where both that it chooses from are there.
+def lines(record: ComparisonRecord, part: str, with_kept: bool = False) -> list[Line]:
+    """One line per method that has results on a part, the baseline first, then in the order of the record.
+
+    with_kept: then `KEPT` too, untested, where both that it chooses from are there.
     """
-    results = {name: _measured(record, name, part) for name in (*(method.name for method in record.methods), KEPT)}
+    names_of_all = [*(method.name for method in record.methods), *([KEPT] if with_kept else [])]
+    results = {name: _measured(record, name, part) for name in names_of_all}
     names = sorted((name for name in results if results[name]), key=lambda name: name != record.baseline)
     base = results.get(record.baseline, {})
     p_values, by_rows = [], []
     for name in names:
-        p, of_rows = (None, False) if name == record.baseline else _test(results[name], base, part)
+        p, of_rows = (None, False) if name in (record.baseline, KEPT) else _test(results[name], base, part)
         p_values.append(p)
         by_rows.append(of_rows)
     corrected = holm(p_values)
@@ -109,7 +111,7 @@ def _test(mine: dict[int, Result], base: dict[int, Result], part: str) -> tuple[
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def table(record: ComparisonRecord, part: str) -> str:
+def table(record: ComparisonRecord, part: str, with_kept: bool = False) -> str:
     """A Markdown table of one part: accuracy as mean ± standard deviation in percent, difference in points with its
     95 % interval over the seeds, corrected p, retention, seconds of training.
     """
@@ -132,7 +134,7 @@ def table(record: ComparisonRecord, part: str) -> str:
             "-" if line.seconds is None else _spread(line.seconds, 1, digits=1),
             str(line.accuracy.count),
         ]
-        for line in lines(record, part)
+        for line in lines(record, part, with_kept)
     ]
     return markdown(header, cells, left=1)
 
@@ -143,9 +145,9 @@ def summary(record: ComparisonRecord) -> str:
     """
     if not record.results:
         return "No student is trained yet."
-    blocks = [table(record, "validation"), "\n".join(f"- {note}" for note in notes(record))]
+    blocks = [table(record, "validation", with_kept=True), "\n".join(f"- {note}" for note in notes(record))]
     if any("test" in one.scores for one in record.results):
-        blocks.insert(1, table(record, "test"))
+        blocks.insert(1, table(record, "test", with_kept=True))
     meaning = [f"- {m.name}: {m.description}" for m in record.methods]
     if _kept(record):
         meaning.append(f"- {KEPT}: {_KEPT_TOLD}")
@@ -158,7 +160,7 @@ def overview(records: Sequence[ComparisonRecord], part: str) -> str:
     A cell is the accuracy in percent, mean ± standard deviation over the seeds, and in brackets the difference to the
     record's baseline in points, with * where its corrected p is below 0.05.
     """
-    columns = [{line.method: line for line in lines(record, part)} for record in records]
+    columns = [{line.method: line for line in lines(record, part, with_kept=True)} for record in records]
     methods = list(dict.fromkeys(name for column in columns for name in column))
     header = ["method", *(f"{_data_name(record)}, {record.recipe['student']['model']}" for record in records)]
     rows = [[name, *(_cell(column.get(name)) for column in columns)] for name in methods]

@@ -58,8 +58,9 @@ def test_of_direct_and_hpmkd_the_one_that_validation_rows_choose():
             shares = {"validation": count, "test": tested}
             result.scores = {part: Score.of(np.arange(ROWS) < number) for part, number in shares.items()}
             record.results.append(result)
-    kept = next(line for line in lines(record, "test") if line.method == "kept")
+    kept = next(line for line in lines(record, "test", with_kept=True) if line.method == "kept")
     assert kept.accuracy.mean == pytest.approx((180 + 191 + 192) / 3 / ROWS) and kept.seconds.mean == 20
+    assert kept.p is None and [line.method for line in lines(record, "test")] == ["direct", "hpmkd"]
     text = summary(record)
     assert "- kept: of hpmkd and direct" in text and text.index("| hpmkd") < text.index("| kept")
     assert "kept" not in summary(make())
