@@ -20,6 +20,7 @@ SHARED = {
     "topk",
     "cache_dir",
     "direct",  # the comparison trains that by itself
+    "keep",  # and it judges both students
 }
 OTHERWISE = {
     "kd_kind": "standardized_kl",
