@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output (head, less) has left. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if args.debug:
             traceback.print_exc()
         _say(f"hpmkd: error: {error}", sys.stderr)

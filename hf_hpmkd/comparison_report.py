@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from hf_hpmkd.comparison_record import COMPARISON_FILE, ComparisonRecord, Result
 from hf_hpmkd.paired_tests import Mean, holm, mcnemar, mean_of, paired_t, surely_better
@@ -363,7 +364,7 @@ def draw_compression(records: Sequence[ComparisonRecord], part: str, path: Path)
     figure = Figure(figsize=(8.2, 4.2), layout="constrained")
     axes = figure.subplots()
     colours: dict[str, str] = {}
-    for record in records:
+    for place, record in enumerate(records):
         teachers = [one.num_params for known in record.teachers.values() for one in known if one.num_params]
         students = [one.num_params for one in record.results if one.num_params]
         found = [line for line in lines(record, part) if line.retention is not None]
@@ -375,14 +376,25 @@ def draw_compression(records: Sequence[ComparisonRecord], part: str, path: Path)
             colour = colours.setdefault(line.method, _PALETTE[len(colours) % len(_PALETTE)])
             marker = _MARKERS[list(colours).index(line.method) // len(_PALETTE) % len(_MARKERS)]
             axes.plot(compression, 100 * (line.retention or 0.0), marker, color=colour, label=label, alpha=0.85)
+        left = place % 2 == 0  # in turn, so that the names of two with like sizes do not cover each other
         axes.annotate(
-            _data_name(record), (compression, 0.01), xycoords=("data", "axes fraction"), fontsize=8, rotation=90
+            _data_name(record),
+            (compression, 0.01),
+            xytext=(-5 if left else 5, 0),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            fontsize=8,
+            rotation=90,
         )
     if not colours:
         raise ValueError(
             "Compression needs a teacher and a student of known size, and none of the comparisons has both."
         )
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%gx"))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylabel("retention of the best teacher's accuracy (%)", fontsize=10)
     axes.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _dress(axes, f"Retention against compression, {part} rows", "parameters of the largest teacher / of the student")

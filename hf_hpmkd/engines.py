@@ -181,6 +181,8 @@ class LocalWorkers:
         from loky.process_executor import ProcessPoolExecutor
 
         env = dict.fromkeys(_THREAD_VARIABLES, str(self.threads))  # read by the libraries when they are loaded
+        # loky restarts a worker that has grown, taking it for a leak; ours keep data and models.
+        env["LOKY_MAX_MEMORY_LEAK_SIZE"] = "1e18"
         if self.devices:
             env["CUDA_VISIBLE_DEVICES"] = self.devices[self.workers.index(worker) % len(self.devices)]
         return ProcessPoolExecutor(1, env=env, initializer=_begin, initargs=(self.threads,))
@@ -188,10 +190,6 @@ class LocalWorkers:
 
 def _begin(threads: int) -> None:
     """The first thing in a worker."""
-    import loky.process_executor
-
-    # loky 3.7 restarts a worker that has grown by 100 MB, taking it for a leak; ours keep data and models.
-    loky.process_executor._USE_PSUTIL = False
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them; the first process ends the others
     parent = os.getppid()
     end_when(lambda: os.getppid() != parent)
@@ -256,7 +254,10 @@ def run_on_ray(
     address: as `ray.init` takes it; None starts a cluster on this machine, with `num_workers` CPUs where that is given.
     Every node must see the folders that the jobs read and write. Raises ImportError without Ray.
     """
-    import ray
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError('pipeline.engine: ray needs Ray. Install it: pip install "hf_hpmkd[ray]"') from error
 
     logs.mkdir(parents=True, exist_ok=True)
     ray.init(address=address, num_cpus=None if address else num_workers, log_to_driver=False)

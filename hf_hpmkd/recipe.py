@@ -82,8 +82,8 @@ class TeacherConfig:
         description="Teachers trained on the spot: the training rows are answered by that many models, each trained "
         "without the rows it answers; 0 uses the one model trained on all. null: 5 for scikit-learn, 0 for networks.",
     )
-    precision: Literal["fp32", "bf16", "fp16"] | None = Field(
-        None, description="Weights and arithmetic of a network that is loaded; null: those of its file."
+    precision: Literal["fp32", "bf16", "fp16", "int8"] | None = Field(
+        None, description="Weights of a network that is loaded; null: as in its file. int8: its linear layers alone."
     )
     license: str | None = Field(None, description="Licence of the teacher's weights, for the card.")
     trusted_types: list[str] = Field(

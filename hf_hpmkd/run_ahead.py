@@ -48,7 +48,7 @@ from hf_hpmkd.teacher_training import folders_done
 LOGS = "logs"
 _DECIDED = "decided.json"
 _START_SECONDS = 12.0  # of a worker: Python, torch, transformers
-_MEASURED_SECONDS = 0.3  # of a training step with all threads
+_MEASURED_SECONDS = 0.1  # of a training step with all threads
 _MOST_WORKERS = 8  # that are taken unasked: each holds the data and a model
 _WORTH_IT = 0.9  # estimates err, so workers must promise more than nothing,
 _LEAST_SAVED = 60.0  # and more seconds than the start of workers may err by
@@ -109,15 +109,18 @@ def _groups(devices: list[str], size: int) -> list[str]:
 
 def _faster(run: Run, parts: DataParts, graph: Graph, count: int, threads: int) -> str | None:
     """Why workers are worth it; None where one process with all threads is estimated to be as fast."""
+    starting = _START_SECONDS + float(run.record.seconds.get("data", 0.0))
+    most = min(_WORTH_IT * graph.work, graph.work - _LEAST_SAVED)
+    if simulate(graph, equal_workers(count)).makespan + starting > most:
+        return None  # not even if a single thread were as fast as all of them
     build = student_builder(run.recipe, parts)
     rows = math.ceil(_MEASURED_SECONDS * operations_per_second() / training_flops(build(meta=True), parts.train))
     gain = thread_gain(build(), parts.train, min(rows, run.recipe.training.batch_size), threads, count)
     slower = count / gain  # seconds of a job on one of the workers, over those with all threads
     alone = Graph(dataclasses.replace(job, seconds=slower * job.seconds) for job in graph.jobs.values())
-    starting = _START_SECONDS + float(run.record.seconds.get("data", 0.0))
     together = simulate(alone, equal_workers(count)).makespan + starting
     told = f"estimated at {together:.0f} s, one process with {threads} threads at {graph.work:.0f} s"
-    if together > min(_WORTH_IT * graph.work, graph.work - _LEAST_SAVED):
+    if together > most:
         run.say(f"Pipeline: {count} workers are {told}, so one process does it all.")
         return None
     return told

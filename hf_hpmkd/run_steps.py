@@ -17,7 +17,7 @@ from hf_hpmkd.teacher_training import train_teacher
 from hf_hpmkd.teachers import load_teacher
 
 _CHECKED_ROWS = 64
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
 def student_builder(recipe: Recipe, parts: DataParts) -> StudentBuilder:

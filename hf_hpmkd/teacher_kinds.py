@@ -27,6 +27,7 @@ _VOLATILE_CONFIG_KEYS = ("_name_or_path", "_commit_hash", "transformers_version"
 
 _WORTH_A_WARNING = 0.05
 _STANDARD_ERRORS = 2.0
+_LEAST_PACKED = 0.5
 
 
 def _plain(name: str) -> str:
@@ -159,12 +160,32 @@ class Teacher(ABC):
         return self
 
 
+def pack_linear_layers(model: nn.Module, name: str) -> None:
+    """Keeps the weights of linear layers as 8-bit integers with a scale per row; arithmetic stays as it is.
+
+    Raises ImportError without torchao, and ValueError where linear layers hold less than half of the parameters.
+    """
+    linear = {part.weight for part in model.modules() if isinstance(part, nn.Linear)}
+    share = sum(weight.numel() for weight in linear) / max(1, sum(weight.numel() for weight in model.parameters()))
+    if share < _LEAST_PACKED:
+        raise ValueError(
+            f"Teacher {name}: precision int8 packs linear layers, which must hold at least half of the parameters; "
+            f"here they hold {share:.0%}. Take bf16."
+        )
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise ImportError('Teachers in 8 bits need torchao. Install it: pip install "hf_hpmkd[int8]"') from error
+    quantize_(model, Int8WeightOnlyConfig())
+
+
 class TorchTeacher(Teacher):
     """A torch classifier with its own feed, put into eval mode and frozen here.
 
     model: returns logits `(batch, classes)` or an output that holds them as `logits`. dtype: e.g. torch.bfloat16 for a
-    teacher that runs live on a GPU; None keeps the weights as they are. class_names: None takes the config's id2label;
-    where there is no config, the data's names in their order, with a warning.
+    teacher that runs live on a GPU; torch.int8 packs the weights of linear layers into 8 bits (torchao); None keeps all
+    as it is. class_names: None takes the config's id2label; where there is no config, the data's names in their
+    order, with a warning.
     """
 
     is_live = True
@@ -197,7 +218,11 @@ class TorchTeacher(Teacher):
             commit=commit,
         )
         self.kind = kind
-        self.model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+        packed = dtype is torch.int8
+        self.model = model.eval().requires_grad_(False).to(device=device, dtype=None if packed else dtype)
+        if packed:
+            self.fingerprint = json_digest([self.fingerprint, "int8"])  # while the weights can be read byte by byte
+            pack_linear_layers(self.model, name)
         self.feed = feed
         self.device = torch.device(device)
         floats = [p.dtype for p in self.model.parameters() if p.is_floating_point()]

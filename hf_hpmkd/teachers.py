@@ -94,7 +94,7 @@ def load_teacher(
     source: Hub id or folder of a transformers or timm classifier, `timm/NAME`, `hf-hub:ID`, `local-dir:FOLDER`,
     `FILE.skops`, `FILE.safetensors` (CIFAR ResNet with its JSON beside it), `column:NAME`, or a module with its feed.
     labels: class names in the order of the outputs, where its config does not say them or says others than the data.
-    dtype: of torch teachers, e.g. torch.bfloat16 on a GPU. trusted_types: see `load_skops`.
+    dtype: of torch teachers, as for `TorchTeacher`. trusted_types: see `load_skops`.
 
     Raises FileNotFoundError where nothing is found, ValueError for classes that do not fit the data's, for generative
     and regression models, for models without a trained classifier head and for ones of another task.

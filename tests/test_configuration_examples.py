@@ -16,6 +16,7 @@ from hf_hpmkd.configuration_examples import (
     prior_row,
     provenance,
     read_prior,
+    shipped_prior,
     write_prior,
 )
 from hf_hpmkd.memory_records import memory_row
@@ -35,6 +36,19 @@ def test_a_prior_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert (found[0].early[0], found[0].early[2]) == (0.5, 1.25)
     assert provenance(tmp_path / "a" / "prior.parquet") == {"runs": 2}
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["prior.parquet"]
+
+
+def test_the_shipped_prior_is_whole_and_says_where_it_comes_from() -> None:
+    path = shipped_prior()
+    assert path.stat().st_size <= MAX_BYTES
+    rows = pq.read_table(path).to_pylist()
+    names = {row["data"] for row in rows}
+    assert len(rows) >= 1_000 and len(names) >= 30 and len({row["student"] for row in rows}) >= 4
+    assert {row["alpha"] == 0 for row in rows} == {True, False}
+    assert all(math.isfinite(row["gain"]) and row["noise"] > 0 for row in rows)
+    about = provenance()
+    assert set(about["data"]) == names and about["runs"] == len(rows)
+    assert len(read_prior(leave_out=["letter"])) == len(rows) - sum(row["data"] == "letter" for row in rows)
 
 
 def test_another_table_is_no_prior(tmp_path: Path) -> None:

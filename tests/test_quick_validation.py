@@ -12,6 +12,7 @@ from hf_hpmkd import classifier_training, quick_validation
 from hf_hpmkd import distill as distill_module
 from hf_hpmkd.cli import main
 from hf_hpmkd.components.adaptive_configuration import DIRECT, SPACE, Configuration
+from hf_hpmkd.configuration_examples import read_prior
 from hf_hpmkd.quick_validation import configuration_of, free_fields, is_direct, overrides_of, with_values
 from hf_hpmkd.recipe import read_recipe
 from hf_hpmkd.run_record import RunRecord
@@ -48,6 +49,12 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.fixture
+def without_prior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tried then does not depend on which prior is shipped."""
+    monkeypatch.setattr("hf_hpmkd.configuration_examples.shipped_prior", lambda: tmp_path / "none.parquet")
+
+
+@pytest.fixture
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     """Folder name, first and last step of every training."""
     found: list[tuple[str, int, int]] = []
@@ -65,7 +72,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
 
 
 def test_the_winner_goes_on_and_ends_as_if_it_had_been_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainings: list[tuple[str, int, int]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_prior: None, trainings: list[tuple[str, int, int]]
 ) -> None:
     """Bitwise the student, and the direct baseline, of the run whose recipe says what was chosen. Test rows are not at
     hand while it is chosen."""
@@ -107,6 +114,7 @@ def test_direct_training_is_not_trained_twice(
     monkeypatch.setattr(quick_validation, "MARGIN", 1e9)
     record = run(tmp_path, tree(tmp_path))
     assert Configuration(**record.auto.configuration) == DIRECT
+    assert record.auto.knowledge == f"a regression over {len(read_prior()):,} runs of a prior"
     assert "student" not in {name for name, _, _ in trainings}
     assert same(weights(tmp_path / "run" / "student"), weights(tmp_path / "run" / "direct"))
     assert record.models["student"].metrics == record.models["direct"].metrics

@@ -270,8 +270,8 @@ def _inputs(features: Sequence[Mapping[str, float]], configurations: Sequence[Co
 
 def _counted(examples: Sequence[Example]) -> str:
     own = sum(one.own for one in examples)
-    parts = [f"{own} runs of the memory"] if own else []
-    parts += [f"{len(examples) - own} of the shipped prior"] if own < len(examples) else []
+    parts = [f"{own:,} runs of the memory"] if own else []
+    parts += [f"{len(examples) - own:,} runs of a prior"] if own < len(examples) else []
     return " and ".join(parts)
 
 
