@@ -204,48 +204,78 @@ def _auto(
 
 def summary(results: Sequence[dict[str, Any]]) -> str:
     """Tables as Markdown: per data set, and over all of them."""
-    names = sorted({one["data"] for one in results})
     lines: list[list[str]] = []
-    gains: list[float] = []
-    regrets: dict[str, list[float]] = {}
-    for name in names:
-        of_set = [one for one in results if one["data"] == name]
+    sets = _by_set(results)
+    methods = _everywhere(sets)
+    for of_set in sets:
         gain = mean_of([100 * _gain(one, "auto") for one in of_set])
-        gains.append(gain.mean)
-        count = sum(_distils(one) for one in of_set)
-        found = _regrets(of_set)
-        for method, value in found.items():
-            regrets.setdefault(method, []).append(value)
         lines.append(
             [
-                name,
+                of_set[0]["data"],
                 str(len(of_set)),
                 f"{100 * np.mean([one['methods']['direct']['accuracy'] for one in of_set]):.2f}",
                 f"{100 * np.mean([_gain(one, 'fixed') for one in of_set]):+.2f}",
                 f"{gain.mean:+.2f}{_interval(gain)}",
-                f"{count} of {len(of_set)}",
-                *(f"{found[method]:.2f}" for method in found),
+                f"{sum(map(_distils, of_set))} of {len(of_set)}",
+                *(f"{_regrets(of_set)[method]:.2f}" for method in methods),
             ]
         )
-    methods = list(regrets)
     header = ["data", "seeds", "direct, %", "fixed, points", "auto, points", "distilled"]
-    parts = [markdown([*header, *(f"regret {method}" for method in methods)], lines, left=1)]
-    everywhere = mean_of(gains)
+    table = markdown([*header, *(f"regret {method}" for method in methods)], lines, left=1)
+    return f"{table}\n\n{totals(results)}"
+
+
+def totals(results: Sequence[dict[str, Any]]) -> str:
+    """What holds over all data sets, each counting as much as any other, as Markdown paragraphs."""
+    sets = _by_set(results)
+    parts = [f"{len(sets)} data sets, {len(results)} runs. Gains and regrets are points of test accuracy."]
+    for method in ("fixed", "auto"):
+        gain = mean_of([float(np.mean([100 * _gain(one, method) for one in of_set])) for of_set in sets])
+        parts.append(f"Mean gain of {method} over direct training: {gain.mean:+.2f}{_interval(gain)}.")
     distilled = [_gain(one, "auto") for one in results if _distils(one)]
-    told = f"Mean gain of auto over direct training, over the sets: {everywhere.mean:+.2f}{_interval(everywhere)} "
-    told += "points."
     back = sum(one["methods"]["auto"].get("kept") == "direct" for one in results)
-    told += f" It distilled {len(distilled)} of {len(results)} times"
+    told = f"Auto distilled {len(distilled)} of {len(results)} times"
     told += f", {back} more were given up for the direct student" if back else ""
-    told += f", and gained {100 * np.mean(distilled):+.2f} points where it did." if distilled else "."
-    parts.append(told)
-    means = ", ".join(f"{method} {np.mean(values):.2f}" for method, values in regrets.items())
-    parts.append(f"Mean regret against the best cell of the grid on test rows, in points: {means}.")
+    parts.append(told + (f", and gained {100 * np.mean(distilled):+.2f} where it did." if distilled else "."))
+    means = {method: np.mean([_regrets(of_set)[method] for of_set in sets]) for method in _everywhere(sets)}
+    told = ", ".join(f"{method} {mean:.2f}" for method, mean in means.items())
+    parts.append(f"Mean regret against the best cell of the grid on test rows: {told}.")
     seconds = [one["methods"]["auto"]["trial_seconds"] for one in results]
     deciding = [one["methods"]["auto"]["deciding_seconds"] for one in results]
     most = f"{np.mean(deciding):.1f} s (at most {max(deciding):.1f})"
     parts.append(f"Tries took {np.mean(seconds):.1f} s a run, deciding {most}.")
+    if len(grown := _growth(sets)) > 1:
+        header = ("runs of the prior", "data sets", "gain, points", "regret, points", "tries, s")
+        parts.append(markdown(header, grown, left=0))
     return "\n\n".join(parts)
+
+
+def _everywhere(sets: Sequence[list[dict[str, Any]]]) -> list[str]:
+    """The methods with a regret on every set."""
+    found = [_regrets(of_set) for of_set in sets]
+    return [method for method in found[0] if all(method in one for one in found)]
+
+
+def _growth(sets: Sequence[list[dict[str, Any]]]) -> list[list[str]]:
+    """What auto does with so many runs of the prior, on the sets where it was tried with each number."""
+    names = sorted({name for of_set in sets for one in of_set for name in one["methods"] if name.startswith("auto-")})
+    names = [*sorted(names, key=lambda name: int(name.removeprefix("auto-"))), "auto"]
+    full = [of_set for of_set in sets if all(name in one["methods"] for one in of_set for name in names)]
+    return [
+        [
+            name.removeprefix("auto-").replace("auto", "all"),
+            str(len(full)),
+            f"{np.mean([np.mean([100 * _gain(one, name) for one in of_set]) for of_set in full]):+.2f}",
+            f"{np.mean([_regrets(of_set)[name] for of_set in full]):.2f}",
+            f"{np.mean([one['methods'][name]['trial_seconds'] for of_set in full for one in of_set]):.1f}",
+        ]
+        for name in names
+        if full
+    ]
+
+
+def _by_set(results: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    return [[one for one in results if one["data"] == name] for name in sorted({one["data"] for one in results})]
 
 
 def _distils(one: dict[str, Any]) -> bool:

@@ -56,7 +56,8 @@ def bench_pipeline(
     }
     graph = estimated_graph(load_recipe(recipe, [*words, "memory.use=false"]))
     if turns:
-        record["seconds"], record["handing_share"], measured = _runs(recipe, words, turns, int(hardware["cores"]))
+        found, measured = _runs(recipe, words, turns, int(hardware["cores"]))
+        record |= found
         graph = Graph(dataclasses.replace(job, seconds=measured[job.name]) for job in graph.jobs.values())
     record["scaling"] = {"measured": bool(turns), "table": scaling(graph, SCALING)}
     print(pipeline_table(record))
@@ -147,10 +148,10 @@ def random_graph(chance: random.Random) -> Graph:
 # ---- real runs -------------------------------------------------------------------------------------------------------
 
 
-def _runs(
-    recipe: str, words: Sequence[str], turns: int, cores: int
-) -> tuple[dict[str, list[float]], float, dict[str, float]]:
-    """Seconds of each side's runs; the share of two workers' run that went into handing over jobs; seconds per job."""
+def _runs(recipe: str, words: Sequence[str], turns: int, cores: int) -> tuple[dict[str, Any], dict[str, float]]:
+    """What goes into the record: seconds of each side's runs, the share of two workers' runs that went into handing
+    over jobs, how many workers `auto` took (0: none); and the seconds of each job on one of two workers.
+    """
     sides = {
         "one_thread": (1, ["pipeline.engine=in-process"]),
         "two_workers": (1, ["pipeline.engine=local", "pipeline.workers=2"]),
@@ -159,6 +160,7 @@ def _runs(
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     shares: list[float] = []
+    taken_workers: list[int] = []
     jobs: dict[str, float] = {}
     for turn in range(turns):
         for name, (threads, settings) in list(sides.items())[:: 1 if turn % 2 == 0 else -1]:
@@ -168,7 +170,9 @@ def _runs(
             if name == "two_workers":
                 jobs = {job.name: float(job.ended - job.started) for job in record.jobs if job.worker != "main"}
                 shares.append(record.pipeline["handing_seconds"] / taken)
-    return seconds, statistics.median(shares), jobs
+            if name == "auto":
+                taken_workers.append(record.pipeline.get("workers", 0))
+    return {"seconds": seconds, "handing_share": statistics.median(shares), "auto_workers": taken_workers}, jobs
 
 
 def _run(folder: Path, words: Sequence[str], threads: int) -> tuple[float, RunRecord]:

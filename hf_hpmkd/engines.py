@@ -40,9 +40,9 @@ class PipelineConfig:
     """Who does the jobs of a run: teachers' trainings and outputs, the direct student, the chain, the student."""
 
     engine: Literal["in-process", "auto", "local", "ray"] = Field(
-        "in-process",
+        "auto",
         description="in-process: one job after the other, with all threads; local: worker processes on this machine; "
-        "ray: a Ray cluster that sees this folder; auto: workers where they are estimated to save minutes.",
+        "ray: a Ray cluster that sees this folder; auto: local where that saves minutes by estimate, else in-process.",
     )
     workers: int | None = Field(
         None, ge=1, description="Jobs at a time; null: one per GPU, without GPUs one per thread of the run."

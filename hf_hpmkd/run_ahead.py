@@ -77,11 +77,15 @@ def run_ahead(run: Run, parts: DataParts) -> None:
         )
     if config.engine == "auto" and (count < 2 or devices):
         return  # nothing to share out, or a GPU that one job at a time may fill
-    raw = run_graph(run.recipe, parts).without(_finished(run, parts))
-    if not any(name.split()[0] != "outputs" for name in raw.jobs):
-        return  # what is left is a matter of moments
+    raw = run_graph(run.recipe, parts)
     store = run.memory.store
     graph = corrected(raw, store.records()[0] if store is not None else [], environment()[1])
+    if config.engine == "auto" and not _can_pay(run, graph, count):
+        return
+    done = _finished(run, parts)
+    raw, graph = raw.without(done), graph.without(done)
+    if not any(name.split()[0] != "outputs" for name in raw.jobs):
+        return  # what is left is a matter of moments
     reason = "as the recipe asks"
     if config.engine == "auto":
         faster = _faster(run, parts, graph, count, threads)
@@ -109,21 +113,34 @@ def _groups(devices: list[str], size: int) -> list[str]:
 
 def _faster(run: Run, parts: DataParts, graph: Graph, count: int, threads: int) -> str | None:
     """Why workers are worth it; None where one process with all threads is estimated to be as fast."""
-    starting = _START_SECONDS + float(run.record.seconds.get("data", 0.0))
-    most = min(_WORTH_IT * graph.work, graph.work - _LEAST_SAVED)
-    if simulate(graph, equal_workers(count)).makespan + starting > most:
-        return None  # not even if a single thread were as fast as all of them
+    if not _can_pay(run, graph, count):
+        return None
     build = student_builder(run.recipe, parts)
     rows = math.ceil(_MEASURED_SECONDS * operations_per_second() / training_flops(build(meta=True), parts.train))
     gain = thread_gain(build(), parts.train, min(rows, run.recipe.training.batch_size), threads, count)
     slower = count / gain  # seconds of a job on one of the workers, over those with all threads
     alone = Graph(dataclasses.replace(job, seconds=slower * job.seconds) for job in graph.jobs.values())
-    together = simulate(alone, equal_workers(count)).makespan + starting
+    together = _seconds_together(run, alone, count)
     told = f"estimated at {together:.0f} s, one process with {threads} threads at {graph.work:.0f} s"
-    if together > most:
+    if together > _worth(graph):
         run.say(f"Pipeline: {count} workers are {told}, so one process does it all.")
         return None
     return told
+
+
+def _can_pay(run: Run, graph: Graph, count: int) -> bool:
+    """Whether workers would be worth it if one of their jobs took no longer than with all threads."""
+    return _seconds_together(run, graph, count) <= _worth(graph)
+
+
+def _seconds_together(run: Run, graph: Graph, count: int) -> float:
+    start = _START_SECONDS + float(run.record.seconds.get("data", 0.0))  # every worker loads the data
+    return simulate(graph, equal_workers(count)).makespan + start
+
+
+def _worth(graph: Graph) -> float:
+    """The most seconds that workers may be estimated at, to be preferred to one process."""
+    return min(_WORTH_IT * graph.work, graph.work - _LEAST_SAVED)
 
 
 def _do(

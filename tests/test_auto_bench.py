@@ -34,13 +34,15 @@ def test_gains_and_regrets_are_those_done_by_hand() -> None:
     assert [cell.strip() for cell in row_a.strip("|").split("|")] == [
         "a", "2", "80.00", "-2.00", "+5.00 (+5.00 to +5.00)", "2 of 2", "10.00", "12.00", "5.00", "0.00",
     ]  # fmt: skip
-    assert "over the sets: +2.50" in text and "It distilled 2 of 3 times, and gained +5.00 points" in text
+    assert "Mean gain of auto over direct training: +2.50 (" in text and "2 data sets, 3 runs" in text
+    assert "Mean gain of fixed over direct training: -2.00" in text
+    assert "Auto distilled 2 of 3 times, and gained +5.00 where it did." in text
     assert "direct 10.00, fixed 12.00, auto 7.50, random 0.00" in text
 
 
 def test_a_worse_cell_on_validation_rows_is_not_found_by_random_search() -> None:
     text = summary([result("a", 0, 0.80, 0.80, [(0.80, 0.9), (0.90, 0.5)])])
-    assert "random 10.00" in text and "It distilled 0 of 1 times." in text
+    assert "random 10.00" in text and "Auto distilled 0 of 1 times." in text
 
 
 def test_a_distilled_student_that_was_given_up_counts_as_none() -> None:
@@ -48,7 +50,21 @@ def test_a_distilled_student_that_was_given_up_counts_as_none() -> None:
     given_up["methods"]["auto"] |= {"distils": True, "kept": "direct"}
     text = summary([result("a", 0, 0.80, 0.84, [(0.80, 0.9), (0.90, 0.5)]), given_up])
     assert "| 1 of 2 |" in text
-    assert "It distilled 1 of 2 times, 1 more were given up for the direct student, and gained +4.00 points" in text
+    assert "Auto distilled 1 of 2 times, 1 more were given up for the direct student, and gained +4.00" in text
+
+
+def test_more_runs_of_the_prior_are_compared_on_the_sets_that_have_them() -> None:
+    grid = [(0.80, 0.9), (0.90, 0.5)]
+    grown, other = result("a", 0, 0.80, 0.88, grid), result("b", 0, 0.80, 0.60, grid)
+    grown["methods"]["auto-10"] = {**grown["methods"]["auto"], "accuracy": 0.83, "trial_seconds": 3.0}
+    grown["methods"]["auto-0"] = {**grown["methods"]["auto"], "accuracy": 0.81, "trial_seconds": 4.0}
+    rows = [line.strip("|").split("|") for line in summary([grown, other]).splitlines()[-3:]]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["0", "1", "+1.00", "9.00", "4.0"],
+        ["10", "1", "+3.00", "7.00", "3.0"],
+        ["all", "1", "+8.00", "2.00", "2.0"],
+    ]
+    assert "regret auto-10" not in summary([grown, other]) and "regret auto-10" in summary([grown])
 
 
 @pytest.fixture

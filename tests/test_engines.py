@@ -1,5 +1,6 @@
 """Real worker processes: killed, failing, interrupted. The jobs write files and load no libraries."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -50,6 +51,25 @@ def test_jobs_run_in_their_order_in_processes_of_their_own_with_their_threads(tm
     assert str(os.getpid()) not in pids(tmp_path, "a")
     assert (tmp_path / "a.txt").read_text().split()[1] == "3"
     assert log_file(tmp_path / "logs", "c").read_text() == "this is c\n"
+
+
+KEPT = []
+
+
+def grow(name):
+    """Keeps 350 MB more than before, for longer than loky waits between two looks at a worker."""
+    before = gc.get_stats()[2]["collections"]
+    KEPT.append(b"x" * 350_000_000)
+    time.sleep(1.2)
+    return {"process": os.getpid(), "before": before, "after": gc.get_stats()[2]["collections"]}
+
+
+def test_a_worker_that_grows_stays_and_does_not_look_for_garbage_after_every_job(tmp_path):
+    graph = Graph([Job("a", 1), Job("b", 1, ("a",)), Job("c", 1, ("b",))])
+    with LocalWorkers(1) as pool:
+        _, b, c = (one.value for one in run_jobs(graph, grow, pool, tmp_path / "logs"))
+    assert b["process"] == c["process"]
+    assert c["before"] == b["after"]  # it does once, after the first
 
 
 def test_a_job_whose_worker_is_killed_is_started_again_and_the_others_do_not_notice(tmp_path):

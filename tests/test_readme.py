@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hf_hpmkd.auto_bench import summary as auto_summary
+from hf_hpmkd.auto_bench import totals
 from hf_hpmkd.bench import bench_table
 from hf_hpmkd.bench_pipeline import pipeline_table
 from hf_hpmkd.cli import build_parser
@@ -46,6 +48,13 @@ def test_the_costs_are_those_of_the_bench_record():
 def test_the_schedules_are_those_of_the_pipeline_record():
     record = json.loads((ROOT / "model_cards" / "bench_pipeline.json").read_text(encoding="utf-8"))
     assert block("pipeline") == pipeline_table(record)
+
+
+def test_the_judgement_of_the_adaptive_configuration_is_that_of_its_record():
+    folder = ROOT / "model_cards" / "auto"
+    results = json.loads((folder / "bench.json").read_text(encoding="utf-8"))["results"]
+    assert block("auto") == totals(results)
+    assert (folder / "README.md").read_text(encoding="utf-8").split("\n\n", 2)[2] == auto_summary(results) + "\n"
 
 
 def test_the_comparisons_are_those_of_their_records():

@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from hf_hpmkd import run_ahead
 from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.cli import main
 from hf_hpmkd.components.parallel_pipeline import Graph, Job
@@ -20,6 +21,8 @@ from hf_hpmkd.memory_records import memory_row
 from hf_hpmkd.model_cost import thread_gain
 from hf_hpmkd.recipe import RecipeError, read_recipe
 from hf_hpmkd.run_ahead import _groups
+from hf_hpmkd.run_context import Run, new_record
+from hf_hpmkd.run_memory import run_memory
 from hf_hpmkd.run_record import JobRecord, RunRecord
 
 ROOT = Path(__file__).parents[1]
@@ -244,6 +247,29 @@ def test_measuring_leaves_the_threads_and_the_model_as_they_were(one_thread):
     torch.set_num_threads(1)
     assert all(torch.equal(value, before[key]) for key, value in built.model.state_dict().items())
     assert all(weight.grad is None for weight in built.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "gain", "taken"),
+    [
+        (1_000, 1.0, False),  # threads share one job as well as workers share jobs
+        (1_000, 1.6, True),
+        (1_000, 1.1, False),  # within what estimates may err by
+        (25, 2.0, False),  # saves less than a minute, so nothing is measured
+    ],
+)
+def test_workers_are_taken_where_they_save_more_than_a_minute(tmp_path, monkeypatch, seconds, gain, taken):
+    measured = []
+    monkeypatch.setattr(run_ahead, "thread_gain", lambda *about: measured.append(about) or gain)
+    recipe = read_recipe(recipe_tree(tmp_path, memory={"use": False}), "test")
+    parts = load_parts(recipe.data, teachers_saw_train=False)
+    graph = Graph([Job(name, seconds) for name in "abcd"])
+    with run_memory(recipe, is_main=True) as memory:
+        run = Run(tmp_path / "run", new_record(recipe), memory)
+    reason = run_ahead._faster(run, parts, graph, count=2, threads=2)
+    assert (reason is not None) == taken and bool(measured) == (seconds == 1_000)
+    if taken:  # 4 jobs of 1,000 s, each 2 / 1.6 times as long, two at a time; and the start
+        assert reason == "estimated at 2512 s, one process with 2 threads at 4000 s"
 
 
 def test_settings_that_do_not_go_together_are_told():
