@@ -98,8 +98,9 @@ def test_a_failed_job_names_itself_and_the_rest_goes_on_and_the_next_time_it_con
 
 
 _LONG = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and what they start, ignore it
 sys.argv = ["hpmkd"]  # as the command line, which does not load torch at once
 from hf_hpmkd.components.parallel_pipeline import Graph, Job
 from hf_hpmkd.engines import LocalWorkers, run_jobs

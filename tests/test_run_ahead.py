@@ -277,7 +277,7 @@ def test_settings_that_do_not_go_together_are_told():
         digits("pipeline.engine=local", "pipeline.address=auto")
     with pytest.raises(RecipeError, match="one process does one job at a time, got 2 workers"):
         digits("pipeline.engine=in-process", "pipeline.workers=2")
-    with pytest.raises(RecipeError, match="pipeline.processes: engine in-process starts none, got 2"):
+    with pytest.raises(RecipeError, match="pipeline.processes: engine auto starts none, got 2"):
         digits("pipeline.processes=2")
     odd = ["pipeline.processes=2", "pipeline.engine=local", "training.batch_size=33", "teachers.0.batch_size=7"]
     with pytest.raises(RecipeError, match="teachers.0.batch_size: must be a multiple of pipeline.processes") as told:
