@@ -121,6 +121,7 @@ def test_direct_training_is_not_trained_twice(
     assert "Configuration: direct training, because no candidate is surely better" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on_and_chooses_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quick_validation, "MARGIN", -1e9)
     whole = run(tmp_path, tree(tmp_path / "whole", keep="best"))

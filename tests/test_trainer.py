@@ -152,7 +152,10 @@ torch.save(result, folder / f"rank{{trainer.args.process_index}}.pt")
     "settings",
     [
         {},
-        {"gate": "joint", "temperature_schedule": "loss", "gate_dropout": 0.0},  # dropout is drawn per process
+        pytest.param(
+            {"gate": "joint", "temperature_schedule": "loss", "gate_dropout": 0.0},  # dropout is drawn per process
+            marks=pytest.mark.slow,
+        ),
         {"fsdp": "full_shard", "fsdp_config": {"version": 2, "auto_wrap_policy": "NO_WRAP"}},
     ],
     ids=["default", "joint", "fsdp2"],
