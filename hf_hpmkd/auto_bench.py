@@ -206,8 +206,9 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     """Tables as Markdown: per data set, and over all of them."""
     lines: list[list[str]] = []
     sets = _by_set(results)
-    methods = _everywhere(sets)
-    for of_set in sets:
+    regrets = [_regrets(of_set) for of_set in sets]
+    methods = _everywhere(regrets)
+    for of_set, found in zip(sets, regrets, strict=True):
         gain = mean_of([100 * _gain(one, "auto") for one in of_set])
         lines.append(
             [
@@ -217,7 +218,7 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
                 f"{100 * np.mean([_gain(one, 'fixed') for one in of_set]):+.2f}",
                 f"{gain.mean:+.2f}{_interval(gain)}",
                 f"{sum(map(_distils, of_set))} of {len(of_set)}",
-                *(f"{_regrets(of_set)[method]:.2f}" for method in methods),
+                *(f"{found[method]:.2f}" for method in methods),
             ]
         )
     header = ["data", "seeds", "direct, %", "fixed, points", "auto, points", "distilled"]
@@ -237,8 +238,8 @@ def totals(results: Sequence[dict[str, Any]]) -> str:
     told = f"Auto distilled {len(distilled)} of {len(results)} times"
     told += f", {back} more were given up for the direct student" if back else ""
     parts.append(told + (f", and gained {100 * np.mean(distilled):+.2f} where it did." if distilled else "."))
-    means = {method: np.mean([_regrets(of_set)[method] for of_set in sets]) for method in _everywhere(sets)}
-    told = ", ".join(f"{method} {mean:.2f}" for method, mean in means.items())
+    regrets = [_regrets(of_set) for of_set in sets]
+    told = ", ".join(f"{method} {np.mean([one[method] for one in regrets]):.2f}" for method in _everywhere(regrets))
     parts.append(f"Mean regret against the best cell of the grid on test rows: {told}.")
     seconds = [one["methods"]["auto"]["trial_seconds"] for one in results]
     deciding = [one["methods"]["auto"]["deciding_seconds"] for one in results]
@@ -250,10 +251,9 @@ def totals(results: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def _everywhere(sets: Sequence[list[dict[str, Any]]]) -> list[str]:
+def _everywhere(regrets: Sequence[dict[str, float]]) -> list[str]:
     """The methods with a regret on every set."""
-    found = [_regrets(of_set) for of_set in sets]
-    return [method for method in found[0] if all(method in one for one in found)]
+    return [method for method in regrets[0] if all(method in one for one in regrets)]
 
 
 def _growth(sets: Sequence[list[dict[str, Any]]]) -> list[list[str]]:
