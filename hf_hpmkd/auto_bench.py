@@ -1,9 +1,10 @@
-"""`hpmkd bench auto`: is the adaptive configuration worth it? Judged on the test rows of tables or images,
+"""`hpmkd bench auto`: is the adaptive configuration worth it? Judged on the test rows of tables, images or texts,
 leave-one-dataset-out.
 
-Per table and seed, the same teachers, rows, weights and steps for all: direct training, the usual fixed setting, every
-cell of a grid, random search and the adaptive configuration, whose prior has not seen the table. Each pair of table and
-seed is one JSON file, so the same command goes on where an interrupted one stood.
+Per table and seed, the same teachers, rows, weights and steps for all: direct training, the same at twice the learning
+rate, the usual fixed setting and the adaptive configuration, whose prior has not seen the table; with the first seeds
+also every cell of a grid, and random search over it. A table with a small test part is split anew for each seed. Each
+pair of table and seed is one JSON file, so the same command goes on where an interrupted one stood.
 """
 
 import json
@@ -16,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
 from matplotlib.figure import Figure
 from transformers.utils.logging import disable_progress_bar
 
 from hf_hpmkd.classifier_training import student_schedule, train_or_load, write_json
-from hf_hpmkd.components.adaptive_configuration import DIRECT, SPACE, Configuration
+from hf_hpmkd.components.adaptive_configuration import DIRECT, FASTER, SPACE, Configuration
 from hf_hpmkd.configuration_examples import SCHEMA, prior_row, read_prior, write_prior
 from hf_hpmkd.distill import student_builder
 from hf_hpmkd.kept_student import judge
@@ -32,7 +35,7 @@ from hf_hpmkd.recipe import Recipe, read_recipe, recipe_tree
 from hf_hpmkd.recipe_rules import uses_teachers
 from hf_hpmkd.report import markdown
 from hf_hpmkd.run_environment import code_commit, environment
-from hf_hpmkd.table_runs import TEACHERS, TableRuns, spare_time, table_folders
+from hf_hpmkd.table_runs import TableRuns, kind_of, num_rows, spare_time, table_folders
 
 FIXED = Configuration(alpha=0.9, temperature=4.0)
 GRID = tuple(
@@ -42,25 +45,53 @@ GRID = tuple(
 )
 """Direct training, alpha and T, at the learning rate of the recipe and at twice that."""
 
-_HEARD = tuple(range(len(TEACHERS)))
+SHORT_GRID = (*GRID[:9], *(one for one in GRID[9:] if (one.alpha, one.temperature) in {(0, 4), (0.5, 1), (0.9, 4)}))
+"""Of these twelve, for images and texts, whose trainings take longer."""
+
+FEW_TEST_ROWS = 200
+"""A table with fewer is split anew for each seed, or one lucky row would be half a point, seed after seed."""
+
+
+_OTHERS = ("faster", "fixed")
+"""Methods beside direct training and auto."""
+
+
+@dataclass(frozen=True)
+class _Training:
+    """How long and on how many rows the students of a kind of data are trained. Parts: rows or shares."""
+
+    most_rows: int
+    epochs: int
+    learning_rate: float
+    guide: float
+    validation: float
+    grid: tuple[Configuration, ...]
+
+
+_TRAININGS = {
+    "table": _Training(4_000, 15, 0.003, 0.1, 0.2, GRID),
+    "image": _Training(12_500, 8, 0.005, 1_000, 2_500, SHORT_GRID),
+    "text": _Training(12_500, 15, 0.001, 0.1, 0.2, SHORT_GRID),
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """data: folder with a folder of Parquet files per table. tables: None takes all. most_rows: training rows that a
-    table keeps. student: None takes a small one for tables, another for images. records: numbers of prior runs that the
-    adaptive configuration may know; None is all.
+    """data: folder with a folder of Parquet files per table. tables: None takes all. grid_seeds: seeds that the grid is
+    trained with too. most_rows: training rows that a table keeps. student, most_rows, epochs: None takes what suits the
+    kind of data. records: numbers of prior runs that the adaptive configuration may know; None is all.
     """
 
     data: Path
     folder: Path
     tables: Sequence[str] | None = None
     seeds: int = 3
+    grid_seeds: int = 3
     mode: str = "fast"
     prior: Path | None = None
     student: str | None = None
-    most_rows: int = 4_000
-    epochs: int = 15
+    most_rows: int | None = None
+    epochs: int | None = None
     records: Sequence[int | None] = (None,)
 
 
@@ -105,11 +136,16 @@ def _told(found: dict[str, Any]) -> str:
 
 
 def _judge(settings: Settings, folder: Path, seed: int) -> dict[str, Any]:
-    data = {"max_train_rows": settings.most_rows, "guide_size": 0.1, "validation_size": 0.2}
-    training = {"epochs": settings.epochs, "batch_size": 64, "learning_rate": 0.003}
+    how = _TRAININGS[kind_of(folder)]
+    data: dict[str, Any] = {"max_train_rows": settings.most_rows or how.most_rows, "views": 2}
+    data |= {"guide_size": how.guide, "validation_size": how.validation}
+    training = {"epochs": settings.epochs or how.epochs, "batch_size": 64, "learning_rate": how.learning_rate}
     with tempfile.TemporaryDirectory() as place:
         student = {"model": settings.student} if settings.student else {}
-        runs = TableRuns(folder, Path(place), seed, data=data, training=training, student=student)
+        rows = folder
+        if (test_rows := num_rows(folder, "test")) < FEW_TEST_ROWS:
+            rows, data["test_size"] = _joined(folder, Path(place) / "rows"), test_rows
+        runs = TableRuns(rows, Path(place), seed, data=data, training=training, student=student)
         test, validation = runs.parts.test, runs.parts.validation
         methods: dict[str, dict[str, Any]] = {}
         direct = torch.empty(0)
@@ -117,17 +153,16 @@ def _judge(settings: Settings, folder: Path, seed: int) -> dict[str, Any]:
         def taught(configuration: Configuration) -> dict[str, Any]:
             nonlocal direct
             started = time.perf_counter()
-            one = runs.teach(runs.recipe, configuration, _HEARD, test)
+            one = runs.teach(runs.recipe, configuration, range(len(runs.teachers)), test)
             seconds = time.perf_counter() - started
             if configuration == DIRECT:
                 direct = runs.right(one.trained, validation)
             last = [row["eval_accuracy"] for row in one.trained.curve if "eval_accuracy" in row][-1]
             return {"accuracy": one.accuracy, "validation": last, "seconds": seconds, "chosen": str(configuration)}
 
-        methods["direct"] = taught(DIRECT)
-        methods["fixed"] = taught(FIXED)
-        known = {DIRECT: methods["direct"], FIXED: methods["fixed"]}
-        grid = [known.get(cell) or taught(cell) for cell in GRID]
+        known = {one: taught(one) for one in (DIRECT, FASTER, FIXED)}
+        methods |= {"direct": known[DIRECT], "faster": known[FASTER], "fixed": known[FIXED]}
+        grid = [known.get(cell) or taught(cell) for cell in how.grid] if seed < settings.grid_seeds else []
         for count in settings.records:
             prior = Path(place) / "prior.parquet"
             _write_left_out(settings.prior, folder.name, count, seed, prior)
@@ -142,6 +177,14 @@ def _judge(settings: Settings, folder: Path, seed: int) -> dict[str, Any]:
             "methods": methods,
             "grid": grid,
         }
+
+
+def _joined(folder: Path, target: Path) -> Path:
+    """A folder with the rows of all splits as one, from which each seed draws its own test rows."""
+    target.mkdir()
+    whole = pa.concat_tables([pq.read_table(file) for file in sorted(folder.glob("*.parquet"))])
+    pq.write_table(whole, target / "train.parquet")
+    return target
 
 
 def _write_left_out(source: Path | None, table: str, count: int | None, seed: int, target: Path) -> None:
@@ -174,6 +217,7 @@ def _auto(
             "chosen": str(Configuration(**auto.configuration)),
             "distils": bool(auto.configuration["alpha"]),
             "reason": auto.reason,
+            "trials": [asdict(one) for one in auto.trials],
             "trial_seconds": auto.seconds,
             "deciding_seconds": auto.deciding_seconds,
             "extra_steps": auto.extra_steps,
@@ -206,22 +250,23 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     """Tables as Markdown: per data set, and over all of them."""
     lines: list[list[str]] = []
     sets = _by_set(results)
-    regrets = [_regrets(of_set) for of_set in sets]
-    methods = _everywhere(regrets)
-    for of_set, found in zip(sets, regrets, strict=True):
+    methods = _everywhere([found for of_set in sets if (found := _regrets(of_set))])
+    for of_set in sets:
+        found = _regrets(of_set)
         gain = mean_of([100 * _gain(one, "auto") for one in of_set])
+        others = (np.mean([100 * _gain(one, name) for one in of_set]) for name in _OTHERS)
         lines.append(
             [
                 of_set[0]["data"],
                 str(len(of_set)),
                 f"{100 * np.mean([one['methods']['direct']['accuracy'] for one in of_set]):.2f}",
-                f"{100 * np.mean([_gain(one, 'fixed') for one in of_set]):+.2f}",
+                *(f"{other:+.2f}" for other in others),
                 f"{gain.mean:+.2f}{_interval(gain)}",
                 f"{sum(map(_distils, of_set))} of {len(of_set)}",
-                *(f"{found[method]:.2f}" for method in methods),
+                *(f"{found[method]:.2f}" if found else "" for method in methods),
             ]
         )
-    header = ["data", "seeds", "direct, %", "fixed, points", "auto, points", "distilled"]
+    header = ["data", "seeds", "direct, %", *(f"{name}, points" for name in (*_OTHERS, "auto")), "distilled"]
     table = markdown([*header, *(f"regret {method}" for method in methods)], lines, left=1)
     return f"{table}\n\n{totals(results)}"
 
@@ -230,25 +275,53 @@ def totals(results: Sequence[dict[str, Any]]) -> str:
     """What holds over all data sets, each counting as much as any other, as Markdown paragraphs."""
     sets = _by_set(results)
     parts = [f"{len(sets)} data sets, {len(results)} runs. Gains and regrets are points of test accuracy."]
-    for method in ("fixed", "auto"):
+    for method in (*_OTHERS, "auto"):
         gain = mean_of([float(np.mean([100 * _gain(one, method) for one in of_set])) for of_set in sets])
         parts.append(f"Mean gain of {method} over direct training: {gain.mean:+.2f}{_interval(gain)}.")
-    distilled = [_gain(one, "auto") for one in results if _distils(one)]
-    back = sum(one["methods"]["auto"].get("kept") == "direct" for one in results)
-    told = f"Auto distilled {len(distilled)} of {len(results)} times"
-    told += f", {back} more were given up for the direct student" if back else ""
-    parts.append(told + (f", and gained {100 * np.mean(distilled):+.2f} where it did." if distilled else "."))
-    regrets = [_regrets(of_set) for of_set in sets]
-    told = ", ".join(f"{method} {np.mean([one[method] for one in regrets]):.2f}" for method in _everywhere(regrets))
-    parts.append(f"Mean regret against the best cell of the grid on test rows: {told}.")
+    parts += [_what_was_chosen(results), _never_worse(sets)]
+    with_grid = [of_set for of_set in sets if _regrets(of_set)]
+    if with_grid:
+        regrets = [_regrets(of_set) for of_set in with_grid]
+        told = ", ".join(f"{method} {np.mean([one[method] for one in regrets]):.2f}" for method in _everywhere(regrets))
+        count = sum(bool(one["grid"]) for one in results)
+        parts.append(f"Mean regret against the best cell of the grid on test rows ({count} runs): {told}.")
     seconds = [one["methods"]["auto"]["trial_seconds"] for one in results]
     deciding = [one["methods"]["auto"]["deciding_seconds"] for one in results]
-    most = f"{np.mean(deciding):.1f} s (at most {max(deciding):.1f})"
+    most = f"median {np.median(deciding):.1f} s (at most {max(deciding):.1f})"
     parts.append(f"Tries took {np.mean(seconds):.1f} s a run, deciding {most}.")
-    if len(grown := _growth(sets)) > 1:
+    if len(grown := _growth(with_grid)) > 1:
         header = ("runs of the prior", "data sets", "gain, points", "regret, points", "tries, s")
         parts.append(markdown(header, grown, left=0))
     return "\n\n".join(parts)
+
+
+def _what_was_chosen(results: Sequence[dict[str, Any]]) -> str:
+    distilled = [_gain(one, "auto") for one in results if _distils(one)]
+    autos = [one["methods"]["auto"] for one in results]
+    rates = sum(not auto["distils"] and auto["chosen"] != str(DIRECT) for auto in autos)
+    back = sum(auto.get("kept") == "direct" for auto in autos)
+    told = f"Auto distilled {len(distilled)} of {len(results)} times"
+    told += f", and gained {100 * np.mean(distilled):+.2f} where it did" if distilled else ""
+    told += f"; {rates} times it trained directly in another way" if rates else ""
+    told += f"; {back} of its students were given up for the direct one" if back else ""
+    return told + "."
+
+
+def _never_worse(sets: Sequence[list[dict[str, Any]]]) -> str:
+    """On which sets the interval of the gain lies above half a point, or one test row if that is more, of a loss."""
+    open_ = []
+    judged = 0
+    for of_set in sets:
+        gain = mean_of([100 * _gain(one, "auto") for one in of_set])
+        if gain.low is None:
+            continue
+        judged += 1
+        if gain.low <= -max(0.5, 100 / of_set[0]["test_rows"]):
+            open_.append(of_set[0]["data"])
+    if not judged:
+        return "With one seed a set has no interval."
+    told = f"On {judged - len(open_)} of {judged} sets the 95 % interval of auto's gain lies above -0.5 points"
+    return f"{told} (or one test row)" + (f"; not on {', '.join(open_)}." if open_ else ".")
 
 
 def _everywhere(regrets: Sequence[dict[str, float]]) -> list[str]:
@@ -293,9 +366,13 @@ def _interval(mean: Mean) -> str:
 
 
 def _regrets(of_set: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Points below the best cell of the grid, by mean test accuracy over the seeds. random: the cell that is best on
-    validation rows among direct training and as many cells as auto's steps would pay for, drawn at random.
+    """Points below the best cell of the grid, by mean test accuracy over the seeds that trained it; {} without any.
+    random: the cell that is best on validation rows among direct training and as many cells as auto's steps would pay
+    for, drawn at random.
     """
+    of_set = [one for one in of_set if one["grid"]]
+    if not of_set:
+        return {}
     best = np.mean([[cell["accuracy"] for cell in one["grid"]] for one in of_set], axis=0).max()
     methods = [name for name in of_set[0]["methods"] if all(name in one["methods"] for one in of_set)]
     found = {name: np.mean([one["methods"][name]["accuracy"] for one in of_set]) for name in methods}

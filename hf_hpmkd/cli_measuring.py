@@ -28,6 +28,7 @@ def add_measuring_commands(commands: argparse._SubParsersAction, command: Comman
     one = command(group, "auto", "The adaptive configuration against fixed values and a grid.", _bench_auto)
     _add_tables(one)
     one.add_argument("--seeds", type=int, default=3, help="seeds per table (default: 3)")
+    one.add_argument("--grid-seeds", type=int, default=3, help="of these, also train the grid (default: 3)")
     one.add_argument("--mode", choices=("fast", "thorough"), default="fast", help="budget of the tries (default: fast)")
     one.add_argument("--prior", type=Path, metavar="FILE", help="prior to judge (default: the one of the package)")
     one.add_argument("--records", default="all", metavar="all,0,50", help="also judge with so many runs of the prior")
@@ -69,7 +70,9 @@ def _bench_auto(args: argparse.Namespace) -> None:
 
     counts = [None, *(int(word) for word in args.records.split(",") if word != "all")]
     tables = args.tables.split(",") if args.tables else None
-    settings = Settings(args.data, args.output, tables, args.seeds, args.mode, args.prior, records=counts)
+    settings = Settings(
+        args.data, args.output, tables, args.seeds, args.grid_seeds, args.mode, args.prior, records=counts
+    )
     print(bench_auto(settings, say=print))
 
 

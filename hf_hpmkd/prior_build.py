@@ -132,7 +132,7 @@ def _rows_of_setting(runs: TableRuns, name: str, seed: int, random: np.random.Ge
     teachers = [one.model for one in runs.recipe.teachers]
     heard = sorted(random.choice(len(teachers), size=random.integers(1, len(teachers) + 1), replace=False).tolist())
     tree = recipe_tree(runs.recipe)
-    tree["student"]["model"] = str(random.choice(IMAGE_STUDENTS if runs.images else STUDENTS))
+    tree["student"]["model"] = str(random.choice(IMAGE_STUDENTS if runs.kind == "image" else STUDENTS))
     tree["training"] |= {
         "max_steps": steps,
         "batch_size": _BATCH,

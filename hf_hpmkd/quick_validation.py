@@ -38,13 +38,12 @@ from hf_hpmkd.components.adaptive_configuration import (
     SPACE,
     Choice,
     Configuration,
-    Early,
     Example,
     Judged,
+    Leads,
     Predictor,
     choose,
     configurations,
-    early_relation,
     halving,
     judge,
     most_alike,
@@ -66,9 +65,9 @@ from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
 
 FOLDER = "auto"
-MARGIN = 1.5
+MARGIN = 2.0
 """Standard deviations by which a candidate must be better than direct training, to be trained in its place: with four
-candidates and nothing to gain, about one search in seven is misled, and then by a candidate that is no worse."""
+candidates and nothing to gain, about one search in fifteen is misled, and then by a candidate that is no worse."""
 
 _FEATURE_ROWS = 2_000
 _SECTION = {name: "training" if name in ("learning_rate", "weight_decay") else "distillation" for name in SPACE}
@@ -221,7 +220,7 @@ class _Search:
         started = time.perf_counter()
         features = self._features()
         examples = self._examples()
-        knowledge = predictor(examples)
+        knowledge, leads = predictor(examples), Leads(examples)
         trials = self._candidates(features, knowledge)
         judged: list[tuple[_Trial, Judged, TrialRecord]] = []
         records: list[TrialRecord] = []
@@ -229,8 +228,7 @@ class _Search:
             if judged:
                 judged.sort(key=lambda one: one[1].gain[0], reverse=True)
                 trials = [trial for trial, _, _ in judged][: rung.candidates]
-            early = early_relation(examples, rung.step / self.total)
-            judged = [(trial, *self._judge(trial, rung.step, early)) for trial in trials]
+            judged = [(trial, *self._judge(trial, rung.step, leads)) for trial in trials]
             records += [record for _, _, record in judged]
         kept = configuration_of(self.recipe)
         fallback = DIRECT if "alpha" in free_fields(self.recipe) else kept
@@ -309,12 +307,12 @@ class _Search:
             return False
         return True
 
-    def _judge(self, trial: _Trial, step: int, early: Early) -> tuple[Judged, TrialRecord]:
+    def _judge(self, trial: _Trial, step: int, leads: Leads) -> tuple[Judged, TrialRecord]:
         answers, direct = self._answers(trial, step), self._answers(self.direct, step)
         gain = estimate_gain(answers[None], direct[None])
         # Equal answers to few rows are no proof that two students are equal: at least one row is in doubt.
         error = max(gain.standard_error, 100.0 / len(answers))
-        judged = judge(trial.configuration, trial.expected, (gain.gain, error), step / self.total, early)
+        judged = judge(trial.configuration, trial.expected, (gain.gain, error), step / self.total, leads)
         record = TrialRecord(str(trial.configuration), step, gain.gain, error, trial.expected, trial.seconds)
         self.run.say(f"Tried {record.name}: {gain.gain:+.2f} ± {error:.2f} points after {step} of {self.total} steps.")
         return judged, record

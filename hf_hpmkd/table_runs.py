@@ -1,4 +1,4 @@
-"""Short real runs on a table or images: rows and teachers, got once, and students trained by the usual trainer.
+"""Short real runs on a table, images or texts: rows and teachers, got once, and students trained by the usual trainer.
 
 For the prior and for judging it. Nothing here opens the test rows unless it is asked to.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_hpmkd.classifier_training import Trained, done_file, student_schedule, train_or_load
 from hf_hpmkd.components.adaptive_configuration import Configuration
-from hf_hpmkd.data import DataParts, load_parts
+from hf_hpmkd.data import TEXT_COLUMNS, DataParts, load_parts
 from hf_hpmkd.distill import get_teachers, student_builder
 from hf_hpmkd.evaluation import evaluate_teachers, teacher_logits
 from hf_hpmkd.quick_validation import features_before, overrides_of, with_values
@@ -44,6 +44,12 @@ IMAGE_TEACHERS: tuple[dict[str, Any], ...] = (
 )
 """The same for images."""
 
+TEXT_TEACHERS: tuple[dict[str, Any], ...] = (
+    {"model": "bert-2x128", "epochs": 8, "learning_rate": 0.0005, "batch_size": 64},
+    {"model": "sklearn:LogisticRegression", "params": {"C": 10.0}},
+)
+"""The same for texts."""
+
 
 @dataclass
 class Taught:
@@ -63,21 +69,22 @@ class Taught:
 
 
 class TableRuns:
-    """The runs on one table, or set of images. folder: of Parquet files. place: where teachers and their outputs are
-    kept meanwhile.
+    """The runs on one table, or set of images or texts. folder: of Parquet files. place: where teachers and their
+    outputs are kept meanwhile.
 
     folds: of the scikit-learn teachers; 0 lets them answer rows that they have learned by heart. The sections are the
     recipe's; data and output are filled in.
     """
 
     def __init__(self, folder: Path, place: Path, seed: int, folds: int = 3, **sections: dict[str, Any]) -> None:
-        self.place, self.images = place, holds_images(folder)
-        chosen = IMAGE_TEACHERS if self.images else TEACHERS
+        self.place, self.kind = place, kind_of(folder)
+        chosen = {"image": IMAGE_TEACHERS, "text": TEXT_TEACHERS, "table": TEACHERS}[self.kind]
+        model = {"image": "cifar-resnet-8x4", "text": "bert-1x32", "table": "mlp-16"}[self.kind]
         teachers = [{**one, "folds": folds} if one["model"].startswith("sklearn") else one for one in chosen]
         tree: dict[str, Any] = {
             "data": {"path": str(folder), "seed": seed, **sections.pop("data", {})},
             "teachers": teachers,
-            "student": {"model": "cifar-resnet-8x4" if self.images else "mlp-16", **sections.pop("student", {})},
+            "student": {"model": model, **sections.pop("student", {})},
             "chain": {"warm_start": False},  # what is compared is how a student is taught, not where it starts
             "memory": {"use": False},
             "output": {"dir": str(place)},
@@ -153,9 +160,14 @@ def table_folders(data: Path) -> list[Path]:
     return found
 
 
-def holds_images(folder: Path) -> bool:
-    """Whether a column of a folder's Parquet files holds files, as `datasets` stores images."""
-    return any(pa.types.is_struct(column.type) for column in pq.read_schema(next(folder.glob("*.parquet"))))
+def kind_of(folder: Path) -> Literal["image", "text", "table"]:
+    """What a folder's Parquet files hold, told by their columns: `datasets` stores images as structs; a column with one
+    of the usual names of a text makes texts.
+    """
+    schema = pq.read_schema(next(folder.glob("*.parquet")))
+    if any(pa.types.is_struct(column.type) for column in schema):
+        return "image"
+    return "text" if set(TEXT_COLUMNS) & set(schema.names) else "table"
 
 
 def num_rows(folder: Path, split: str = "train") -> int:

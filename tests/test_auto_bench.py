@@ -1,6 +1,7 @@
 """The judgement of the adaptive configuration: its sums by hand, and one small real run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,17 +14,25 @@ from hf_hpmkd.auto_bench import Settings, bench_auto, summary
 from hf_hpmkd.components.adaptive_configuration import Configuration
 from hf_hpmkd.configuration_examples import provenance, read_prior
 from hf_hpmkd.prior_build import build_prior
+from hf_hpmkd.table_runs import TableRuns, kind_of
 
 
 def result(data: str, seed: int, direct: float, auto: float, grid: list[tuple[float, float]]) -> dict:
-    about = {"distils": auto != direct, "trial_seconds": 2.0, "deciding_seconds": 0.5, "extra_steps": 100}
+    about = {
+        "distils": auto != direct,
+        "chosen": "direct training",
+        "trial_seconds": 2.0,
+        "deciding_seconds": 0.5,
+        "extra_steps": 100,
+    }
     methods = {
         "direct": {"accuracy": direct},
+        "faster": {"accuracy": direct + 0.01},
         "fixed": {"accuracy": direct - 0.02},
         "auto": {"accuracy": auto, **about, "total_steps": 100},
     }
     cells = [{"accuracy": accuracy, "validation": validation} for accuracy, validation in grid]
-    return {"data": data, "seed": seed, "methods": methods, "grid": cells}
+    return {"data": data, "seed": seed, "test_rows": 100, "methods": methods, "grid": cells}
 
 
 def test_gains_and_regrets_are_those_done_by_hand() -> None:
@@ -32,12 +41,14 @@ def test_gains_and_regrets_are_those_done_by_hand() -> None:
     text = summary(results)
     row_a = next(line for line in text.splitlines() if line.startswith("| a "))
     assert [cell.strip() for cell in row_a.strip("|").split("|")] == [
-        "a", "2", "80.00", "-2.00", "+5.00 (+5.00 to +5.00)", "2 of 2", "10.00", "12.00", "5.00", "0.00",
+        "a", "2", "80.00", "+1.00", "-2.00", "+5.00 (+5.00 to +5.00)", "2 of 2",
+        "10.00", "9.00", "12.00", "5.00", "0.00",
     ]  # fmt: skip
     assert "Mean gain of auto over direct training: +2.50 (" in text and "2 data sets, 3 runs" in text
     assert "Mean gain of fixed over direct training: -2.00" in text
     assert "Auto distilled 2 of 3 times, and gained +5.00 where it did." in text
-    assert "direct 10.00, fixed 12.00, auto 7.50, random 0.00" in text
+    assert "(3 runs): direct 10.00, faster 9.00, fixed 12.00, auto 7.50, random 0.00" in text
+    assert "On 1 of 1 sets the 95 % interval" in text  # b has one seed, and no interval
 
 
 def test_a_worse_cell_on_validation_rows_is_not_found_by_random_search() -> None:
@@ -50,7 +61,24 @@ def test_a_distilled_student_that_was_given_up_counts_as_none() -> None:
     given_up["methods"]["auto"] |= {"distils": True, "kept": "direct"}
     text = summary([result("a", 0, 0.80, 0.84, [(0.80, 0.9), (0.90, 0.5)]), given_up])
     assert "| 1 of 2 |" in text
-    assert "Auto distilled 1 of 2 times, 1 more were given up for the direct student, and gained +4.00" in text
+    assert "Auto distilled 1 of 2 times, and gained +4.00 where it did; 1 of its students were given up" in text
+
+
+def test_losses_are_told_from_what_one_test_row_may_do() -> None:
+    grid = [(0.80, 0.9), (0.90, 0.5)]
+    lost = [result("lost", seed, 0.80, 0.788, grid) for seed in range(3)]  # a row of the hundred is 1 point
+    row = [result("row", seed, 0.80, 0.791, grid) for seed in range(3)]
+    assert "On 1 of 2 sets" in summary([*lost, *row]) and "; not on lost." in summary([*lost, *row])
+
+
+def test_regrets_are_of_the_seeds_that_trained_the_grid() -> None:
+    grid = [(0.80, 0.9), (0.90, 0.5)]
+    faster = result("a", 1, 0.10, 0.10, [])
+    faster["methods"]["auto"]["chosen"] = "direct training, learning_rate x2"
+    text = summary([result("a", 0, 0.80, 0.88, grid), faster, result("b", 0, 0.50, 0.50, [])])
+    assert "(1 runs): direct 10.00, faster 9.00, fixed 12.00, auto 2.00, random 10.00" in text
+    assert "1 times it trained directly in another way" in text
+    assert next(line for line in text.splitlines() if line.startswith("| b ")).endswith("|  |  |  |  |  |")
 
 
 def test_more_runs_of_the_prior_are_compared_on_the_sets_that_have_them() -> None:
@@ -81,10 +109,9 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from hf_hpmkd import table_runs
 
     few = ({"model": "mlp-8", "epochs": 1}, {"model": "sklearn:LogisticRegression"})
-    for module in (table_runs, auto_bench):
-        monkeypatch.setattr(module, "TEACHERS", few)
-    monkeypatch.setattr(auto_bench, "_HEARD", (0, 1))
-    monkeypatch.setattr(auto_bench, "GRID", auto_bench.GRID[:2])
+    monkeypatch.setattr(table_runs, "TEACHERS", few)
+    short = replace(auto_bench._TRAININGS["table"], grid=auto_bench.GRID[:2])
+    monkeypatch.setitem(auto_bench._TRAININGS, "table", short)
     monkeypatch.setattr(prior_build, "SETTINGS_PER_TABLE", 1)
     monkeypatch.setattr(prior_build, "RUNS_PER_SETTING", 2)
     monkeypatch.setattr(prior_build, "_STEPS", (16,))
@@ -116,7 +143,8 @@ def test_a_prior_is_built_goes_on_and_is_judged_without_the_judged(tables: Path,
     assert known == ["white", "white"]
     assert "| red" in text and (tmp_path / "bench" / "gains.png").stat().st_size > 5000
     found = json.loads((tmp_path / "bench" / "red-0.json").read_text())
-    assert set(found["methods"]) == {"direct", "fixed", "auto"} and len(found["grid"]) == 2
+    assert found["test_rows"] == 48 and found["train_rows"] + found["validation_rows"] < 130
+    assert set(found["methods"]) == {"direct", "faster", "fixed", "auto"} and len(found["grid"]) == 2
     assert found["methods"]["auto"]["deciding_seconds"] > 0
     assert ("kept" in found["methods"]["auto"]) == found["methods"]["auto"]["distils"]
     before = (tmp_path / "bench" / "red-0.json").stat().st_mtime_ns
@@ -137,12 +165,14 @@ def test_unknown_tables_are_told_before_any_work(tables: Path, tmp_path: Path) -
 
 
 def test_folders_of_images_are_told_from_tables(tables: Path, tmp_path: Path) -> None:
-    from hf_hpmkd.table_runs import TableRuns, holds_images
-
     pictures = [Image.new("RGB", (8, 8), (20 * index, 0, 0)) for index in range(4)]
     (tmp_path / "pictures").mkdir()
     Dataset.from_dict({"image": pictures, "label": [0, 1, 0, 1]}).to_parquet(tmp_path / "pictures" / "train.parquet")
-    assert holds_images(tmp_path / "pictures") and not holds_images(tables / "red")
+    (tmp_path / "words").mkdir()
+    Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}).to_parquet(tmp_path / "words" / "train.parquet")
+    assert [kind_of(one) for one in (tmp_path / "pictures", tmp_path / "words", tables / "red")] == [
+        "image", "text", "table",
+    ]  # fmt: skip
     runs = TableRuns(tmp_path / "pictures", tmp_path / "place", seed=0)
     assert runs.recipe.student.model.startswith("cifar-resnet")
     assert runs.recipe.teachers[0].model.startswith("cifar-resnet")
@@ -156,3 +186,14 @@ def test_draws_go_together_and_cover_the_space() -> None:
     assert {one.alpha for one in drawn} == {0.0, 0.25, 0.5, 0.75, 0.9, 1.0}
     assert {one.kd_kind for one in drawn} == {"forward_kl", "standardized_kl", "dkd", "dist"}
     assert Configuration() not in drawn
+
+
+def test_small_tables_are_split_anew_for_each_seed(tables: Path, tmp_path: Path) -> None:
+    whole = auto_bench._joined(tables / "red", tmp_path / "joined")
+    drawn = []
+    for seed in range(2):
+        runs = TableRuns(whole, tmp_path / f"place-{seed}", seed, data={"test_size": 48})
+        assert len(runs.parts.test) == 48
+        drawn.append(runs.parts.test.labels.tolist())
+        assert sum(map(len, (runs.parts.train, runs.parts.guide, runs.parts.validation, runs.parts.test))) == 178
+    assert drawn[0] != drawn[1]

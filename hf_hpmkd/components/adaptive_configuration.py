@@ -32,6 +32,7 @@ _OWN_WEIGHT = 3.0  # of a run of the user's own memory, against one of the shipp
 # Points by which two trainings that differ in nothing but chance end apart, whatever rows they are judged on. A guess:
 # with one seed a run cannot measure it.
 _TRAINING_NOISE = 0.3
+_LEADS_ALIKE = 60  # early leads of examples that are asked what became of them
 _BOLDNESS = 1.0  # standard deviations that a candidate is credited with before it is tried
 
 
@@ -67,6 +68,9 @@ class Configuration:
 
 
 DIRECT = Configuration()
+
+FASTER = Configuration(learning_rate=2.0)
+"""Direct training at twice the learning rate: what a student that has not learned enough needs, teachers or not."""
 
 SPACE: dict[str, tuple[Any, ...]] = {
     "alpha": (0.0, 0.25, 0.5, 0.75, 0.9, 1.0),
@@ -307,11 +311,14 @@ def propose(prediction: Prediction, configurations: Sequence[Configuration], cou
     """Positions of the candidates for a try: the most promising ones, each unlike those before it.
 
     Promising is the expected gain plus its doubt (an upper confidence bound). Plain direct training is never among
-    them, because it is always tried.
+    them, because it is always tried. FASTER is, where it is possible and not the only one: without it, what a learning
+    rate gains would be put down to the teachers.
     """
     hope = prediction.gain + _BOLDNESS * prediction.doubt
     encoded = np.array([encode(one) for one in configurations])
     open_ = np.array([one != DIRECT for one in configurations])
+    if count > 1 and FASTER in configurations:
+        hope[configurations.index(FASTER)] = np.inf
     chosen: list[int] = []
     while open_.any() and len(chosen) < count:
         best = int(np.argmax(np.where(open_, hope, -np.inf)))
@@ -352,33 +359,40 @@ def halving(total_steps: int, budget: int, most: int) -> list[Rung]:
 # ---- what a try proves -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Early:
-    """How an early gain relates to the final one: final = slope x early, give or take `spread` points. share: of the
-    training that was done, 0 to 1.
+class Leads:
+    """What becomes of a lead that a student has early in its training, as examples tell that know theirs.
+
+    A large lead changes more than a small one, and now and then one turns round altogether. So the answer comes from
+    the examples that were about as far ahead, by the percentiles of how their leads changed (which few of them do not
+    move): a local regression, in the sense of Cleveland (1979).
     """
 
-    slope: float
-    spread: float
+    def __init__(self, examples: Sequence[Example]) -> None:
+        early = np.array([one.early for one in examples]).reshape(len(examples), len(EARLY))
+        gains = np.array([one.gain for one in examples])
+        known = ~np.isnan(early)
+        # Per share of EARLY: the leads then, and by how much they had changed in the end.
+        self.known = [(early[there, i], gains[there] - early[there, i]) for i, there in enumerate(known.T)]
 
+    def final(self, lead: float, share: float) -> tuple[float, float]:
+        """Expected lead at the end, and one standard deviation of it, both in points, of a lead after a share (0 to 1)
+        of the training. Interpolated between EARLY; at 0 a lead says nothing, at 1 it is the final one.
 
-def early_relation(examples: Sequence[Example], share: float) -> Early:
-    """Fitted to the examples that know their early gains, interpolated between EARLY; at 1 the early gain is the final
-    one. Without such examples: half of a lead at a quarter of the training remains, give or take 1.5 points.
-    """
-    slopes, spreads = [0.0], [_UNKNOWN_SPREAD]
-    for index, at in enumerate(EARLY):
-        known = [e for e in examples if e.configuration.distils and not math.isnan(e.early[index])]
-        pairs = np.array([(e.early[index], e.gain) for e in known])
-        if len(pairs) < FEW_EXAMPLES:
-            slopes.append(0.5 + 0.5 * (at - EARLY[0]) / (1 - EARLY[0]))
-            spreads.append(1.5 * (1 - at) / (1 - EARLY[0]))
-            continue
-        slope = float(np.clip((pairs[:, 0] @ pairs[:, 1]) / max(pairs[:, 0] @ pairs[:, 0], 1e-9), 0.0, 1.0))
-        slopes.append(slope)
-        spreads.append(float(np.sqrt(np.mean((pairs[:, 1] - slope * pairs[:, 0]) ** 2))))
-    places = [0.0, *EARLY, 1.0]
-    return Early(float(np.interp(share, places, [*slopes, 1.0])), float(np.interp(share, places, [*spreads, 0.0])))
+        With fewer than FEW_EXAMPLES half of a lead at a quarter of the training remains, give or take 1.5 points.
+        """
+        means, spreads = [0.0], [_UNKNOWN_SPREAD]
+        for at, (leads, changes) in zip(EARLY, self.known, strict=True):
+            if len(leads) < FEW_EXAMPLES:
+                done = (at - EARLY[0]) / (1 - EARLY[0])
+                means.append((0.5 + 0.5 * done) * lead)
+                spreads.append(1.5 * (1 - done))
+                continue
+            alike = np.argsort(np.abs(leads - lead), kind="stable")[:_LEADS_ALIKE]
+            low, middle, high = np.percentile(changes[alike], [15.87, 50, 84.13])
+            means.append(lead + float(middle))
+            spreads.append(float(high - low) / 2)
+        places = [0.0, *EARLY, 1.0]
+        return float(np.interp(share, places, [*means, lead])), float(np.interp(share, places, [*spreads, 0.0]))
 
 
 @dataclass(frozen=True)
@@ -399,15 +413,15 @@ def judge(
     expected: tuple[float, float],
     measured: tuple[float, float],
     share: float,
-    early: Early,
+    leads: Leads,
 ) -> Judged:
     """Joins what was expected with what was measured, each weighted by its certainty (two normal distributions).
 
     To the error of the measurement, which is that of the rows, the chance in a training and the distance to its end are
     added.
     """
-    final = early.slope * measured[0]
-    variance = early.spread**2 + (early.slope * measured[1]) ** 2 + _TRAINING_NOISE**2
+    final, spread = leads.final(measured[0], share)
+    variance = spread**2 + measured[1] ** 2 + _TRAINING_NOISE**2
     precision = 1 / expected[1] ** 2 + 1 / variance
     mean = (expected[0] / expected[1] ** 2 + final / variance) / precision
     return Judged(configuration, expected, measured, share, (mean, precision**-0.5))
