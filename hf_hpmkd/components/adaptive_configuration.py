@@ -33,6 +33,8 @@ _OWN_WEIGHT = 3.0  # of a run of the user's own memory, against one of the shipp
 # with one seed a run cannot measure it.
 _TRAINING_NOISE = 0.3
 _LEADS_ALIKE = 60  # early leads of examples that are asked what became of them
+# How far apart two candidates lie, encoded: more than by a weight decay, a learning rate or an alpha alone.
+_UNLIKE = 1.2
 _BOLDNESS = 1.0  # standard deviations that a candidate is credited with before it is tried
 
 
@@ -323,7 +325,7 @@ def propose(prediction: Prediction, configurations: Sequence[Configuration], cou
     while open_.any() and len(chosen) < count:
         best = int(np.argmax(np.where(open_, hope, -np.inf)))
         chosen.append(best)
-        open_ &= np.linalg.norm(encoded - encoded[best], axis=1) > 0.5
+        open_ &= np.linalg.norm(encoded - encoded[best], axis=1) > _UNLIKE
     return chosen
 
 
@@ -362,32 +364,36 @@ def halving(total_steps: int, budget: int, most: int) -> list[Rung]:
 class Leads:
     """What becomes of a lead that a student has early in its training, as examples tell that know theirs.
 
-    A large lead changes more than a small one, and now and then one turns round altogether. So the answer comes from
-    the examples that were about as far ahead, by the percentiles of how their leads changed (which few of them do not
-    move): a local regression, in the sense of Cleveland (1979).
+    A large lead changes more than a small one, one that few rows show more than one that many show, and now and then
+    one turns round altogether. So the answer comes from the examples that were about as far ahead and about as noisy,
+    by the percentiles of how their leads changed (which few of them do not move): a local regression, in the sense of
+    Cleveland (1979).
     """
 
     def __init__(self, examples: Sequence[Example]) -> None:
         early = np.array([one.early for one in examples]).reshape(len(examples), len(EARLY))
         gains = np.array([one.gain for one in examples])
         known = ~np.isnan(early)
-        # Per share of EARLY: the leads then, and by how much they had changed in the end.
-        self.known = [(early[there, i], gains[there] - early[there, i]) for i, there in enumerate(known.T)]
+        noise = np.array([one.noise for one in examples])
+        # Per share of EARLY: the leads then, their noise, and by how much they had changed in the end.
+        self.known = [(early[on, i], noise[on], gains[on] - early[on, i]) for i, on in enumerate(known.T)]
 
-    def final(self, lead: float, share: float) -> tuple[float, float]:
+    def final(self, lead: float, noise: float, share: float) -> tuple[float, float]:
         """Expected lead at the end, and one standard deviation of it, both in points, of a lead after a share (0 to 1)
-        of the training. Interpolated between EARLY; at 0 a lead says nothing, at 1 it is the final one.
+        of the training. noise: its standard error, in points, which is not part of the answer. Interpolated between
+        EARLY; at 0 a lead says nothing, at 1 it is the final one.
 
         With fewer than FEW_EXAMPLES half of a lead at a quarter of the training remains, give or take 1.5 points.
         """
         means, spreads = [0.0], [_UNKNOWN_SPREAD]
-        for at, (leads, changes) in zip(EARLY, self.known, strict=True):
+        for at, (leads, noises, changes) in zip(EARLY, self.known, strict=True):
             if len(leads) < FEW_EXAMPLES:
                 done = (at - EARLY[0]) / (1 - EARLY[0])
                 means.append((0.5 + 0.5 * done) * lead)
                 spreads.append(1.5 * (1 - done))
                 continue
-            alike = np.argsort(np.abs(leads - lead), kind="stable")[:_LEADS_ALIKE]
+            unlike = np.abs(leads - lead) + np.abs(noises - noise)
+            alike = np.argsort(unlike, kind="stable")[:_LEADS_ALIKE]
             low, middle, high = np.percentile(changes[alike], [15.87, 50, 84.13])
             means.append(lead + float(middle))
             spreads.append(float(high - low) / 2)
@@ -420,7 +426,7 @@ def judge(
     To the error of the measurement, which is that of the rows, the chance in a training and the distance to its end are
     added.
     """
-    final, spread = leads.final(measured[0], share)
+    final, spread = leads.final(*measured, share)
     variance = spread**2 + measured[1] ** 2 + _TRAINING_NOISE**2
     precision = 1 / expected[1] ** 2 + 1 / variance
     mean = (expected[0] / expected[1] ** 2 + final / variance) / precision

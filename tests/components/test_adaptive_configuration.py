@@ -1,6 +1,7 @@
 """What is expected, tried and concluded, against closed forms, limits and worlds whose answer is known."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -201,7 +202,7 @@ def leads_of(lead: float, change: float, deviation: float, at: float = EARLY[1],
 
 def test_judging_is_the_product_of_two_normal_distributions() -> None:
     leads = Leads(leads_of(3.0, -1.2, 0.4))
-    final, spread = leads.final(3.0, 0.5)
+    final, spread = leads.final(3.0, 0.5, 0.5)
     found = judge(SOFT, (1.0, 2.0), (3.0, 0.5), 0.5, leads)
     grid = np.linspace(-20, 20, 400_001)
     spread = math.hypot(spread, 0.5, _TRAINING_NOISE)
@@ -213,27 +214,35 @@ def test_judging_is_the_product_of_two_normal_distributions() -> None:
 
 def test_a_whole_training_is_believed_and_a_start_is_not() -> None:
     for examples in ([], leads_of(2.0, -1.0, 1.0, EARLY[0])):
-        assert Leads(examples).final(2.5, 1.0) == (2.5, 0.0)
-        mean, spread = Leads(examples).final(2.5, 0.02)
+        assert Leads(examples).final(2.5, 1.0, 1.0) == (2.5, 0.0)
+        mean, spread = Leads(examples).final(2.5, 1.0, 0.02)
         assert mean < 0.2 and spread > 1.5
 
 
 def test_what_becomes_of_a_lead_is_learned_from_leads_like_it() -> None:
     examples = [*leads_of(0.0, 0.0, 0.2), *leads_of(10.0, -4.0, 3.0)]
-    small, large = Leads(examples).final(0.0, EARLY[1]), Leads(examples).final(10.0, EARLY[1])
+    small, large = (Leads(examples).final(lead, 1.0, EARLY[1]) for lead in (0.0, 10.0))
     assert small == (pytest.approx(0.0, abs=0.1), pytest.approx(0.2, rel=0.4))
     assert large == (pytest.approx(6.0, abs=1.0), pytest.approx(3.0, rel=0.4))
+
+
+def test_a_lead_that_many_rows_show_lasts_as_those_do() -> None:
+    sure = [replace(one, noise=0.2) for one in leads_of(2.0, 0.0, 0.3)]
+    unsure = [replace(one, noise=3.0) for one in leads_of(2.0, 0.0, 2.5)]
+    leads = Leads([*unsure, *sure])
+    assert leads.final(2.0, 0.3, EARLY[1])[1] == pytest.approx(0.3, rel=0.4)
+    assert leads.final(2.0, 2.8, EARLY[1])[1] == pytest.approx(2.5, rel=0.4)
 
 
 def test_a_few_leads_that_turn_round_do_not_shake_all_others() -> None:
     calm = leads_of(1.0, 0.0, 0.3)
     wild = [Example({}, SOFT, -60.0, early=one.early) for one in calm[::20]]
-    before, after = (Leads(examples).final(1.0, EARLY[1])[1] for examples in (calm, [*calm, *wild]))
+    before, after = (Leads(examples).final(1.0, 1.0, EARLY[1])[1] for examples in (calm, [*calm, *wild]))
     assert after < 1.5 * before
 
 
 def test_half_of_an_early_lead_remains_where_nothing_is_known() -> None:
-    assert Leads([]).final(4.0, EARLY[0]) == (2.0, 1.5)
+    assert Leads([]).final(4.0, 0.3, EARLY[0]) == (2.0, 1.5)
 
 
 def test_distillation_has_to_prove_itself() -> None:
