@@ -70,7 +70,7 @@ class _Training:
 
 _TRAININGS = {
     "table": _Training(4_000, 15, 0.003, 0.1, 0.2, GRID),
-    "image": _Training(12_500, 8, 0.005, 1_000, 2_500, SHORT_GRID),
+    "image": _Training(12_500, 4, 0.005, 1_000, 2_500, SHORT_GRID),
     "text": _Training(12_500, 15, 0.001, 0.1, 0.2, SHORT_GRID),
 }
 
