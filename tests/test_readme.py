@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LOCAL_PATH = re.compile(r"[\"' ]/(?:work|home|root|tmp|mnt)/")
 COMPARISONS = sorted((ROOT / "model_cards" / "comparisons").glob("*.json"))
+ABLATIONS = sorted((ROOT / "model_cards" / "ablations").glob("*.json"))
 TRIED = sorted((ROOT / "model_cards" / "tried").glob("*.json"))
 MEMORY_RUNS = sorted((ROOT / "model_cards" / "memory").glob("*.json"))
 RECORDS = sorted((ROOT / "model_cards" / "runs").glob("*.json"))
@@ -61,8 +62,12 @@ def test_the_comparisons_are_those_of_their_records():
     assert COMPARISONS
     records = [ComparisonRecord.load(path) for path in COMPARISONS]
     assert block("comparisons") == overview(records, common_part(records))
-    text = (ROOT / "model_cards" / "comparisons" / "README.md").read_text(encoding="utf-8")
-    tables = [f"## {path.stem}\n\n{comparison_summary(ComparisonRecord.load(path))}" for path in COMPARISONS]
+
+
+@pytest.mark.parametrize("paths", [COMPARISONS, ABLATIONS], ids=["comparisons", "ablations"])
+def test_the_tables_beside_the_records_are_theirs(paths):
+    text = (paths[0].parent / "README.md").read_text(encoding="utf-8")
+    tables = [f"## {path.stem}\n\n{comparison_summary(ComparisonRecord.load(path))}" for path in paths]
     assert text.split("\n\n", 2)[2] == "\n\n".join(tables) + "\n"
 
 
@@ -78,7 +83,7 @@ def test_what_the_memory_spared_is_what_its_runs_recorded():
     assert block("memory") == memory_table([RunRecord.load(path) for path in MEMORY_RUNS])
 
 
-@pytest.mark.parametrize("path", [*COMPARISONS, *TRIED], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*COMPARISONS, *ABLATIONS, *TRIED], ids=lambda path: path.stem)
 def test_published_comparisons_tell_no_paths_and_their_commit(path):
     assert not LOCAL_PATH.search(path.read_text(encoding="utf-8"))
     results = ComparisonRecord.load(path).results
