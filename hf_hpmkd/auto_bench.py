@@ -30,7 +30,7 @@ from hf_hpmkd.configuration_examples import SCHEMA, prior_row, read_prior, write
 from hf_hpmkd.distill import student_builder
 from hf_hpmkd.kept_student import judge
 from hf_hpmkd.paired_tests import Mean, mean_of
-from hf_hpmkd.quick_validation import configure, is_direct
+from hf_hpmkd.quick_validation import configure, is_direct, proof_needed
 from hf_hpmkd.recipe import Recipe, read_recipe, recipe_tree
 from hf_hpmkd.recipe_rules import uses_teachers
 from hf_hpmkd.report import markdown
@@ -237,7 +237,7 @@ def _auto(
             teachers=teachers,
             guide=runs.parts.guide if teachers else None,
         )
-        kept = judge(direct_right, runs.right(trained, runs.parts.validation)).kept
+        kept = judge(direct_right, runs.right(trained, runs.parts.validation), proof_needed(run.recipe)).kept
         if kept == "direct":
             return {**direct, **about, "kept": kept}
         return {"accuracy": float(runs.right(trained, runs.parts.test).float().mean()), **about, "kept": kept}

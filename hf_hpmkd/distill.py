@@ -34,7 +34,7 @@ from hf_hpmkd.heads import find_classifier_head
 from hf_hpmkd.hub_store import check_can_push, push_run
 from hf_hpmkd.kept_student import distilled_folder, keep_better
 from hf_hpmkd.metrics import load_metric
-from hf_hpmkd.quick_validation import configure, is_direct
+from hf_hpmkd.quick_validation import configure, is_direct, proof_needed
 from hf_hpmkd.recipe import Recipe, fingerprint, recipe_tree
 from hf_hpmkd.recipe_rules import is_trained_here, uses_teachers
 from hf_hpmkd.run_ahead import run_ahead
@@ -157,7 +157,7 @@ def _run(run: Run) -> None:
     run.keep_start(build_warm.share, build_warm.origin)
     run.keep_weights(trained["student"], guides)
     if recipe.distillation.keep == "better" and "direct" in trained and not is_direct(recipe, chosen):
-        keep_better(run, parts, trained)
+        keep_better(run, parts, trained, proof_needed(recipe))
 
     with run.phase("report"):
         classifiers = {name: one.classifier for name, one in trained.items()}

@@ -1,10 +1,13 @@
 """Which student a run keeps: the distilled one, unless the same model trained on labels alone is surely better.
 
 Soft targets can hurt, most of all students that cannot even fit the labels. The direct training is there to compare
-with, so its student may take the place of the other; validation rows decide, and test rows stay closed.
+with, so its student may take the place of the other; validation rows decide, and test rows stay closed. Where the
+adaptive configuration has chosen, the burden of proof is the other way round: the best of several tries looks better
+than it is.
 """
 
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from hf_hpmkd.classifier_training import Trained, copy_training, done_file
+from hf_hpmkd.components.adaptive_configuration import TRAINING_NOISE
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.kept_classifiers import answers_right
 from hf_hpmkd.paired_tests import surely_better
@@ -22,17 +26,23 @@ from hf_hpmkd.run_record import KeptRecord
 DISTILLED = "distilled"
 
 
-def judge(direct: torch.Tensor, distilled: torch.Tensor) -> KeptRecord:
+def judge(direct: torch.Tensor, distilled: torch.Tensor, proof: float | None = None) -> KeptRecord:
     """Which of two to keep, by the rows that each answered right, bool `(rows,)`, at least one.
 
-    The direct one only where it is better by more than a standard error of the paired difference.
+    The direct one only where it is better by more than a standard error of the paired difference; with `proof`, unless
+    the distilled one is better by so many standard errors, that of a training added.
     """
     is_better, loss, error = surely_better(direct.tolist(), distilled.tolist())
+    needed = None
+    if proof is not None:
+        needed = proof * math.hypot(max(100 * error, 100 / len(direct)), TRAINING_NOISE)
+        is_better = -100 * loss <= needed
     return KeptRecord(
         kept="direct" if is_better else "distilled",
         gain=round(-100 * loss, 4) + 0.0,  # no -0.0
         standard_error=round(100 * error, 4),
         rows=len(direct),
+        needed=None if needed is None else round(needed, 4),
     )
 
 
@@ -42,11 +52,13 @@ def distilled_folder(folder: Path) -> Path:
     return moved if done_file(moved).is_file() else folder / "student"
 
 
-def keep_better(run: Run, parts: DataParts, trained: dict[str, Trained]) -> None:
-    """Keeps the better of `direct` and `student`; where it is the first, the second becomes `distilled`."""
+def keep_better(run: Run, parts: DataParts, trained: dict[str, Trained], proof: float | None = None) -> None:
+    """Keeps the better of `direct` and `student`, as `judge` says; where it is the first, the second becomes
+    `distilled`.
+    """
     rows, size = parts.validation, run.recipe.training.eval_batch_size
     right = [answers_right(trained[name].classifier, rows, size) for name in ("direct", "student")]
-    run.record.kept = kept = broadcast_object_list([judge(*right)])[0]
+    run.record.kept = kept = broadcast_object_list([judge(*right, proof)])[0]
     if kept.kept == "distilled":
         return
     if run.is_main:

@@ -66,8 +66,11 @@ from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
 
 FOLDER = "auto"
 MARGIN = 2.0
-"""Standard deviations by which a candidate must be better than direct training, to be trained in its place: with four
-candidates and nothing to gain, about one search in fifteen is misled, and then by a candidate that is no worse."""
+"""Standard deviations by which what was chosen must be better than direct training. Where the run trains directly
+anyway, this is asked of the finished student (`proof_needed`), else of its try."""
+
+HOPE = 0.0
+"""The same for a candidate that has to prove itself at the end of its training: any that promises to be better."""
 
 _FEATURE_ROWS = 2_000
 _SECTION = {name: "training" if name in ("learning_rate", "weight_decay") else "distillation" for name in SPACE}
@@ -103,6 +106,13 @@ def is_direct(recipe: Recipe, chosen: Recipe) -> bool:
     """Whether the chosen recipe trains the student just as the run's direct training is."""
     plain = chosen.distillation.alpha == 0 and chosen.distillation.feature_weight == 0 and not chosen.chain.warm_start
     return recipe.auto.mode != "off" and plain and chosen.training == recipe.training
+
+
+def proof_needed(recipe: Recipe) -> float | None:
+    """Standard errors by which the student must be better than the directly trained one, to be kept. None where the
+    recipe itself asks to distil: then it is kept unless it is surely worse.
+    """
+    return MARGIN if recipe.auto.mode != "off" and "alpha" in free_fields(recipe) else None
 
 
 def with_values(recipe: Recipe, overrides: dict[str, dict[str, Any]]) -> Recipe:
@@ -232,7 +242,8 @@ class _Search:
             records += [record for _, _, record in judged]
         kept = configuration_of(self.recipe)
         fallback = DIRECT if "alpha" in free_fields(self.recipe) else kept
-        decided = choose([one for _, one, _ in judged], MARGIN, fallback)
+        proven_later = self.direct_folder is not None and self.recipe.distillation.keep == "better"
+        decided = choose([one for _, one, _ in judged], HOPE if proven_later else MARGIN, fallback)
         everyone = [self.direct, *self.tried]
         going_on = self._hand_over([one for one in everyone if one.configuration == decided.configuration])
         gc.unfreeze()

@@ -118,10 +118,13 @@ def kept_told(record: RunRecord) -> str:
     """Which student the run kept, in a sentence; "" where there was no choice."""
     if (kept := record.kept) is None:
         return ""
-    gain = f"{kept.gain:+.2f} ± {kept.standard_error:.2f} points for the distilled one on {kept.rows:,} validation rows"
+    other = "chosen" if record.auto is not None and not record.auto.configuration["alpha"] else "distilled"
+    gain = f"{kept.gain:+.2f} ± {kept.standard_error:.2f} points for the {other} one on {kept.rows:,} validation rows"
+    if kept.needed is not None:
+        gain += f", {kept.needed:+.2f} asked for"
     if kept.kept == "distilled":
-        return f"Kept: the distilled student ({gain})."
-    return f"Kept: the directly trained student ({gain}); the distilled one is in `distilled/`."
+        return f"Kept: the {other} student ({gain})."
+    return f"Kept: the directly trained student ({gain}); the {other} one is in `distilled/`."
 
 
 def auto_section(record: RunRecord) -> str:

@@ -197,7 +197,7 @@ class KeptRecord:
     """Which of two students a run kept, by the validation rows that each answered right.
 
     kept: "distilled" or "direct". gain, standard_error: of the distilled one over the direct one, on the same rows, in
-    points. rows: how many.
+    points. rows: how many. needed: the gain that the distilled one had to show; None: not to be surely worse sufficed.
     """
 
     __pydantic_config__ = _STRICT
@@ -206,6 +206,7 @@ class KeptRecord:
     gain: Number
     standard_error: Number
     rows: int
+    needed: Number | None = None
 
 
 @dataclass

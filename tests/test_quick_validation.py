@@ -13,7 +13,14 @@ from hf_hpmkd import distill as distill_module
 from hf_hpmkd.cli import main
 from hf_hpmkd.components.adaptive_configuration import DIRECT, SPACE, Configuration
 from hf_hpmkd.configuration_examples import read_prior
-from hf_hpmkd.quick_validation import configuration_of, free_fields, is_direct, overrides_of, with_values
+from hf_hpmkd.quick_validation import (
+    configuration_of,
+    free_fields,
+    is_direct,
+    overrides_of,
+    proof_needed,
+    with_values,
+)
 from hf_hpmkd.recipe import read_recipe
 from hf_hpmkd.run_record import RunRecord
 
@@ -54,6 +61,12 @@ def without_prior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_hpmkd.configuration_examples.shipped_prior", lambda: tmp_path / "none.parquet")
 
 
+def believe(monkeypatch: pytest.MonkeyPatch, margin: float) -> None:
+    """What a candidate must be better by, at its try and at the end: very negative for any, very large for none."""
+    monkeypatch.setattr(quick_validation, "HOPE", margin)
+    monkeypatch.setattr(quick_validation, "MARGIN", margin)
+
+
 @pytest.fixture
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     """Folder name, first and last step of every training."""
@@ -76,7 +89,7 @@ def test_the_winner_goes_on_and_ends_as_if_it_had_been_asked_for(
 ) -> None:
     """Bitwise the student, and the direct baseline, of the run whose recipe says what was chosen. Test rows are not at
     hand while it is chosen."""
-    monkeypatch.setattr(quick_validation, "MARGIN", -1e9)
+    believe(monkeypatch, -1e9)
     original = distill_module.configure
     monkeypatch.setattr(
         distill_module,
@@ -95,6 +108,7 @@ def test_the_winner_goes_on_and_ends_as_if_it_had_been_asked_for(
     for text in ((tmp_path / "run" / "README.md").read_text(), auto.reason):
         assert auto.trials[-1].name in text and "over direct training" in text.replace("Gains are over", "over")
     assert record.seconds["auto"] > auto.seconds > 0
+    assert record.kept.kept == "distilled" and record.kept.needed < -1e6  # as the margin says
     asked = tree(tmp_path / "asked")
     asked["auto"] = "off"
     for section, values in auto.overrides.items():
@@ -108,10 +122,24 @@ def test_the_winner_goes_on_and_ends_as_if_it_had_been_asked_for(
     assert same(weights(tmp_path / "run" / "direct"), weights(tmp_path / "plain" / "run" / "direct"))
 
 
+def test_what_promises_is_trained_and_given_up_without_a_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainings: list[tuple[str, int, int]]
+) -> None:
+    believe(monkeypatch, -1e9)
+    monkeypatch.setattr(quick_validation, "MARGIN", 1e9)
+    record = run(tmp_path, tree(tmp_path))
+    assert Configuration(**record.auto.configuration) != DIRECT
+    assert STEPS in {last for name, _, last in trainings if name == "student"}
+    assert record.kept.kept == "direct" and record.kept.needed > 1e6
+    assert same(weights(tmp_path / "run" / "student"), weights(tmp_path / "run" / "direct"))
+    recipe = read_recipe({**tree(tmp_path), "distillation": {"alpha": 0.5}}, "test")
+    assert proof_needed(recipe) is None  # the recipe itself asks to distil
+
+
 def test_direct_training_is_not_trained_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainings: list[tuple[str, int, int]], capsys
 ) -> None:
-    monkeypatch.setattr(quick_validation, "MARGIN", 1e9)
+    believe(monkeypatch, 1e9)
     record = run(tmp_path, tree(tmp_path))
     assert Configuration(**record.auto.configuration) == DIRECT
     assert record.auto.knowledge == f"a regression over {len(read_prior()):,} runs of a prior"
@@ -123,7 +151,7 @@ def test_direct_training_is_not_trained_twice(
 
 @pytest.mark.slow
 def test_an_interrupted_search_goes_on_and_chooses_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quick_validation, "MARGIN", -1e9)
+    believe(monkeypatch, -1e9)
     whole = run(tmp_path, tree(tmp_path / "whole", keep="best"))
     write = quick_validation.write_json
 

@@ -29,9 +29,10 @@ _MOST_ROWS = 2_000  # of a member, so that many examples cost no more time
 _UNKNOWN = -100.0
 _UNKNOWN_SPREAD = 2.0  # points; how far gains lie apart where nothing is known
 _OWN_WEIGHT = 3.0  # of a run of the user's own memory, against one of the shipped prior
-# Points by which two trainings that differ in nothing but chance end apart, whatever rows they are judged on. A guess:
-# with one seed a run cannot measure it.
-_TRAINING_NOISE = 0.3
+TRAINING_NOISE = 0.3
+"""Points by which two trainings that differ in nothing but chance end apart, whatever rows they are judged on. A guess:
+with one seed a run cannot measure it."""
+
 _LEADS_ALIKE = 60  # early leads of examples that are asked what became of them
 # How far apart two candidates lie, encoded: more than by a weight decay, a learning rate or an alpha alone.
 _UNLIKE = 1.2
@@ -427,7 +428,7 @@ def judge(
     added.
     """
     final, spread = leads.final(*measured, share)
-    variance = spread**2 + measured[1] ** 2 + _TRAINING_NOISE**2
+    variance = spread**2 + measured[1] ** 2 + TRAINING_NOISE**2
     precision = 1 / expected[1] ** 2 + 1 / variance
     mean = (expected[0] / expected[1] ** 2 + final / variance) / precision
     return Judged(configuration, expected, measured, share, (mean, precision**-0.5))
@@ -457,12 +458,8 @@ def choose(judged: Sequence[Judged], margin: float, fallback: Configuration = DI
     )
     if fallback.distils or best.gain[0] > margin * best.gain[1]:
         return Choice(best.configuration, told, list(judged))
-    return Choice(
-        fallback,
-        f"direct training, because no candidate is surely better ({margin:g} standard deviations are asked for); the "
-        f"best was {told}",
-        list(judged),
-    )
+    asked = f"is surely better ({margin:g} standard deviations are asked for)" if margin else "promises to be better"
+    return Choice(fallback, f"direct training, because no candidate {asked}; the best was {told}", list(judged))
 
 
 def _points(value: tuple[float, float]) -> str:

@@ -9,11 +9,11 @@ import pytest
 from scipy import stats
 
 from hf_hpmkd.components.adaptive_configuration import (
-    _TRAINING_NOISE,
     DIRECT,
     EARLY,
     FASTER,
     SPACE,
+    TRAINING_NOISE,
     Configuration,
     Example,
     Leads,
@@ -205,7 +205,7 @@ def test_judging_is_the_product_of_two_normal_distributions() -> None:
     final, spread = leads.final(3.0, 0.5, 0.5)
     found = judge(SOFT, (1.0, 2.0), (3.0, 0.5), 0.5, leads)
     grid = np.linspace(-20, 20, 400_001)
-    spread = math.hypot(spread, 0.5, _TRAINING_NOISE)
+    spread = math.hypot(spread, 0.5, TRAINING_NOISE)
     weight = stats.norm.pdf(grid, 1.0, 2.0) * stats.norm.pdf(grid, final, spread)
     mean = (weight @ grid) / weight.sum()
     assert found.gain[0] == pytest.approx(mean, abs=1e-4)
