@@ -239,6 +239,12 @@ def copy_training(source: Path, target: Path) -> None:
         shutil.copy2(done_file(source), done_file(target))
 
 
+def remove_training(folder: Path) -> None:
+    """Removes a training; stopped anywhere, it does not pass for a finished one."""
+    done_file(folder).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _step_of(checkpoint: str) -> int:
     return int(Path(checkpoint).name.rsplit("-", 1)[1])
 

@@ -26,7 +26,13 @@ from transformers.utils.logging import disable_progress_bar
 from hf_hpmkd.baselines import DISTILLERS
 from hf_hpmkd.chain import build_chain
 from hf_hpmkd.chain_stages import WarmBuild
-from hf_hpmkd.classifier_training import student_schedule, train_or_load
+from hf_hpmkd.classifier_training import (
+    Trained,
+    copy_training,
+    remove_training,
+    student_schedule,
+    train_or_load,
+)
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.comparison_record import Result, Score
 from hf_hpmkd.components.optimization_memory import OptimizationMemory
@@ -34,8 +40,10 @@ from hf_hpmkd.control_teachers import CONTROLS, ControlTeacher
 from hf_hpmkd.data import DataParts, load_parts
 from hf_hpmkd.distill import get_teachers, student_builder
 from hf_hpmkd.evaluation import student_logits
+from hf_hpmkd.kept_classifiers import answers_right
+from hf_hpmkd.kept_student import judge
 from hf_hpmkd.methods import Method, method_recipe
-from hf_hpmkd.quick_validation import configure
+from hf_hpmkd.quick_validation import configure, is_direct, proof_needed
 from hf_hpmkd.recipe import Recipe, fingerprint, read_recipe, recipe_tree
 from hf_hpmkd.recipe_rules import is_trained_here, uses_teachers
 from hf_hpmkd.run_context import Run, new_record
@@ -204,7 +212,10 @@ class Workplace:
         build = student_builder(recipe, self.parts)
         if searches and (job.run_folder / RECORD_FILE).is_file():  # chosen before an interruption
             run.record.auto = RunRecord.load(job.run_folder / RECORD_FILE).auto
-        recipe = run.recipe = configure(run, self.parts, teachers, build, job.student)
+        # As in a run: what was chosen has to prove itself against direct training, which is trained for that.
+        proves = searches and recipe.distillation.direct and recipe.distillation.keep == "better"
+        direct, asked = job.run_folder / "direct" if proves else None, recipe
+        recipe = run.recipe = configure(run, self.parts, teachers, build, job.student, direct)
         chain = build_chain(run, self.parts, teachers, build)
         guides = chain.guides if uses_teachers(recipe) else []
         num_views = self.parts.num_views
@@ -213,28 +224,45 @@ class Workplace:
                 raise ValueError(f"{job.name}: new views in every epoch go with no teacher, got {len(guides)}.")
             num_views = _FRESH
         build_warm = WarmBuild(build, chain.above)
-        trained = train_or_load(
-            job.name,
-            build_warm,
-            recipe,
-            student_schedule(recipe),
-            job.student,
-            self.parts.train,
-            self.parts.validation,
-            num_views=num_views,
-            teachers=guides,
-            guide=self.parts.guide if guides and not job.method.loss else None,
-            cache=run.memory.cache,
-            distiller_class=DISTILLERS[job.method.loss],
-        )
+
+        def fit(build: Callable[[], Classifier], recipe: Recipe, folder: Path, teachers: Sequence[Teacher]) -> Trained:
+            return train_or_load(
+                job.name,
+                build,
+                recipe,
+                student_schedule(recipe),
+                folder,
+                self.parts.train,
+                self.parts.validation,
+                num_views=num_views,
+                teachers=teachers,
+                guide=self.parts.guide if teachers and not job.method.loss else None,
+                cache=run.memory.cache,
+                distiller_class=DISTILLERS[job.method.loss],
+            )
+
+        plain = None if direct is None else fit(build, asked, direct, [])
+        if direct is not None and is_direct(asked, recipe):
+            copy_training(direct, job.student)
+        trained = fit(build_warm, recipe, job.student, guides)
+        result.seconds = trained.seconds + (plain.seconds if plain is not None else 0.0)
+        if direct is not None and plain is not None and not is_direct(asked, recipe):
+            rows, size = self.parts.validation, recipe.training.eval_batch_size
+            right, other = (answers_right(one.classifier, rows, size) for one in (plain, trained))
+            run.record.kept = judge(right, other, proof_needed(asked))
+            if run.record.kept.kept == "direct":
+                remove_training(job.student)
+                copy_training(direct, job.student)
+                trained = plain
         run.keep_start(build_warm.share, build_warm.origin)
         run.keep_weights(trained, guides)
         run.memory.count(run.record)
         run.record.status = "completed"
         run.save()
         result.steps, result.curve = trained.steps, trained.curve
-        result.seconds, result.chain = trained.seconds + chain_seconds(run.record.chain), run.record.chain
+        result.seconds += chain_seconds(run.record.chain)
         result.seconds += run.record.auto.seconds if run.record.auto is not None else 0.0
+        result.chain = run.record.chain
         result.num_params = trained.classifier.num_params
         result.scores["validation"] = self.score(trained.classifier, self.parts.validation)
         result.status, result.finished = "completed", now()

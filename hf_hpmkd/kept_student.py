@@ -8,14 +8,13 @@ than it is.
 
 import dataclasses
 import math
-import shutil
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from hf_hpmkd.classifier_training import Trained, copy_training, done_file
+from hf_hpmkd.classifier_training import Trained, copy_training, done_file, remove_training
 from hf_hpmkd.components.adaptive_configuration import TRAINING_NOISE
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.kept_classifiers import answers_right
@@ -57,8 +56,8 @@ def keep_better(run: Run, parts: DataParts, trained: dict[str, Trained], proof: 
     `distilled`.
     """
     rows, size = parts.validation, run.recipe.training.eval_batch_size
-    right = [answers_right(trained[name].classifier, rows, size) for name in ("direct", "student")]
-    run.record.kept = kept = broadcast_object_list([judge(*right, proof)])[0]
+    direct, student = (answers_right(trained[name].classifier, rows, size) for name in ("direct", "student"))
+    run.record.kept = kept = broadcast_object_list([judge(direct, student, proof)])[0]
     if kept.kept == "distilled":
         return
     if run.is_main:
@@ -75,6 +74,5 @@ def _exchange(folder: Path) -> None:
     student = folder / "student"
     if distilled_folder(folder) == student:
         copy_training(student, folder / DISTILLED)
-    done_file(student).unlink(missing_ok=True)
-    shutil.rmtree(student, ignore_errors=True)
+    remove_training(student)
     copy_training(folder / "direct", student)

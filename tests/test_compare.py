@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from hf_hpmkd import classifier_training, compare_jobs
+from hf_hpmkd import classifier_training, compare_jobs, quick_validation
 from hf_hpmkd.cli import main
 from hf_hpmkd.comparison_record import ComparisonRecord, Result
 from hf_hpmkd.data import DataConfig, load_parts
@@ -263,6 +263,20 @@ def test_one_teacher_seed_for_all(tmp_path):
     assert list(record(tmp_path).teachers) == ["seed-5"]
     assert result(tmp_path, "kd-mean", 2).taught_by == "seed-5"
     assert not (tmp_path / "out" / "seed-1" / "teachers").exists()
+
+
+@pytest.mark.parametrize(("margin", "kept"), [(1e9, "direct"), (-1e9, "distilled")])
+def test_what_adaptive_chose_proves_itself_as_in_a_run(tmp_path, monkeypatch, margin, kept):
+    monkeypatch.setattr(quick_validation, "HOPE", -1e9)
+    monkeypatch.setattr(quick_validation, "MARGIN", margin)
+    line = ["compare", write_recipe(tmp_path), "--methods", "direct,adaptive", "--seeds", "1"]
+    assert main([*line, "--output", str(tmp_path / "out")]) == 0
+    folder = tmp_path / "out" / "seed-0"
+    mine = weights(folder / "adaptive")
+    assert same(mine, weights(folder / "direct")) == (kept == "direct")
+    found, plain = result(tmp_path, "adaptive", 0), result(tmp_path, "direct", 0)
+    assert (found.scores["validation"] == plain.scores["validation"]) or kept == "distilled"
+    assert found.seconds > plain.seconds
 
 
 def test_every_method_trains_on_images(tmp_path):
