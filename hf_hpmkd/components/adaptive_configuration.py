@@ -34,8 +34,10 @@ TRAINING_NOISE = 0.3
 with one seed a run cannot measure it."""
 
 _LEADS_ALIKE = 60  # early leads of examples that are asked what became of them
-# How far apart two candidates lie, encoded: more than by a weight decay, a learning rate or an alpha alone.
+# How far apart two candidates lie, encoded: by another kind or by a temperature of more than twice, not by a weight
+# decay, a learning rate, an alpha or a gate alone, between which a short try cannot tell.
 _UNLIKE = 1.2
+_GATE_SHARE = 0.5  # of the distance between two gates
 _BOLDNESS = 1.0  # standard deviations that a candidate is credited with before it is tried
 
 
@@ -95,6 +97,7 @@ _USUAL = (
     Configuration(alpha=0.25, temperature=1.0, gate="label"),
 )
 _KINDS, _GATES = tuple(LEGAL_SCHEDULES), ("mixture", "joint", "label", "uniform")
+_GATE_COLUMNS = slice(4 + len(_KINDS), 4 + len(_KINDS) + len(_GATES))  # of an encoded configuration
 
 
 @dataclass(frozen=True)
@@ -319,6 +322,7 @@ def propose(prediction: Prediction, configurations: Sequence[Configuration], cou
     """
     hope = prediction.gain + _BOLDNESS * prediction.doubt
     encoded = np.array([encode(one) for one in configurations])
+    encoded[:, _GATE_COLUMNS] *= _GATE_SHARE
     open_ = np.array([one != DIRECT for one in configurations])
     if count > 1 and FASTER in configurations:
         hope[configurations.index(FASTER)] = np.inf

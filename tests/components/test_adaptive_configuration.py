@@ -153,6 +153,15 @@ def test_candidates_are_hopeful_and_unlike() -> None:
     assert propose(Prediction(gain, doubt, doubt), found, 1) == [3]
 
 
+def test_candidates_differ_by_more_than_a_try_can_tell() -> None:
+    """Another kind or quite another temperature is another candidate; another gate, alpha or weight decay is not."""
+    near = [replace(HARD, gate="label"), replace(HARD, alpha=0.9), replace(HARD, weight_decay=10.0)]
+    far = [replace(HARD, kd_kind="dist"), replace(HARD, temperature=4.0)]
+    found = [HARD, *near, *far]
+    gain = np.linspace(1.0, 0.5, len(found))
+    assert propose(Prediction(gain, 0 * gain, 0 * gain), found, len(found)) == [0, 4, 5]
+
+
 def test_a_faster_direct_training_is_always_tried_beside_the_others() -> None:
     """So that what a learning rate gains is not put down to the teachers."""
     found = [DIRECT, SOFT, HARD, FASTER]
