@@ -289,7 +289,7 @@ def totals(results: Sequence[dict[str, Any]]) -> str:
     deciding = [one["methods"]["auto"]["deciding_seconds"] for one in results]
     most = f"median {np.median(deciding):.1f} s (at most {max(deciding):.1f})"
     parts.append(f"Tries took {np.mean(seconds):.1f} s a run, deciding {most}.")
-    if len(grown := _growth(with_grid)) > 1:
+    if len(grown := _growth(sets)) > 1:
         header = ("runs of the prior", "data sets", "gain, points", "regret, points", "tries, s")
         parts.append(markdown(header, grown, left=0))
     return "\n\n".join(parts)
@@ -330,20 +330,23 @@ def _everywhere(regrets: Sequence[dict[str, float]]) -> list[str]:
 
 
 def _growth(sets: Sequence[list[dict[str, Any]]]) -> list[list[str]]:
-    """What auto does with so many runs of the prior, on the sets where it was tried with each number."""
-    names = sorted({name for of_set in sets for one in of_set for name in one["methods"] if name.startswith("auto-")})
-    names = [*sorted(names, key=lambda name: int(name.removeprefix("auto-"))), "auto"]
-    full = [of_set for of_set in sets if all(name in one["methods"] for one in of_set for name in names)]
+    """What auto does with so many runs of the prior, in the runs where it was tried with each number."""
+    found = {name for of_set in sets for one in of_set for name in one["methods"] if name.startswith("auto-")}
+    names = [*sorted(found, key=lambda name: int(name.removeprefix("auto-"))), "auto"]
+    tried = [
+        [one for one in of_set if one["grid"] and all(name in one["methods"] for name in names)] for of_set in sets
+    ]
+    tried = [of_set for of_set in tried if of_set]
     return [
         [
             name.removeprefix("auto-").replace("auto", "all"),
-            str(len(full)),
-            f"{np.mean([np.mean([100 * _gain(one, name) for one in of_set]) for of_set in full]):+.2f}",
-            f"{np.mean([_regrets(of_set)[name] for of_set in full]):.2f}",
-            f"{np.mean([one['methods'][name]['trial_seconds'] for of_set in full for one in of_set]):.1f}",
+            str(len(tried)),
+            f"{np.mean([np.mean([100 * _gain(one, name) for one in of_set]) for of_set in tried]):+.2f}",
+            f"{np.mean([_regrets(of_set)[name] for of_set in tried]):.2f}",
+            f"{np.mean([one['methods'][name]['trial_seconds'] for of_set in tried for one in of_set]):.1f}",
         ]
         for name in names
-        if full
+        if tried
     ]
 
 

@@ -86,7 +86,8 @@ def test_more_runs_of_the_prior_are_compared_on_the_sets_that_have_them() -> Non
     grown, other = result("a", 0, 0.80, 0.88, grid), result("b", 0, 0.80, 0.60, grid)
     grown["methods"]["auto-10"] = {**grown["methods"]["auto"], "accuracy": 0.83, "trial_seconds": 3.0}
     grown["methods"]["auto-0"] = {**grown["methods"]["auto"], "accuracy": 0.81, "trial_seconds": 4.0}
-    rows = [line.strip("|").split("|") for line in summary([grown, other]).splitlines()[-3:]]
+    without = result("a", 1, 0.80, 0.10, grid)  # a run without them changes nothing
+    rows = [line.strip("|").split("|") for line in summary([grown, without, other]).splitlines()[-3:]]
     assert [[cell.strip() for cell in row] for row in rows] == [
         ["0", "1", "+1.00", "9.00", "4.0"],
         ["10", "1", "+3.00", "7.00", "3.0"],
