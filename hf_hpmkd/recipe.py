@@ -438,14 +438,14 @@ def recipe_from_line(
     overrides: Iterable[str] = (),
     check_files: bool = False,
 ) -> Recipe:
-    """The recipe of `--teacher A --teacher B --student S --dataset D [--output DIR]`. Raises RecipeError."""
+    """The recipe of `--teacher A … --student S --dataset D [--output DIR]`, `auto: fast`. Raises RecipeError."""
     tree: dict[str, Any] = {
+        "auto": "fast",  # who sets nothing gets what pays
         "data": {"path": dataset},
         "teachers": [{"model": teacher} for teacher in teachers],
         "student": {"model": student},
     }
-    if output is not None:
-        tree["output"] = {"dir": output}
+    tree |= {} if output is None else {"output": {"dir": output}}
     return read_recipe(tree, "the command line", overrides, check_files)
 
 

@@ -317,8 +317,10 @@ def test_fingerprint_ignores_where_and_sees_what() -> None:
 
 def test_line_is_the_recipe_of_the_same_models() -> None:
     recipe = recipe_from_line(["cifar-resnet-14", "sklearn:RandomForestClassifier"], "cifar-resnet-8", "sklearn:digits")
-    assert fingerprint(recipe) == fingerprint(read_recipe(SOUND, "x"))
+    assert fingerprint(recipe) == fingerprint(read_recipe({**SOUND, "auto": "fast"}, "x"))
     assert recipe_from_line(["mlp-4"], "mlp-2", "a/b", "there").output.dir == "there"
+    assert recipe.auto.mode == "fast"  # nothing to tune by hand, unless it is asked for
+    assert recipe_from_line(["mlp-4"], "mlp-2", "a/b", overrides=["auto=off"]).auto.mode == "off"
 
 
 def test_written_recipe_reads_back_and_explains_every_key(tmp_path: Path) -> None:
