@@ -149,11 +149,6 @@ def student_name(record: RunRecord) -> str:
     return str(record.recipe.get("student", {}).get("model") or "student")
 
 
-def keeps_direct(record: RunRecord) -> bool:
-    """Whether the run kept the student that was trained on labels alone."""
-    return record.kept is not None and record.kept.kept == "direct"
-
-
 def _start_of_student(record: RunRecord) -> str | None:
     """The Hub id whose weights the student began with, if any."""
     student = record.recipe.get("student", {})
@@ -162,7 +157,7 @@ def _start_of_student(record: RunRecord) -> str | None:
 
 def base_models(record: RunRecord) -> list[str]:
     """Hub ids: what the student's weights began with, then the teachers, if it learned from them."""
-    taught = [] if keeps_direct(record) else record.teachers
+    taught = [] if report.labels_alone(record) else record.teachers
     teachers = [hub_id(one.source, one.commit) for one in taught if not one.trained_here]
     return list(dict.fromkeys(name for name in [_start_of_student(record), *teachers] if name))
 
@@ -254,7 +249,7 @@ def _opening(record: RunRecord) -> str:
     count = len(record.teachers)
     teachers = "one teacher" if count == 1 else f"{count} teachers"
     name, data = last_name(student_name(record)), last_name(data_name(record))
-    alone = keeps_direct(record)
+    alone = report.labels_alone(record)
     lines = [f"# {name}, trained on {data}" if alone else f"# {name}, distilled from {teachers} on {data}"]
     if record.status != "completed":
         lines.append(f"> **This run did not finish (status: {record.status}).** The figures below may be incomplete.")
@@ -264,8 +259,9 @@ def _opening(record: RunRecord) -> str:
     classes = f" It tells {len(record.class_names)} classes apart." if record.class_names else ""
     source = "the labels alone" if alone else f"the outputs of {teachers}"
     lines.append(f"A model{kind}{params}, trained on {source} with `hf_hpmkd`.{classes}")
-    if alone:
-        lines.append(f"It was also distilled from {teachers}, which made it worse on validation rows.")
+    if alone and not report.chose_labels_alone(record):
+        proved = "made it worse" if record.kept and record.kept.needed is None else "did not prove better"
+        lines.append(f"It was also distilled from {teachers}, which {proved} on validation rows.")
     student = record.models["student"]
     best = record.best_teacher()
     retention = report.student_retention(record, student)

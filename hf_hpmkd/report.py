@@ -114,11 +114,25 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], left: int) -
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ruler, *escaped])
 
 
+def chose_labels_alone(record: RunRecord) -> bool:
+    """Whether the adaptive configuration chose to train on labels alone, at this rate or another."""
+    return record.auto is not None and not record.auto.configuration["alpha"]
+
+
+def _other_rates(record: RunRecord) -> bool:
+    return record.auto is not None and any(record.auto.configuration[f] != 1 for f in ("learning_rate", "weight_decay"))
+
+
+def labels_alone(record: RunRecord) -> bool:
+    """Whether the student that the run left learned nothing from the teachers."""
+    return chose_labels_alone(record) or (record.kept is not None and record.kept.kept == "direct")
+
+
 def kept_told(record: RunRecord) -> str:
     """Which student the run kept, in a sentence; "" where there was no choice."""
     if (kept := record.kept) is None:
         return ""
-    other = "chosen" if record.auto is not None and not record.auto.configuration["alpha"] else "distilled"
+    other = "chosen" if chose_labels_alone(record) else "distilled"
     gain = f"{kept.gain:+.2f} ± {kept.standard_error:.2f} points for the {other} one on {kept.rows:,} validation rows"
     if kept.needed is not None:
         gain += f", {kept.needed:+.2f} asked for"
@@ -232,6 +246,8 @@ def verdict(record: RunRecord) -> str:
             "The student was not also trained without teachers in this run, so the run does not show what distillation "
             "added."
         )
+    if chose_labels_alone(record) and not _other_rates(record):
+        return "The adaptive configuration found nothing better than direct training, so that is the student's."
     accuracy, base, num_rows = student.accuracy(), direct.accuracy(), record.num_rows("test")
     if accuracy is None or base is None or not num_rows:
         return "Test accuracies of student and direct training were not both recorded, so the two are not compared."
@@ -239,13 +255,14 @@ def verdict(record: RunRecord) -> str:
     points = 100 * (accuracy - base)
     figures = f"{accuracy:.2%} against {base:.2%}, {points:+.2f} points"
     bound = f"{100 * margin:.2f} points (95 %, binomial, {num_rows:,} test rows, one run)"
+    other = "chosen" if chose_labels_alone(record) else "distilled"
     if abs(accuracy - base) <= margin:
         return (
-            f"Distilled and directly trained student are not distinguishable by this run: {figures}, within the "
-            f"uncertainty of {bound}."
+            f"{other.capitalize()} and directly trained student are not distinguishable by this run: {figures}, within "
+            f"the uncertainty of {bound}."
         )
     better = "better" if points > 0 else "worse"
-    compared = f"The distilled student is {better} than the directly trained one"
+    compared = f"The {other} student is {better} than the directly trained one"
     return f"{compared}: {figures}, beyond the uncertainty of {bound}."
 
 

@@ -4,7 +4,6 @@ For the prior and for judging it. Nothing here opens the test rows unless it is 
 """
 
 import gc
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from hf_hpmkd.classifier_training import Trained, done_file, student_schedule, train_or_load
+from hf_hpmkd.classifier_training import Trained, remove_training, student_schedule, train_or_load
 from hf_hpmkd.components.adaptive_configuration import Configuration
 from hf_hpmkd.data import TEXT_COLUMNS, DataParts, load_parts
 from hf_hpmkd.distill import get_teachers, student_builder
@@ -142,8 +141,7 @@ class TableRuns:
             resumable=False,
         )
         taught = Taught(trained, self.right(trained, judged_on))
-        shutil.rmtree(self.place / name)
-        done_file(self.place / name).unlink()
+        remove_training(self.place / name)
         return taught
 
     def right(self, trained: Trained, rows: Rows) -> Tensor:

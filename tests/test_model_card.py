@@ -2,14 +2,16 @@
 
 import json
 import re
+from dataclasses import asdict
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
 from hf_hpmkd import report
+from hf_hpmkd.components.adaptive_configuration import Configuration
 from hf_hpmkd.model_card import hub_id, license_warning, write_card
-from hf_hpmkd.run_record import ModelRecord, RunRecord, TeacherRecord
+from hf_hpmkd.run_record import AutoRecord, KeptRecord, ModelRecord, RunRecord, TeacherRecord
 
 METRICS = {"accuracy": 0.8513, "macro_f1": 0.8471, "calibration_error": 0.0319, "teacher_agreement": 0.9017}
 CONFIGS = {
@@ -184,6 +186,35 @@ def test_changed_records_give_changed_cards(record, tmp_path, student):
     after = card_of(record, tmp_path).text
     assert "60.11%" in after and f"{100 * 0.6011 / 0.99:.2f}%" in after and "(`vit`, 99.00%)" in after
     assert "85.13%" not in after and "85.13%" in before
+
+
+def chosen(**configuration):
+    """What the adaptive configuration writes down that chose so."""
+    return AutoRecord(
+        reason="so", knowledge="nothing", alike=[], configuration=asdict(Configuration(**configuration)), overrides={},
+        features={}, trials=[], total_steps=8, budget_steps=8, extra_steps=8, seconds=1.0, deciding_seconds=0.1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("auto", "kept", "told"),
+    [
+        (chosen(), None, "found nothing better than direct training"),
+        (chosen(learning_rate=2.0), "distilled", "Kept: the chosen student (+2.00 ± 0.50 points for the chosen one"),
+        (chosen(learning_rate=2.0), "direct", "Kept: the directly trained student"),
+        (chosen(alpha=0.5), "direct", "which did not prove better on validation rows"),
+    ],
+)
+def test_a_student_of_labels_alone_is_not_called_distilled(record, tmp_path, student, auto, kept, told):
+    record.auto = auto
+    record.kept = kept and KeptRecord(kept, 2.0, 0.5, 400, needed=1.2)
+    card = card_of(record, tmp_path)
+    assert told in card.text and "trained on the labels alone" in card.text.split("##")[0]
+    assert ", distilled from" not in card.text
+    assert card.data.base_model is None
+    record.auto, record.kept = chosen(alpha=0.5), KeptRecord("distilled", 2.0, 0.5, 400, needed=1.2)
+    text = card_of(record, tmp_path).text
+    assert ", distilled from" in text and "+1.20 asked for" in text
 
 
 @pytest.mark.parametrize(
