@@ -4,10 +4,12 @@ One function for all three, so that they differ in nothing but the teachers: sam
 curves. A finished classifier is loaded instead of trained again; an interrupted one goes on from its last checkpoint.
 """
 
+import gc
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -237,6 +239,21 @@ def copy_training(source: Path, target: Path) -> None:
     if not done_file(target).is_file():
         shutil.copytree(source, target, dirs_exist_ok=True)
         shutil.copy2(done_file(source), done_file(target))
+
+
+@contextmanager
+def old_garbage_left() -> Iterator[None]:
+    """What is alive now is not searched for garbage meanwhile: the trainer searches at every start, which takes a third
+    of a second among all that torch and transformers have imported.
+    """
+    if gc.get_freeze_count():  # somebody has frozen it already, and may want it to stay so
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def remove_training(folder: Path) -> None:

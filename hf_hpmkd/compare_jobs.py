@@ -29,6 +29,7 @@ from hf_hpmkd.chain_stages import WarmBuild
 from hf_hpmkd.classifier_training import (
     Trained,
     copy_training,
+    old_garbage_left,
     remove_training,
     student_schedule,
     train_or_load,
@@ -336,7 +337,8 @@ def _is_completed(job: Job) -> bool:
 def _run_one(place: Workplace, job: Job) -> None:
     """One job; what goes wrong in it is written down and goes no further."""
     try:
-        place.train(job)
+        with old_garbage_left():
+            place.train(job)
     except Exception as error:  # whatever it is, the other students are not concerned
         with open(job.log, "a", encoding="utf-8") as log:
             traceback.print_exc(file=log)

@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from hf_hpmkd import report
 from hf_hpmkd.chain import build_chain, named_stages
 from hf_hpmkd.chain_stages import WarmBuild
-from hf_hpmkd.classifier_training import Trained, copy_training, student_schedule, train_or_load
+from hf_hpmkd.classifier_training import Trained, copy_training, old_garbage_left, student_schedule, train_or_load
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.data import load_parts
 from hf_hpmkd.evaluation import evaluate_teachers, evaluate_test
@@ -83,7 +83,7 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
             run.say(f"{folder} holds the finished run of {recipe_source}; `output.overwrite=true` runs it again.")
         else:
             memory.before()
-            with run.recording():
+            with run.recording(), old_garbage_left():
                 _run(run)
         memory.after(record, folder / "student")
     run.say("\n" + report.result_table(record))

@@ -7,7 +7,6 @@ that an interrupted search goes on.
 """
 
 import dataclasses
-import gc
 import json
 import math
 import shutil
@@ -226,7 +225,6 @@ class _Search:
     def choice(self) -> AutoRecord:
         """Tries and chooses, and moves the trainings that go on to where they do."""
         self.folder.mkdir(exist_ok=True)
-        gc.freeze()  # the trainer looks for garbage at every start, a third of a second among all that is imported
         started = time.perf_counter()
         features = self._features()
         examples = self._examples()
@@ -246,7 +244,6 @@ class _Search:
         decided = choose([one for _, one, _ in judged], HOPE if proven_later else MARGIN, fallback)
         everyone = [self.direct, *self.tried]
         going_on = self._hand_over([one for one in everyone if one.configuration == decided.configuration])
-        gc.unfreeze()
         seconds = sum(trial.seconds for trial in everyone)
         return self._record(decided, features, knowledge, examples, records, going_on, seconds, started)
 
