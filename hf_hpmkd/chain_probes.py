@@ -108,7 +108,8 @@ class Probes:
         schedule = self._short(student_schedule(recipe))
         schedule = dataclasses.replace(schedule, seed=schedule.seed + extra)
         warm = recipe.chain.warm_start and not recipe.student.pretrained
-        build = WarmBuild(partial(self.build_student, seed=schedule.seed), self.stages.above(above) if warm else [])
+        start = self.stages.above(above) if warm else []
+        build = WarmBuild(partial(self.build_student, seed=schedule.seed), start, self.stages.parts.train)
         key = self.stages.key(build, schedule, above)
         folder = self.folder / name
         file = folder.with_suffix(".json")

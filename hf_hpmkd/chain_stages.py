@@ -24,13 +24,14 @@ from hf_hpmkd.classifier_training import (
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.components.progressive_chain import from_bits, taught_by, to_bits
 from hf_hpmkd.data import DataParts
+from hf_hpmkd.fitted_start import MOST_ROWS, can_fit, fit_start
 from hf_hpmkd.intermediate_models import Intermediate, build_intermediate, find_intermediates
 from hf_hpmkd.kept_classifiers import NOT_IN_KEY, About, Training, answers_right, making, take
 from hf_hpmkd.recipe import recipe_tree
 from hf_hpmkd.run_context import Run
 from hf_hpmkd.run_record import StageRecord
 from hf_hpmkd.stage_card import write_stage_card
-from hf_hpmkd.tasks.base import json_digest
+from hf_hpmkd.tasks.base import Rows, json_digest
 from hf_hpmkd.teacher_kinds import FoldedTeacher, Teacher, TorchTeacher, architecture
 from hf_hpmkd.warm_start import can_warm_start, warm_start
 
@@ -49,20 +50,24 @@ class Builder(Protocol):
 
 
 class WarmBuild:
-    """Builds a classifier and gives it what the first fitting model of `above` has to give.
+    """Builds a classifier and gives it what the first fitting model of `above` has to give. rows: training rows that an
+    MLP is fitted to (`fitted_start`).
 
     After the first call: share, of its parameters that were copied, 0 to 1; origin, the name of the model that gave
     them, "" for none.
     """
 
-    def __init__(self, build: Builder, above: Sequence[TorchTeacher]) -> None:
-        self.build, self.above, self.share, self.origin = build, above, 0.0, ""
+    def __init__(self, build: Builder, above: Sequence[TorchTeacher], rows: Rows) -> None:
+        self.build, self.above, self.rows, self.share, self.origin = build, above, rows, 0.0, ""
 
     def __call__(self) -> Classifier:
         classifier = self.build()
         source = self.source(classifier.model)
         if source is not None and isinstance(source.model, PreTrainedModel):
             self.share, self.origin = warm_start(classifier.model, source.model).fraction, source.name
+            if can_fit(classifier.model, source.model):
+                chosen = torch.linspace(0, len(self.rows) - 1, min(len(self.rows), MOST_ROWS)).long()
+                fit_start(classifier.model, source.model, classifier.feed(self.rows.raw(chosen)))
         return classifier
 
     def source(self, model: PreTrainedModel) -> TorchTeacher | None:
@@ -76,7 +81,8 @@ class WarmBuild:
         """All that decides the initial weights but the seed."""
         model = self.build(meta=True).model
         start = self.source(model)
-        return {**architecture(model), "start": start.fingerprint if start else None}
+        known = {**architecture(model), "start": start.fingerprint if start else None}
+        return {**known, "fitted": True} if start is not None and can_fit(model, start.model) else known
 
 
 class Stages:
@@ -129,7 +135,8 @@ class Stages:
         """Makes the next stage with its initial weights."""
         recipe = self.run.recipe
         build = partial(build_intermediate, wanted.name, self.parts.train, recipe.student, seed=recipe.training.seed)
-        return WarmBuild(build, self.above(self.finished) if recipe.chain.warm_start else [])
+        above = self.above(self.finished) if recipe.chain.warm_start else []
+        return WarmBuild(build, above, self.parts.train)
 
     def schedule(self) -> Schedule:
         """A stage's schedule: the student's, with the chain's own epochs and learning rate where given."""

@@ -224,7 +224,7 @@ class Workplace:
             if guides:
                 raise ValueError(f"{job.name}: new views in every epoch go with no teacher, got {len(guides)}.")
             num_views = _FRESH
-        build_warm = WarmBuild(build, chain.above)
+        build_warm = WarmBuild(build, chain.above, self.parts.train)
 
         def fit(build: Callable[[], Classifier], recipe: Recipe, folder: Path, teachers: Sequence[Teacher]) -> Trained:
             return train_or_load(

@@ -151,7 +151,7 @@ def _run(run: Run) -> None:
     run.recipe = chosen
     with run.phase("chain"):
         chain = build_chain(run, parts, teachers, build_student)
-    build_warm = WarmBuild(build_student, chain.above)
+    build_warm = WarmBuild(build_student, chain.above, parts.train)
     guides = chain.guides if uses_teachers(chosen) else []
     trained["student"] = train_student("student", build_warm, guides, chosen)
     run.keep_start(build_warm.share, build_warm.origin)

@@ -331,10 +331,11 @@ class _Search:
         if not file.is_file():
             recipe = with_values(self.recipe, overrides_of(trial.configuration, self.recipe))
             teachers = self.teachers if trial.configuration.distils else []
+            above = self._above() if recipe.chain.warm_start and teachers else []
             started = time.perf_counter()
             trained = train_or_load(
                 f"try {trial.name}",
-                WarmBuild(self.build_student, self._above() if recipe.chain.warm_start and teachers else []),
+                WarmBuild(self.build_student, above, self.parts.train),
                 recipe,
                 student_schedule(recipe),
                 self.folder / trial.name,

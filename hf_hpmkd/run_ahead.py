@@ -330,7 +330,7 @@ class _Place:
             teacher = self.teacher(task.teacher)
             capture(teacher, task.part, task.view, self.parts, run.recipe, run.memory.cache)
         elif task.what == "direct":
-            self.train_student("direct", [], WarmBuild(student_builder(run.recipe, self.parts), []))
+            self.train_student("direct", [], WarmBuild(student_builder(run.recipe, self.parts), [], self.parts.train))
         else:
             value = self.chain_or_student(task.what)
         tally = run.memory.cache.tally
@@ -360,7 +360,8 @@ class _Place:
                 _keep_chain(run.folder, run.record.chain)
             told = {"curves": run.record.curves, "warnings": run.record.warnings}
             return {"chain": plain_values(dataclasses.asdict(run.record.chain), "chain"), **told}
-        self.train_student("student", chain.guides if uses_teachers(run.recipe) else [], WarmBuild(build, chain.above))
+        guides = chain.guides if uses_teachers(run.recipe) else []
+        self.train_student("student", guides, WarmBuild(build, chain.above, self.parts.train))
         return {}
 
     def train_student(self, name: str, guides: list[Teacher], build: WarmBuild) -> None:

@@ -125,14 +125,17 @@ class _Pair:
 
 def _pairs(model: PreTrainedModel, above: PreTrainedModel) -> Iterator[_Pair]:
     """Raises ValueError if the classes differ and there is no linear classifier to leave out."""
-    head = None if _classes(model) == _classes(above) else find_classifier_head(model, model.config.num_labels or 0)
+    head = (
+        None if class_names(model) == class_names(above) else find_classifier_head(model, model.config.num_labels or 0)
+    )
     channels = _option_a(model.config.width, above.config.width) if _is_cifar_resnet(model) else _leading
     for path, owner, target, source in _walk(model, above):
         if owner is not head and (places := _places(path, owner, target.shape, source.shape, channels)) is not None:
             yield _Pair(path, target, source, places)
 
 
-def _classes(model: PreTrainedModel) -> list[str]:
+def class_names(model: PreTrainedModel) -> list[str]:
+    """In the order of the logits."""
     return [str(name) for _, name in sorted((model.config.id2label or {}).items())]
 
 
@@ -168,8 +171,12 @@ def counterpart(name: str, names: list[str], theirs: list[str]) -> str | None:
     )
     if not others:
         return None
-    place = ours.index(name) * (len(others) - 1) / max(len(ours) - 1, 1)
-    return others[int(place + 0.5)]
+    return others[relative_place(ours.index(name), len(ours), len(others))]
+
+
+def relative_place(index: int, count: int, count_above: int) -> int:
+    """Which of so many layers above answers to layer `index` of `count`: round(i (a - 1) / (m - 1)), halves up."""
+    return int(index * (count_above - 1) / max(count - 1, 1) + 0.5)
 
 
 # ---- channels --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ LEVELS = (
     ("losses", "heads", "paired_tests", "meta_features", "run_environment", "run_record", "memory_records",
      "memory_files", "hub_client", "tasks", "models", "metrics"),
     ("components", "engines", "configuration_examples", "training_args", "dataset_rows", "data_source", "data",
-     "model_names", "classifiers", "model_shapes", "intermediate_models", "warm_start", "model_cost"),
+     "model_names", "classifiers", "model_shapes", "intermediate_models", "warm_start",
+     "fitted_start", "model_cost"),
     (
         "teacher_kinds", "sklearn_teachers", "teachers", "teacher_output_file", "foreign_outputs", "teacher_outputs",
         "teacher_cache", "gantt", "report", "run_summary", "comparison_record", "comparison_report", "model_card",
@@ -44,6 +45,7 @@ ONLY = {
     "models": set(),
     "model_names": {"tasks"},
     "warm_start": {"heads", "models"},
+    "fitted_start": {"models", "warm_start"},
     "metrics": set(),
     "memory_records": {"run_record"},
     "memory_files": set(),

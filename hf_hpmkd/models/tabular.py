@@ -260,13 +260,17 @@ class TabularForClassification(PreTrainedModel):
 
         Returns logits `(batch, num_labels)` and, with labels, the mean cross-entropy in nats as loss.
         """
-        embedded = [embed(codes) for embed, codes in zip(self.embeddings, categorical.unbind(1), strict=True)]
-        x = torch.cat([numeric.to(self.dtype), *embedded], dim=1)
+        x = self.embed(numeric, categorical)
         for layer in self.hidden:
             x = F.dropout(F.relu(layer(x)), self.config.dropout, self.training)
         logits = self.classifier(x)
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def embed(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
+        """What the first layer reads: numbers and embedded categories side by side, `(batch, width)`."""
+        embedded = [embed(codes) for embed, codes in zip(self.embeddings, categorical.unbind(1), strict=True)]
+        return torch.cat([numeric.to(self.dtype), *embedded], dim=1)
 
     def attach_processor(self, processor: TabularProcessor) -> "TabularForClassification":
         """Sets the processor that `predict` calls; returns the model. Raises ValueError if it is of another table."""
