@@ -325,8 +325,8 @@ def _never_worse(sets: Sequence[list[dict[str, Any]]]) -> str:
 
 
 def _everywhere(regrets: Sequence[dict[str, float]]) -> list[str]:
-    """The methods with a regret on every set."""
-    return [method for method in regrets[0] if all(method in one for one in regrets)]
+    """The methods with a regret on every set; none where no set has any."""
+    return [method for method in (regrets[0] if regrets else {}) if all(method in one for one in regrets)]
 
 
 def _growth(sets: Sequence[list[dict[str, Any]]]) -> list[list[str]]:

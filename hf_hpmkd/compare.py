@@ -185,7 +185,11 @@ def _tuned(place: Workplace, settings: Settings, record: ComparisonRecord, say: 
     place = Workplace(place.recipe, place.folder, seed)
     versions = {method: trials(place.recipe, method, settings.tune) for method in settings.methods}
     folder = place.folder / "tuning"
-    jobs = {method: [Job(one, TUNING_SEED, folder) for one in versions[method]] for method in versions}
+    jobs = {
+        method: [Job(one, TUNING_SEED, folder) for one in of_method]
+        for method, of_method in versions.items()
+        if len(of_method) > 1
+    }
     failures = _train(place, [job for of_method in jobs.values() for job in of_method], settings.processes, record, say)
     if failures:
         raise ValueError(
@@ -193,7 +197,11 @@ def _tuned(place: Workplace, settings: Settings, record: ComparisonRecord, say: 
             "again:\n" + "\n".join(f"  - {line}" for line in failures)
         )
     record.trials, tuned = [], []
-    for method, of_method in jobs.items():
+    for method in settings.methods:
+        if method not in jobs:  # there is nothing to choose from
+            tuned.append(method)
+            continue
+        of_method = jobs[method]
         results = [_result(job) for job in of_method]
         accuracies = [result.scores["validation"].accuracy for result in results]
         best = accuracies.index(max(accuracies))

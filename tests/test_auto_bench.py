@@ -81,6 +81,12 @@ def test_regrets_are_of_the_seeds_that_trained_the_grid() -> None:
     assert next(line for line in text.splitlines() if line.startswith("| b ")).endswith("|  |  |  |  |  |")
 
 
+def test_without_a_grid_there_are_gains_and_no_regrets() -> None:
+    text = summary([result("a", 0, 0.80, 0.88, []), result("a", 1, 0.80, 0.86, [])])
+    assert "Mean gain of auto over direct training: +7.00" in text and "Mean regret" not in text
+    assert "regret direct" not in text
+
+
 def test_more_runs_of_the_prior_are_compared_on_the_sets_that_have_them() -> None:
     grid = [(0.80, 0.9), (0.90, 0.5)]
     grown, other = result("a", 0, 0.80, 0.88, grid), result("b", 0, 0.80, 0.60, grid)

@@ -32,6 +32,12 @@ def test_a_small_grid_is_tried_whole():
     assert len(trials(recipe, known_methods()["kd-mean"], 99)) == 3 * 4 * 3
 
 
+def test_what_configures_itself_is_taken_as_it_is():
+    recipe, adaptive = load_recipe("quickstart"), known_methods()["adaptive"]
+    assert trials(recipe, adaptive, 8) == [adaptive]
+    assert len(trials(recipe, known_methods()["hpmkd"], 8)) == 8
+
+
 def test_the_best_trial_is_what_is_compared_and_nothing_is_tried_twice(tmp_path, capsys):
     recipe = {
         "data": {"path": "sklearn:wine"},
@@ -40,11 +46,14 @@ def test_the_best_trial_is_what_is_compared_and_nothing_is_tried_twice(tmp_path,
         "training": {"epochs": 2, "batch_size": 16, "learning_rate": 0.01, "evaluations": 1},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    words = ["compare", str(tmp_path / "recipe.yaml"), "--methods", "direct,kd-mean", "--seeds", "5,", "--tune", "2"]
-    words += ["--output", str(tmp_path / "out")]
+    words = ["compare", str(tmp_path / "recipe.yaml"), "--methods", "direct,kd-mean,adaptive", "--seeds", "5,"]
+    words += ["--tune", "2", "--output", str(tmp_path / "out")]
     assert main(words) == 0
     record = ComparisonRecord.load(tmp_path / "out" / "comparison.json")
-    for method in record.methods:
+    assert [method.name for method in record.methods] == ["direct", "kd-mean", "adaptive"]
+    assert record.methods[2].overrides == list(known_methods()["adaptive"].overrides)
+    assert record.of_method("adaptive").keys() == {5}
+    for method in record.methods[:2]:
         own = known_methods()[method.name].overrides
         tried = [trial for trial in record.trials if trial.method == method.name]
         assert len(tried) == 2 and tried[0].overrides == []
