@@ -329,7 +329,7 @@ def _compare(args: argparse.Namespace) -> None:
     if args.table is not None:
         from hf_hpmkd.comparison_report import show
 
-        return _say(show(args.table, args.plot))
+        return _say(show(args.table, args.plot, args.baseline))
     if not args.words or "=" in args.words[0]:
         raise ValueError("compare needs a recipe: a file, or a name from `hpmkd recipe list`.")
     methods = choose_methods(args.methods.split(",") if args.methods else None, args.method)

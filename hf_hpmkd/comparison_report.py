@@ -155,17 +155,19 @@ def summary(record: ComparisonRecord) -> str:
     return "\n\n".join([*blocks, "\n".join(meaning)])
 
 
-def overview(records: Sequence[ComparisonRecord], part: str) -> str:
+def overview(records: Sequence[ComparisonRecord], part: str, shown: Sequence[str] | None = None) -> str:
     """Several comparisons side by side: a row per method, a column per data set and student, what the methods are.
 
     A cell is the accuracy in percent, mean ± standard deviation over the seeds, and in brackets the difference to the
-    record's baseline in points, with * where its corrected p is below 0.05.
+    record's baseline in points, with * where its corrected p is below 0.05. shown: methods that get a row, in this
+    order; None shows all. The correction is for all methods of a comparison, shown or not.
     """
     columns = [{line.method: line for line in lines(record, part, with_kept=True)} for record in records]
-    methods = list(dict.fromkeys(name for column in columns for name in column))
+    known = list(dict.fromkeys(name for column in columns for name in column))
+    methods = known if shown is None else [name for name in shown if name in known]
     header = ["method", *(f"{_data_name(record)}, {record.recipe['student']['model']}" for record in records)]
     rows = [[name, *(_cell(column.get(name)) for column in columns)] for name in methods]
-    seeds = sorted({line.accuracy.count for column in columns for line in column.values()})
+    seeds = sorted({column[name].accuracy.count for column in columns for name in methods if name in column})
     counts = " or ".join(str(count) for count in seeds)
     told = (
         f"{part.capitalize()} accuracy in percent, mean ± standard deviation over {counts} seeds; in brackets the "
@@ -178,7 +180,7 @@ def overview(records: Sequence[ComparisonRecord], part: str) -> str:
             meaning.setdefault(method.name, {}).setdefault(method.description, []).append(_data_name(record))
         if _kept(record):
             meaning.setdefault(KEPT, {}).setdefault(_KEPT_TOLD, []).append(_data_name(record))
-    listed = "\n".join(f"- `{name}`: {_told(described)}" for name, described in meaning.items())
+    listed = "\n".join(f"- `{name}`: {_told(meaning[name])}" for name in methods)
     return "\n\n".join([markdown(header, rows, left=1), told, listed])
 
 
@@ -199,12 +201,24 @@ def _told(described: dict[str, list[str]]) -> str:
     return "; ".join(f"{text} ({', '.join(data)})" for text, data in described.items())
 
 
-def show(paths: Sequence[Path], plot: Path | None = None) -> str:
+def against(record: ComparisonRecord, baseline: str) -> ComparisonRecord:
+    """The record with another of its methods as the one that the others are tested against. Raises ValueError for a
+    method that it does not have.
+    """
+    names = [method.name for method in record.methods]
+    if baseline not in names:
+        raise ValueError(f"The baseline must be one of the methods ({', '.join(names)}), got {baseline!r}.")
+    return dataclasses.replace(record, baseline=baseline)
+
+
+def show(paths: Sequence[Path], plot: Path | None = None, baseline: str | None = None) -> str:
     """The summaries again, from comparisons' folders or their records alone; of several also side by side.
 
-    plot: where to draw `draw_compression`.
+    plot: where to draw `draw_compression`. baseline: tested against instead of the records' own.
     """
     records = [ComparisonRecord.load(path / COMPARISON_FILE if path.is_dir() else path) for path in paths]
+    if baseline is not None:
+        records = [against(record, baseline) for record in records]
     told = [summary(record) for record in records]
     if len(records) > 1:
         told.insert(0, overview(records, common_part(records)))

@@ -8,7 +8,16 @@ from matplotlib.axes import Axes
 from scipy import stats
 
 from hf_hpmkd.comparison_record import ComparisonRecord, Look, MethodRecord, Result, Score
-from hf_hpmkd.comparison_report import draw_compression, draw_plots, lines, overview, summary, table
+from hf_hpmkd.comparison_report import (
+    against,
+    draw_compression,
+    draw_plots,
+    lines,
+    overview,
+    show,
+    summary,
+    table,
+)
 from hf_hpmkd.run_record import TeacherRecord
 
 SEEDS = range(4)
@@ -182,6 +191,27 @@ def test_what_the_methods_are_is_said_once_below_all_columns():
     other.methods[other.methods.index(direct)] = dataclasses.replace(direct, description="another")
     listed = next(line for line in overview([make(), other], "validation").splitlines() if line.startswith("- `dir"))
     assert listed == f"- `direct`: {direct.description} (data); another (wine)"
+
+
+def test_some_methods_are_shown_and_all_are_corrected_for():
+    text = overview([make(), make()], "validation", ["odd", "kd", "nowhere"])
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
+    assert rows[2:] == ["odd", "kd"]
+    assert next(line for line in text.splitlines() if line.startswith("| kd")) in overview(
+        [make(), make()], "validation"
+    )
+    assert "- `direct`" not in text and "- `kd`" in text
+
+
+def test_another_baseline(tmp_path):
+    turned = {line.method: line for line in lines(against(make(), "kd"), "validation")}
+    known = {line.method: line for line in lines(make(), "validation")}
+    assert turned["kd"].difference is None
+    assert turned["direct"].difference.mean == pytest.approx(-known["kd"].difference.mean)
+    make().save(tmp_path / "comparison.json")
+    assert "difference to kd, points" in show([tmp_path], baseline="kd")
+    with pytest.raises(ValueError, match=r"one of the methods \(kd, direct, odd\), got 'none'"):
+        show([tmp_path], baseline="none")
 
 
 def test_compression_is_that_of_the_largest_teacher(tmp_path, monkeypatch):
