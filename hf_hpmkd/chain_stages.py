@@ -53,7 +53,7 @@ class WarmBuild:
     """Builds a classifier and gives it what the first fitting model of `above` has to give. rows: training rows that an
     MLP is fitted to (`fitted_start`).
 
-    After the first call: share, of its parameters that were copied, 0 to 1; origin, the name of the model that gave
+    After the first call: share, of its parameters that came from there, 0 to 1; origin, the name of the model that gave
     them, "" for none.
     """
 

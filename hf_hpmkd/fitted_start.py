@@ -45,13 +45,13 @@ def fit_start(model: nn.Module, above: nn.Module, inputs: dict[str, Tensor]) -> 
     for layer in above.hidden:
         before.append(layer(x))
         x = F.relu(before[-1])
-    logits = above.classifier(x)
+    logits = above.classifier(x).float()
     logits = (logits - logits.mean(1, keepdim=True)).to(model.device)
     x = model.embed(**{name: value.to(model.device) for name, value in inputs.items()})
     for index, layer in enumerate(model.hidden):
         assert isinstance(layer, nn.Linear)
         place = relative_place(index, len(model.hidden), len(above.hidden))
-        theirs = before[place].to(model.device)
+        theirs = before[place].float().to(model.device)
         units = choose_units(F.relu(theirs), logits, layer.out_features)
         if place == 0 and index == 0:  # both read the same inputs
             first = above.hidden[0]

@@ -177,7 +177,8 @@ def chain_section(record: RunRecord) -> str:
     if record.chain.student_origin:
         lines.append(
             f"The student began with layers and channels of `{record.chain.student_origin}`: "
-            f"{record.chain.student_warm_start:.0%} of its parameters are copies. Direct training began from nothing."
+            f"{record.chain.student_warm_start:.0%} of its parameters came from there. Direct training began from "
+            "nothing."
         )
     if record.chain.stages:
         cells = [
@@ -192,9 +193,11 @@ def chain_section(record: RunRecord) -> str:
             ]
             for stage in record.chain.stages
         ]
-        header = ("stage", "model", "parameters", "validation accuracy", "learned from", "copied", "training s")
+        header = ("stage", "model", "parameters", "validation accuracy", "learned from", "from above", "training s")
         lines.append(markdown(header, cells, left=2))
-        lines.append("Copied: share of the parameters that began as those of a larger model of the same family.")
+        lines.append(
+            "From above: share of the parameters that a larger model of the same family gave, as copies or fitted to it."
+        )
     if record.chain.decisions:
         cells = [
             [

@@ -75,7 +75,7 @@ class ModelRecord:
 class StageRecord:
     """One intermediate model of the chain. model: its name. target: parameters asked for. guides: what taught it.
 
-    warm_start: share of its parameters that began as copies, 0 to 1. accuracy: on validation rows, 0 to 1. reused:
+    warm_start: share of its parameters that came from a larger model, 0 to 1. accuracy: on validation rows, 0 to 1. reused:
     found finished, from an earlier run. mean_weight: as in TeacherRecord, for the student.
     """
 
@@ -120,7 +120,7 @@ class ChainRecord:
     """The progressive chain, largest stage first. reason: why it has the length it has, in a sentence.
 
     left_out: stages that were trained and, once measured, not kept. student_warm_start: share of the student's
-    parameters that began as copies of a model above, 0 to 1. student_origin: which; "" none.
+    parameters that came from a model above, 0 to 1. student_origin: which; "" none.
     """
 
     __pydantic_config__ = _STRICT

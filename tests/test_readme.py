@@ -14,7 +14,7 @@ from hf_hpmkd.bench import bench_table
 from hf_hpmkd.bench_pipeline import pipeline_table
 from hf_hpmkd.cli import build_parser
 from hf_hpmkd.comparison_record import ComparisonRecord
-from hf_hpmkd.comparison_report import common_part, overview, table
+from hf_hpmkd.comparison_report import against, common_part, overview, table
 from hf_hpmkd.comparison_report import summary as comparison_summary
 from hf_hpmkd.recipe import load_recipe
 from hf_hpmkd.run_record import RunRecord
@@ -27,6 +27,10 @@ COMPARISONS = sorted((ROOT / "model_cards" / "comparisons").glob("*.json"))
 ABLATIONS = sorted((ROOT / "model_cards" / "ablations").glob("*.json"))
 TRIED = sorted((ROOT / "model_cards" / "tried").glob("*.json"))
 MEMORY_RUNS = sorted((ROOT / "model_cards" / "memory").glob("*.json"))
+# What the README shows of the comparisons, against hpmkd and against cold.
+COMPARED = ("hpmkd", "adaptive", "direct", "kd-best", "kd-mean", "takd", "ca-mkd", "dkd", "dist", "standardized-kd",
+            "ctkd", "dml", "paper", "direct-warm")  # fmt: skip
+CHAINED = ("cold", "hpmkd", "chain-previous", "chain-dense", "chain-warm", "chain-warm-previous", "long")
 RECORDS = sorted((ROOT / "model_cards" / "runs").glob("*.json"))
 
 
@@ -60,8 +64,14 @@ def test_the_judgement_of_the_adaptive_configuration_is_that_of_its_record():
 
 def test_the_comparisons_are_those_of_their_records():
     assert COMPARISONS
-    records = [ComparisonRecord.load(path) for path in COMPARISONS]
-    assert block("comparisons") == overview(records, common_part(records))
+    records = [against(ComparisonRecord.load(path), "hpmkd") for path in COMPARISONS]
+    assert block("comparisons") == overview(records, common_part(records), COMPARED)
+
+
+def test_the_chains_are_those_of_their_records():
+    found = [ComparisonRecord.load(path) for path in COMPARISONS]
+    records = [against(one, "cold") for one in found if "cold" in [method.name for method in one.methods]]
+    assert block("chain") == overview(records, common_part(records), CHAINED)
 
 
 @pytest.mark.parametrize("paths", [COMPARISONS, ABLATIONS], ids=["comparisons", "ablations"])
