@@ -196,7 +196,7 @@ def chain_section(record: RunRecord) -> str:
         header = ("stage", "model", "parameters", "validation accuracy", "learned from", "from above", "training s")
         lines.append(markdown(header, cells, left=2))
         lines.append(
-            "From above: share of the parameters that a larger model of the same family gave, as copies or fitted to it."
+            "From above: share of the parameters that a larger model of the family gave, as copies or fitted to it."
         )
     if record.chain.decisions:
         cells = [

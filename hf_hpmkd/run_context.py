@@ -98,7 +98,7 @@ class Run:
         self.save()
 
     def keep_start(self, share: float, origin: str) -> None:
-        """What the student began with: share of its parameters that came from a larger one, and its name; "" of nobody."""
+        """What the student began with: share of its parameters that came from a model above, and which; "" none."""
         if self.record.chain is not None:
             self.record.chain.student_warm_start, self.record.chain.student_origin = share, origin
         if origin:

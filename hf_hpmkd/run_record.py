@@ -75,8 +75,8 @@ class ModelRecord:
 class StageRecord:
     """One intermediate model of the chain. model: its name. target: parameters asked for. guides: what taught it.
 
-    warm_start: share of its parameters that came from a larger model, 0 to 1. accuracy: on validation rows, 0 to 1. reused:
-    found finished, from an earlier run. mean_weight: as in TeacherRecord, for the student.
+    warm_start: share of its parameters that came from a model above, 0 to 1. accuracy: on validation rows, 0 to 1.
+    reused: found finished, from an earlier run. mean_weight: as in TeacherRecord, for the student.
     """
 
     __pydantic_config__ = _STRICT
