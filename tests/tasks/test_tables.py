@@ -1,6 +1,7 @@
 """Tables: columns and their types, fingerprints, and the feed around a fitted processor."""
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
@@ -9,6 +10,7 @@ from hf_hpmkd.models.tabular import TabularProcessor
 from hf_hpmkd.tasks import FedDataset, TableFeed, TableRows
 
 NAMES = ["no", "yes"]
+TOWNS = Features({"town": Value("string"), "label": ClassLabel(names=NAMES)})
 FEATURES = Features(
     {
         "age": Value("int32"),
@@ -35,6 +37,15 @@ def dataset_of(**changed):
 
 def rows_of(columns=None, **changed):
     return TableRows.from_dataset(dataset_of(**changed), columns, "label", NAMES)
+
+
+def test_selected_rows_are_kept_in_one_piece():
+    """In a piece per row, as `datasets` hands them out, taking a few of 26,000 rows took 40 times as long."""
+    dataset = Dataset.from_dict({"town": ["Ulm", "Rom"] * 50, "label": [0, 1] * 50}, features=TOWNS)
+    rows = TableRows.from_dataset(dataset.select(range(99, -1, -1)), None, "label", NAMES)
+    for one in (rows, rows.subset([5, 3, 1])):
+        assert pa.Table.from_pandas(one.table)["town"].num_chunks == 1
+    assert rows.table["town"].tolist() == ["Rom", "Ulm"] * 50
 
 
 def test_rows_are_the_feature_columns():
