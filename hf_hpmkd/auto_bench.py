@@ -234,6 +234,7 @@ def _auto(
             student,
             runs.parts.train,
             runs.parts.validation,
+            num_views=runs.parts.num_views,
             teachers=teachers,
             guide=runs.parts.guide if teachers else None,
         )
@@ -386,7 +387,9 @@ def _regrets(of_set: Sequence[dict[str, Any]]) -> dict[str, float]:
 def _random_search(one: dict[str, Any]) -> float:
     """Expected test accuracy over many draws."""
     auto, grid = one["methods"]["auto"], one["grid"]
-    count = min(max(1, math.floor(auto["extra_steps"] / auto["total_steps"])), len(grid) - 1)
+    # What auto trained beside direct training: its other tries, and the whole student unless that is the direct one.
+    steps = auto["extra_steps"] + (auto["chosen"] != str(DIRECT)) * auto["total_steps"]
+    count = min(max(1, math.floor(steps / auto["total_steps"])), len(grid) - 1)
     random = np.random.default_rng(0)
     accuracies = []
     for _ in range(500):

@@ -136,6 +136,7 @@ class TableRuns:
             self.place / name,
             self.parts.train,
             self.parts.validation,
+            num_views=self.parts.num_views,
             teachers=teachers,
             guide=self.parts.guide if teachers else None,
             resumable=False,

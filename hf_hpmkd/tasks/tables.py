@@ -61,7 +61,7 @@ class TableRows(Rows):
                 f"A table holds numbers, truth values and strings; these columns are something else: {', '.join(odd)}. "
                 "Name the feature columns to use, or cast these."
             )
-        # In one piece: each selected row is a chunk of its own, and taking rows would look through all of them each time.
+        # In one piece: each selected row is a chunk of its own, and taking rows would look through all of them.
         table = dataset.with_format("arrow").select_columns(list(feature_columns))[:].combine_chunks().to_pandas()
         for column in feature_columns:
             feature = features[column]
