@@ -123,7 +123,10 @@ def _example_of_run(row: Row) -> Example | None:
         return None
     auto = details.get("auto")
     if auto is not None:
-        configuration, features = Configuration(**auto["configuration"]), auto["features"]
+        if auto["configuration"].keys() - set(_CONFIGURATION):  # of a later version: it says something else
+            return None
+        features = {name: value for name, value in auto["features"].items() if name in FEATURES}
+        configuration = Configuration(**auto["configuration"])
     else:
         if row["alpha"] is None or not row["alpha"] > 0:
             return None

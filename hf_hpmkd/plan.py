@@ -58,7 +58,7 @@ def plan(recipe: Recipe) -> str:
         _model_lines(student, teachers),
         _cache_lines(recipe, parts, rows),
         _step_lines(recipe, parts),
-        _auto_lines(recipe, parts, rows),
+        _auto_lines(recipe, parts, rows, student),
         _chain_lines(recipe, parts, rows, student, teachers),
         _memory_lines(recipe, student, teachers),
     ]
@@ -258,15 +258,19 @@ def _step_lines(recipe: Recipe, parts: DataParts | None) -> list[str]:
     return lines
 
 
-def _auto_lines(recipe: Recipe, parts: DataParts | None, rows: Rows | None) -> list[str]:
+def _auto_lines(recipe: Recipe, parts: DataParts | None, rows: Rows | None, student: _Model) -> list[str]:
     """How long configurations would be tried."""
     mode, total = recipe.auto.mode, _student_steps(recipe, parts)
     if mode == "off":
         return ["Auto     off: the student is trained as the recipe says"]
-    if rows is None or total is None:
-        return ["Auto     unknown until the data is loaded"]
-    flops = training_flops(build_classifier(recipe.student.model, rows, meta=True), rows)
-    budget = budget_steps(mode, total, flops * recipe.training.batch_size)
+    if rows is None or total is None or student.num_params is None:
+        return ["Auto     unknown until the data is loaded and the student's size is known"]
+    chosen, training = recipe.student, recipe.training
+    blueprint = build_classifier(
+        chosen.model, rows, meta=True, revision=chosen.revision, trust_remote_code=chosen.trust_remote_code
+    )
+    rows_per_step = training.batch_size * training.gradient_accumulation_steps
+    budget = budget_steps(mode, total, training_flops(blueprint, rows) * rows_per_step)
     return [
         f"Auto     tries at most {most_candidates(mode)} configurations beside direct training, {budget:,} steps more "
         "at most"

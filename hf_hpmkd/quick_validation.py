@@ -142,7 +142,8 @@ def overrides_of(configuration: Configuration, recipe: Recipe) -> dict[str, dict
     training = {name: getattr(one, name) * getattr(recipe.training, name) for name in _FACTORS}
     if not one.distils:
         # Nothing is taken from the teachers then, neither answers nor weights: the run's direct training does not.
-        return {"distillation": {"alpha": 0.0}, "training": training, "chain": {"warm_start": False}}
+        silent = {"alpha": 0.0, "feature_weight": 0.0}
+        return {"distillation": silent, "training": training, "chain": {"warm_start": False}}
     taught = {name: getattr(one, name) for name in SPACE if name not in _FACTORS}
     if one.temperature_schedule == "learned":
         taught["temperature"] = min(max(one.temperature, now.temperature_min), now.temperature_max)
@@ -290,16 +291,24 @@ class _Search:
         return broadcast_object_list([examples])[0]
 
     def _candidates(self, features: dict[str, float], knowledge: Predictor) -> list[_Trial]:
+        """Written down when first chosen: what a memory has learned meanwhile may not turn a try into another one's."""
+        file = self.folder / "candidates.json"
+        if self.run.is_main and not file.is_file():
+            write_json(file, self._promising(features, knowledge))
+        PartialState().wait_for_everyone()
+        self.tried = [
+            _Trial(f"candidate-{number}", Configuration(**one["configuration"]), tuple(one["expected"]))
+            for number, one in enumerate(json.loads(file.read_text(encoding="utf-8")), 1)
+        ]
+        return self.tried
+
+    def _promising(self, features: dict[str, float], knowledge: Predictor) -> list[dict[str, Any]]:
         possible = configurations(free_fields(self.recipe), configuration_of(self.recipe))
         found = [one for one in possible if self._can_train(one)]
         prediction = knowledge.predict(features, found)
         chosen = propose(prediction, found, self.rungs[0].candidates) if self.rungs else []
-        expected = zip(prediction.gain.tolist(), prediction.spread.tolist(), strict=True)
-        known = dict(zip(found, expected, strict=True))
-        self.tried = [
-            _Trial(f"candidate-{number}", found[index], known[found[index]]) for number, index in enumerate(chosen, 1)
-        ]
-        return self.tried
+        expected = list(zip(prediction.gain.tolist(), prediction.spread.tolist(), strict=True))
+        return [{"configuration": dataclasses.asdict(found[one]), "expected": expected[one]} for one in chosen]
 
     def _can_train(self, one: Configuration) -> bool:
         """Whether the student has the features that a configuration reads."""

@@ -244,13 +244,13 @@ def verdict(record: RunRecord) -> str:
     student, direct = record.distilled, record.models.get("direct")
     if student is None:
         return f"The run has no student (status: {record.status})."
+    if chose_labels_alone(record) and not _other_rates(record):
+        return "The adaptive configuration found nothing better than direct training, so that is the student's."
     if direct is None:
         return (
             "The student was not also trained without teachers in this run, so the run does not show what distillation "
             "added."
         )
-    if chose_labels_alone(record) and not _other_rates(record):
-        return "The adaptive configuration found nothing better than direct training, so that is the student's."
     accuracy, base, num_rows = student.accuracy(), direct.accuracy(), record.num_rows("test")
     if accuracy is None or base is None or not num_rows:
         return "Test accuracies of student and direct training were not both recorded, so the two are not compared."

@@ -114,6 +114,17 @@ def test_a_run_that_chose_counts_as_what_it_chose() -> None:
     assert found.configuration == SOFT and found.features == {"log_rows": 2.5}
 
 
+def test_runs_of_a_later_version_stop_nobody() -> None:
+    auto = AutoRecord(
+        "because", "by nothing", [], dataclasses.asdict(SOFT), {"distillation": {"alpha": 0.9}, "training": {}},
+        {"log_rows": 2.5, "shoe_size": 43.0}, [], 10, 5, 3, 1.0, 0.1,
+    )  # fmt: skip
+    [found] = memory_examples([memory_row(finished(auto=auto))])
+    assert found.features == {"log_rows": 2.5}
+    later = dataclasses.replace(auto, configuration={**auto.configuration, "mood": "good"})
+    assert memory_examples([memory_row(finished(auto=later))]) == []
+
+
 def test_runs_that_prove_nothing_are_left_out() -> None:
     without_direct = {"student": finished().models["student"]}
     direct = {"distillation": {"alpha": 0.0}}

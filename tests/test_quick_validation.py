@@ -165,6 +165,8 @@ def test_an_interrupted_search_goes_on_and_chooses_the_same(tmp_path: Path, monk
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["distill", str(tmp_path / "recipe.yaml")]) == 130
     monkeypatch.setattr(quick_validation, "write_json", write)
+    # What the memory has learned meanwhile would lead to other candidates.
+    monkeypatch.setattr(quick_validation, "propose", lambda prediction, found, count: list(range(1, 1 + count))[::-1])
     stopped = run(tmp_path, recipe)
     for one, two in zip(whole.auto.trials, stopped.auto.trials, strict=True):
         assert dataclasses.replace(one, seconds=0) == dataclasses.replace(two, seconds=0)
@@ -195,6 +197,8 @@ def test_a_configuration_becomes_values_of_the_recipe() -> None:
     assert chosen.training.weight_decay == pytest.approx(0.001)
     assert chosen.distillation.temperature == 5.0  # the learned schedule starts within its range
     assert configuration_of(chosen).alpha == 0.5 and not is_direct(recipe, chosen)
+    read = dataclasses.replace(recipe, distillation=dataclasses.replace(recipe.distillation, feature_weight=0.5))
+    assert is_direct(read, with_values(read, overrides_of(DIRECT, read)))
     plain = with_values(recipe, overrides_of(DIRECT, recipe))
     assert plain.training == recipe.training and is_direct(recipe, plain)
     assert not is_direct(recipe, with_values(recipe, overrides_of(Configuration(learning_rate=2.0), recipe)))

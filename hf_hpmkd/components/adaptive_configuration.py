@@ -358,7 +358,7 @@ def halving(total_steps: int, budget: int, most: int) -> list[Rung]:
         # Each rung adds as many steps as all before it: with a first rung of s, the rungs end at s, 2 s, 4 s, ...
         per_step = sizes[0] + sum(size * 2**index for index, size in enumerate(sizes[1:]))
         first = min(budget // per_step, total_steps // 2 ** (len(sizes) - 1))
-        if first * 2 ** (len(sizes) - 1) >= total_steps // 8 or (count == 1 and first):
+        if first and (count == 1 or first * 2 ** (len(sizes) - 1) >= total_steps // 8):
             return [Rung(first * 2**index, size) for index, size in enumerate(sizes)]
     return []
 

@@ -172,7 +172,7 @@ def test_a_faster_direct_training_is_always_tried_beside_the_others() -> None:
     assert propose(others, found[:3], 2) == [1, 2]
 
 
-@pytest.mark.parametrize("total", [10, 97, 640, 20_000])
+@pytest.mark.parametrize("total", [4, 10, 97, 640, 20_000])
 @pytest.mark.parametrize("share", [0.05, 0.35, 1.0, 2.0, 9.0])
 @pytest.mark.parametrize("most", [1, 3, 4, 8])
 def test_halving_stays_within_its_budget(total: int, share: float, most: int) -> None:
