@@ -171,6 +171,7 @@ def _judge(settings: Settings, folder: Path, seed: int) -> dict[str, Any]:
         return {
             "data": folder.name,
             "seed": seed,
+            "commit": code_commit(),
             "test_rows": len(test),
             "validation_rows": len(validation),
             "train_rows": len(runs.parts.train),
