@@ -194,7 +194,12 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("words", nargs="*", metavar="RECIPE | section.key=value", help="recipe file or name; values for all methods")
-    add("--methods", metavar="A,B,C", help="methods by name (default: direct,kd-best,kd-mean,hpmkd; see --list)")
+    add(
+        "--methods",
+        metavar="A,B,C",
+        help="methods by name (default: direct,kd-best,kd-mean,hpmkd; see --list); with --table: those to show side by "
+        "side (default: all)",
+    )
     add(
         "--method",
         action="append",
@@ -329,7 +334,8 @@ def _compare(args: argparse.Namespace) -> None:
     if args.table is not None:
         from hf_hpmkd.comparison_report import show
 
-        return _say(show(args.table, args.plot, args.baseline))
+        shown = args.methods.split(",") if args.methods else None
+        return _say(show(args.table, args.plot, args.baseline, shown))
     if not args.words or "=" in args.words[0]:
         raise ValueError("compare needs a recipe: a file, or a name from `hpmkd recipe list`.")
     methods = choose_methods(args.methods.split(",") if args.methods else None, args.method)

@@ -211,19 +211,25 @@ def against(record: ComparisonRecord, baseline: str) -> ComparisonRecord:
     return dataclasses.replace(record, baseline=baseline)
 
 
-def show(paths: Sequence[Path], plot: Path | None = None, baseline: str | None = None) -> str:
+def show(
+    paths: Sequence[Path],
+    plot: Path | None = None,
+    baseline: str | None = None,
+    shown: Sequence[str] | None = None,
+) -> str:
     """The summaries again, from comparisons' folders or their records alone; of several also side by side.
 
-    plot: where to draw `draw_compression`. baseline: tested against instead of the records' own.
+    plot: where to draw `draw_compression`. baseline: tested against instead of the records' own. shown: methods that
+    stand side by side and are drawn; None takes all.
     """
     records = [ComparisonRecord.load(path / COMPARISON_FILE if path.is_dir() else path) for path in paths]
     if baseline is not None:
         records = [against(record, baseline) for record in records]
     told = [summary(record) for record in records]
     if len(records) > 1:
-        told.insert(0, overview(records, common_part(records)))
+        told.insert(0, overview(records, common_part(records), shown))
     if plot is not None:
-        told.append(f"Drawn into {draw_compression(records, common_part(records), plot)}.")
+        told.append(f"Drawn into {draw_compression(records, common_part(records), plot, shown)}.")
     return "\n\n".join(told)
 
 
@@ -371,9 +377,12 @@ def _seconds_figure(record: ComparisonRecord, part: str) -> Figure:
     return figure
 
 
-def draw_compression(records: Sequence[ComparisonRecord], part: str, path: Path) -> Path:
+def draw_compression(
+    records: Sequence[ComparisonRecord], part: str, path: Path, shown: Sequence[str] | None = None
+) -> Path:
     """Draws retention against compression: a column of methods per comparison, at the size of its largest teacher over
-    its student's. Raises ValueError where no record knows both sizes and has results on the part.
+    its student's. shown: methods that are drawn; None draws all. Raises ValueError where no record knows both sizes and
+    has results of them on the part.
     """
     figure = Figure(figsize=(8.2, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -382,6 +391,7 @@ def draw_compression(records: Sequence[ComparisonRecord], part: str, path: Path)
         teachers = [one.num_params for known in record.teachers.values() for one in known if one.num_params]
         students = [one.num_params for one in record.results if one.num_params]
         found = [line for line in lines(record, part) if line.retention is not None]
+        found = [line for line in found if shown is None or line.method in shown]
         if not (teachers and students and found):
             continue
         compression = max(teachers) / max(students)

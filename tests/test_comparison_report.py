@@ -210,6 +210,8 @@ def test_another_baseline(tmp_path):
     assert turned["direct"].difference.mean == pytest.approx(-known["kd"].difference.mean)
     make().save(tmp_path / "comparison.json")
     assert "difference to kd, points" in show([tmp_path], baseline="kd")
+    assert show([tmp_path, tmp_path], shown=["odd"]).count("\n| odd |") == 3  # side by side, and in either table
+    assert show([tmp_path, tmp_path], shown=["odd"]).count("\n| kd |") == 2
     with pytest.raises(ValueError, match=r"one of the methods \(kd, direct, odd\), got 'none'"):
         show([tmp_path], baseline="none")
 
