@@ -168,9 +168,8 @@ class ChainConfig:
     )
     warm_start: bool = Field(
         True,
-        description="Start stages and student from layers and leading channels (MLPs: from the units that explain its "
-        "answers best) of the nearest model above that shares their family; false, and models without such relatives, "
-        "start from scratch.",
+        description="Start stages and student from layers and leading channels (MLPs: from the best units) of the "
+        "nearest model above that shares their family; false, and models without such relatives, start from scratch.",
     )
     epochs: int | None = Field(None, ge=1, description="Epochs of a stage; null takes training.epochs.")
     learning_rate: float | None = Field(

@@ -261,8 +261,9 @@ class _Specialist(torch.nn.Module):
 
 
 def four_classes(rows, seed):
+    """A bright pixel in another patch for each class, and at another place of it, so that untrained features tell."""
     data = tiny.TinyImages(rows, seed=seed, classes=4)
-    data.pixels[torch.arange(rows), 0, 4 * (data.labels // 2) + 1, 4 * (data.labels % 2) + 1] += 12.0
+    data.pixels[torch.arange(rows), 0, 5 * (data.labels // 2) + 1, 5 * (data.labels % 2) + 1] += 12.0
     return data
 
 
@@ -272,7 +273,7 @@ def specialists_student(tmp_path, gate):
         tiny.tiny_vit(id2label=names),
         [_Specialist([0, 1], 0), _Specialist([2, 3], 1)],
         tiny.arguments(
-            tmp_path, gate=gate, num_train_epochs=6, optim="adamw_torch", learning_rate=3e-3, alpha=1.0,
+            tmp_path, gate=gate, num_train_epochs=12, optim="adamw_torch", learning_rate=3e-3, alpha=1.0,
             temperature_schedule="constant", temperature=2.0, gate_warmup_steps=200, logging_steps=100,
         ),
         train_dataset=four_classes(400, 0), guide_dataset=four_classes(200, 1), eval_dataset=four_classes(400, 2),
