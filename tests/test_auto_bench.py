@@ -81,6 +81,14 @@ def test_regrets_are_of_the_seeds_that_trained_the_grid() -> None:
     assert next(line for line in text.splitlines() if line.startswith("| b ")).endswith("|  |  |  |  |  |")
 
 
+def test_random_search_trains_as_much_as_auto_did_beside_direct_training() -> None:
+    """One other try, and the whole student where that is another than the directly trained one."""
+    one = result("a", 0, 0.80, 0.85, [(0.80, 0.5), (0.84, 0.6), (0.90, 0.9)])
+    assert float(summary([one]).split("random ")[-1].split(".\n")[0]) == pytest.approx(3.0, abs=0.5)  # 0.84 or 0.90
+    one["methods"]["auto"]["chosen"] = "alpha 0.5"
+    assert "random 0.00" in summary([one])  # both
+
+
 def test_without_a_grid_there_are_gains_and_no_regrets() -> None:
     text = summary([result("a", 0, 0.80, 0.88, []), result("a", 1, 0.80, 0.86, [])])
     assert "Mean gain of auto over direct training: +7.00" in text and "Mean regret" not in text
