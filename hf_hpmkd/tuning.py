@@ -10,12 +10,12 @@ from itertools import product
 import numpy as np
 
 from hf_hpmkd.methods import Method, method_recipe, with_overrides
-from hf_hpmkd.recipe import Recipe
+from hf_hpmkd.recipe import Recipe, RecipeError
 from hf_hpmkd.recipe_rules import uses_teachers
 
 TUNING_SEED = 2_000_003  # of the students that are tried, so that no compared one is chosen by its own luck
 
-_ALPHAS = (0.5, 0.9, 1.0)
+_ALPHAS = (0.0, 0.5, 0.9, 1.0)  # 0: the labels alone, from where the method's student starts
 _TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 _LEARNING_RATES = (0.5, 1.0, 2.0)  # times the recipe's
 
@@ -24,7 +24,7 @@ def trials(recipe: Recipe, method: Method, count: int) -> list[Method]:
     """`count` versions of a method, the first of them the method itself, the others drawn from its grid.
 
     The grid is alpha x temperature x learning rate for what listens to teachers, the learning rate for what does not;
-    values that do not go together are left out. A grid that is smaller than the budget is tried whole. A method that
+    values that do not go together are left out, and at alpha 0 the temperature, which then means nothing. A grid that is smaller than the budget is tried whole. A method that
     configures itself (`auto`) has its own tries, which its seconds count, and gets no others: there is one version of
     it. The same recipe and method give the same trials.
     """
@@ -35,7 +35,7 @@ def trials(recipe: Recipe, method: Method, count: int) -> list[Method]:
     grid = [[rate] for rate in rates]
     if uses_teachers(base):
         grid = [
-            [f"distillation.alpha={alpha:g}", f"distillation.temperature={temperature:g}", rate]
+            [f"distillation.alpha={alpha:g}", *([f"distillation.temperature={temperature:g}"] if alpha else []), rate]
             for alpha, temperature, rate in product(_ALPHAS, _TEMPERATURES, rates)
         ]
     versions = [replace(method, name=f"{method.name}--0")]
@@ -45,7 +45,10 @@ def trials(recipe: Recipe, method: Method, count: int) -> list[Method]:
         if len(versions) == count:
             break
         version = replace(with_overrides(method, grid[int(place)]), name=f"{method.name}--{len(versions)}")
-        values = _values(recipe, version)
+        try:
+            values = _values(recipe, version)
+        except RecipeError:  # a chain, or features, that need teachers
+            continue
         if values not in known:
             known.add(values)
             versions.append(version)
