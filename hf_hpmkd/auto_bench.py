@@ -1,12 +1,14 @@
 """`hpmkd bench auto`: is the adaptive configuration worth it? Judged on the test rows of tables, images or texts,
 leave-one-dataset-out.
 
-Per table and seed, the same teachers, rows, weights and steps for all: direct training, the same at twice the learning
-rate, the usual fixed setting and the adaptive configuration, whose prior has not seen the table; with the first seeds
-also every cell of a grid, and random search over it. A table with a small test part is split anew for each seed. Each
-pair of table and seed is one JSON file, so the same command goes on where an interrupted one stood.
+Per table and seed, the same teachers, rows and steps for all: direct training, the same at twice the learning rate, the
+usual fixed setting and the adaptive configuration, whose prior has not seen the table; with the first seeds also every
+cell of a grid, and random search over it. What hears the teachers begins with the weights of one where it can, as in
+any run. A table with a small test part is split anew for each seed. Each pair of table and seed is one JSON file, so
+the same command goes on where an interrupted one stood.
 """
 
+import hashlib
 import json
 import math
 import tempfile
@@ -25,7 +27,7 @@ from matplotlib.figure import Figure
 from transformers.utils.logging import disable_progress_bar
 
 from hf_hpmkd.classifier_training import student_schedule, train_or_load, write_json
-from hf_hpmkd.components.adaptive_configuration import DIRECT, FASTER, SPACE, Configuration
+from hf_hpmkd.components.adaptive_configuration import DIRECT, FASTER, SPACE, WARM_WORDS, Configuration
 from hf_hpmkd.configuration_examples import SCHEMA, prior_row, read_prior, write_prior
 from hf_hpmkd.distill import student_builder
 from hf_hpmkd.kept_student import judge
@@ -94,11 +96,17 @@ class Settings:
     epochs: int | None = None
     records: Sequence[int | None] = (None,)
 
+    def told(self) -> dict[str, Any]:
+        """What all runs of a folder must have in common."""
+        common = {"mode": self.mode, "student": self.student, "most_rows": self.most_rows, "epochs": self.epochs}
+        return common | {"prior": self.prior and hashlib.sha256(self.prior.read_bytes()).hexdigest()[:12]}
+
 
 def bench_auto(settings: Settings, say: Callable[[str], None] = print) -> str:
     """Trains what is not trained yet and writes `table.md`, `bench.json` and `gains.png`; returns the table.
 
-    Raises ValueError for unknown tables and FileNotFoundError for a folder without tables.
+    Raises ValueError for unknown tables and for a folder with runs of other settings, and FileNotFoundError for one
+    without tables.
     """
     folders = table_folders(settings.data)
     chosen = [folder for folder in folders if settings.tables is None or folder.name in settings.tables]
@@ -108,6 +116,12 @@ def bench_auto(settings: Settings, say: Callable[[str], None] = print) -> str:
     disable_progress_bar()
     spare_time()
     settings.folder.mkdir(parents=True, exist_ok=True)
+    for file in settings.folder.glob("*-[0-9]*.json"):
+        if (judged := json.loads(file.read_text()).get("settings")) != settings.told():
+            raise ValueError(
+                f"{file} was judged with {judged}, not with {settings.told()}, and one table must be of like runs. "
+                "Choose another folder with --output, or the settings of before."
+            )
     for seed in range(settings.seeds):
         for folder in chosen:
             file = settings.folder / f"{folder.name}-{seed}.json"
@@ -145,7 +159,7 @@ def _judge(settings: Settings, folder: Path, seed: int) -> dict[str, Any]:
         rows = folder
         if (test_rows := num_rows(folder, "test")) < FEW_TEST_ROWS:
             rows, data["test_size"] = _joined(folder, Path(place) / "rows"), test_rows
-        runs = TableRuns(rows, Path(place), seed, data=data, training=training, student=student)
+        runs = TableRuns(rows, Path(place), seed, warm_start=True, data=data, training=training, student=student)
         test, validation = runs.parts.test, runs.parts.validation
         methods: dict[str, dict[str, Any]] = {}
         direct = torch.empty(0)
@@ -172,6 +186,7 @@ def _judge(settings: Settings, folder: Path, seed: int) -> dict[str, Any]:
             "data": folder.name,
             "seed": seed,
             "commit": code_commit(),
+            "settings": settings.told(),
             "test_rows": len(test),
             "validation_rows": len(validation),
             "train_rows": len(runs.parts.train),
@@ -202,14 +217,15 @@ def _auto(
     settings: Settings, runs: TableRuns, prior: Path, direct: dict[str, Any], direct_right: torch.Tensor
 ) -> dict[str, Any]:
     """The adaptive configuration as `distill` runs it, and what it cost beside one training. direct_right: which
-    validation rows the directly trained student answers right; it is kept where it is better there.
+    validation rows the directly trained student answers right; it is kept where the other does not prove better there.
+    unproven: test accuracy of the other, kept or not.
     """
     tree = recipe_tree(runs.recipe)
     tree["auto"] = {"mode": settings.mode, "prior": str(prior), "choose": list(SPACE)}
     with tempfile.TemporaryDirectory() as place:
         run = TableRuns.make_run(read_recipe(tree, "the adaptive run"), Path(place))
         run.record.teachers = runs.run.record.teachers
-        build = student_builder(run.recipe, runs.parts)
+        build = student_builder(run.recipe, runs.parts)  # the tries find their start themselves
         student = Path(place) / "student"
         chosen: Recipe = configure(run, runs.parts, runs.teachers, build, student, Path(place) / "direct")
         auto = run.record.auto
@@ -229,7 +245,7 @@ def _auto(
         teachers = runs.teachers if uses_teachers(chosen) else []
         trained = train_or_load(
             "student",
-            build,
+            runs.builder(chosen),
             chosen,
             student_schedule(chosen),
             student,
@@ -239,10 +255,9 @@ def _auto(
             teachers=teachers,
             guide=runs.parts.guide if teachers else None,
         )
-        kept = judge(direct_right, runs.right(trained, runs.parts.validation), proof_needed(run.recipe)).kept
-        if kept == "direct":
-            return {**direct, **about, "kept": kept}
-        return {"accuracy": float(runs.right(trained, runs.parts.test).float().mean()), **about, "kept": kept}
+        about["kept"] = judge(direct_right, runs.right(trained, runs.parts.validation), proof_needed(run.recipe)).kept
+        about["unproven"] = float(runs.right(trained, runs.parts.test).float().mean())
+        return {**direct, **about} if about["kept"] == "direct" else {"accuracy": about["unproven"], **about}
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -280,7 +295,7 @@ def totals(results: Sequence[dict[str, Any]]) -> str:
     for method in (*_OTHERS, "auto"):
         gain = mean_of([float(np.mean([100 * _gain(one, method) for one in of_set])) for of_set in sets])
         parts.append(f"Mean gain of {method} over direct training: {gain.mean:+.2f}{_interval(gain)}.")
-    parts += [_what_was_chosen(results), _never_worse(sets)]
+    parts += [_what_was_chosen(results), _cost_of_proof(sets), _never_worse(sets)]
     with_grid = [of_set for of_set in sets if _regrets(of_set)]
     if with_grid:
         regrets = [_regrets(of_set) for of_set in with_grid]
@@ -300,13 +315,29 @@ def totals(results: Sequence[dict[str, Any]]) -> str:
 def _what_was_chosen(results: Sequence[dict[str, Any]]) -> str:
     distilled = [_gain(one, "auto") for one in results if _distils(one)]
     autos = [one["methods"]["auto"] for one in results]
-    rates = sum(not auto["distils"] and auto["chosen"] != str(DIRECT) for auto in autos)
+    alone = [auto["chosen"] for auto in autos if not auto["distils"] and auto["chosen"] != str(DIRECT)]
+    warm = sum(WARM_WORDS in one for one in alone)
     back = sum(auto.get("kept") == "direct" for auto in autos)
     told = f"Auto distilled {len(distilled)} of {len(results)} times"
     told += f", and gained {100 * np.mean(distilled):+.2f} where it did" if distilled else ""
-    told += f"; {rates} times it trained directly in another way" if rates else ""
+    told += f"; {len(alone)} times it trained directly in another way" if alone else ""
+    told += f", {warm} of them from a teacher's weights" if warm else ""
     told += f"; {back} of its students were given up for the direct one" if back else ""
     return told + "."
+
+
+def _cost_of_proof(sets: Sequence[list[dict[str, Any]]]) -> str:
+    """What auto would have gained, had every student been kept that promised to be better."""
+
+    def gain(one: dict[str, Any]) -> float:
+        auto, direct = one["methods"]["auto"], one["methods"]["direct"]
+        return 100 * (auto.get("unproven", auto["accuracy"]) - direct["accuracy"])
+
+    mean = mean_of([float(np.mean([gain(one) for one in of_set])) for of_set in sets])
+    runs = [one for of_set in sets for one in of_set]
+    lost, kept = sum(gain(one) < 0 for one in runs), sum(_gain(one, "auto") < 0 for one in runs)
+    told = f"Had every student been kept, the mean gain were {mean.mean:+.2f}{_interval(mean)}"
+    return f"{told}, with a loss in {lost} runs instead of {kept}."
 
 
 def _never_worse(sets: Sequence[list[dict[str, Any]]]) -> str:

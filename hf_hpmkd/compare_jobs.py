@@ -50,7 +50,7 @@ from hf_hpmkd.recipe_rules import is_trained_here, uses_teachers
 from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_environment import code_commit, environment
 from hf_hpmkd.run_memory import RunMemory, run_memory
-from hf_hpmkd.run_record import RECORD_FILE, ChainRecord, RunRecord
+from hf_hpmkd.run_record import RECORD_FILE, AutoRecord, ChainRecord, RunRecord
 from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.teacher_cache import TeacherCache
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
@@ -262,7 +262,7 @@ class Workplace:
         run.save()
         result.steps, result.curve = trained.steps, trained.curve
         result.seconds += chain_seconds(run.record.chain)
-        result.seconds += run.record.auto.seconds if run.record.auto is not None else 0.0
+        result.seconds += search_seconds(run.record.auto)
         result.chain = run.record.chain
         result.num_params = trained.classifier.num_params
         result.scores["validation"] = self.score(trained.classifier, self.parts.validation)
@@ -287,6 +287,13 @@ class Workplace:
         model = TorchTeacher(student.model, student.feed, name="student", data_names=names, device=device)
         logits = student_logits(model, rows, self.recipe.training.eval_batch_size)
         return Score.of((logits.argmax(-1) == rows.labels).numpy())
+
+
+def search_seconds(auto: AutoRecord | None) -> float:
+    """Seconds of an adaptive configuration's tries, without those that a training went on from, where that is known."""
+    if auto is None:
+        return 0.0
+    return auto.seconds if auto.extra_seconds is None else auto.extra_seconds
 
 
 def chain_seconds(chain: ChainRecord | None) -> float:

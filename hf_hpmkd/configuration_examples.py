@@ -22,7 +22,9 @@ FORMAT_VERSION = 1
 MAX_BYTES = 2_000_000
 
 _EARLY_COLUMNS = tuple(f"early_{at:.0%}".rstrip("%") for at in EARLY)
-_CONFIGURATION = tuple(field.name for field in fields(Configuration))
+_FIELDS = tuple(field.name for field in fields(Configuration))
+# The runs of a prior all begin from nothing: they tell how a student should be taught, not where it should start.
+_CONFIGURATION = tuple(name for name in _FIELDS if name != "warm_start")
 _TEXT = ("temperature_schedule", "kd_kind", "gate")
 SCHEMA = pa.schema(
     [
@@ -123,7 +125,7 @@ def _example_of_run(row: Row) -> Example | None:
         return None
     auto = details.get("auto")
     if auto is not None:
-        if auto["configuration"].keys() - set(_CONFIGURATION):  # of a later version: it says something else
+        if auto["configuration"].keys() - set(_FIELDS):  # of a later version: it says something else
             return None
         features = {name: value for name, value in auto["features"].items() if name in FEATURES}
         configuration = Configuration(**auto["configuration"])

@@ -156,8 +156,8 @@ def _start_of_student(record: RunRecord) -> str | None:
 
 
 def base_models(record: RunRecord) -> list[str]:
-    """Hub ids: what the student's weights began with, then the teachers, if it learned from them."""
-    taught = [] if report.labels_alone(record) else record.teachers
+    """Hub ids: what the student's weights began with, then the teachers that it learned from or began with."""
+    taught = [one for one in record.teachers if not record.labels_alone or one.name == record.began_with]
     teachers = [hub_id(one.source, one.commit) for one in taught if not one.trained_here]
     return list(dict.fromkeys(name for name in [_start_of_student(record), *teachers] if name))
 
@@ -249,7 +249,7 @@ def _opening(record: RunRecord) -> str:
     count = len(record.teachers)
     teachers = "one teacher" if count == 1 else f"{count} teachers"
     name, data = last_name(student_name(record)), last_name(data_name(record))
-    alone = report.labels_alone(record)
+    alone = record.labels_alone
     lines = [f"# {name}, trained on {data}" if alone else f"# {name}, distilled from {teachers} on {data}"]
     if record.status != "completed":
         lines.append(f"> **This run did not finish (status: {record.status}).** The figures below may be incomplete.")
@@ -258,8 +258,10 @@ def _opening(record: RunRecord) -> str:
     params = f" with {size:,} parameters" if size else ""
     classes = f" It tells {len(record.class_names)} classes apart." if record.class_names else ""
     source = "the labels alone" if alone else f"the outputs of {teachers}"
-    lines.append(f"A model{kind}{params}, trained on {source} with `hf_hpmkd`.{classes}")
-    if alone and not report.chose_labels_alone(record):
+    origin = record.began_with if alone else ""
+    start = f", from weights of its teacher `{origin}`," if origin else ""
+    lines.append(f"A model{kind}{params}, trained on {source}{start} with `hf_hpmkd`.{classes}")
+    if alone and not record.chose_labels_alone:
         proved = "made it worse" if record.kept and record.kept.needed is None else "did not prove better"
         lines.append(f"It was also distilled from {teachers}, which {proved} on validation rows.")
     student = record.models["student"]

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,6 @@ from hf_hpmkd.components.adaptive_configuration import (
     Predictor,
     choose,
     configurations,
-    halving,
     judge,
     most_alike,
     predictor,
@@ -59,7 +59,7 @@ from hf_hpmkd.model_cost import training_flops
 from hf_hpmkd.recipe import Recipe
 from hf_hpmkd.run_context import Run
 from hf_hpmkd.run_record import AutoRecord, TrialRecord
-from hf_hpmkd.search_budget import budget_steps, most_candidates
+from hf_hpmkd.search_budget import budget_steps, halving, most_candidates
 from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
 
@@ -72,8 +72,9 @@ HOPE = 0.0
 """The same for a candidate that has to prove itself at the end of its training: any that promises to be better."""
 
 _FEATURE_ROWS = 2_000
-_SECTION = {name: "training" if name in ("learning_rate", "weight_decay") else "distillation" for name in SPACE}
 _FACTORS = ("learning_rate", "weight_decay")
+_SECTION = {name: "training" if name in _FACTORS else "distillation" for name in SPACE} | {"warm_start": "chain"}
+_TAUGHT = tuple(name for name, section in _SECTION.items() if section == "distillation")
 
 
 def configure(
@@ -122,9 +123,11 @@ def with_values(recipe: Recipe, overrides: dict[str, dict[str, Any]]) -> Recipe:
 
 def free_fields(recipe: Recipe) -> list[str]:
     """What may be chosen: what `auto.choose` lists, else what the recipe leaves at its default."""
-    if recipe.auto.choose is not None:
-        return list(recipe.auto.choose)
-    sections = {"distillation": recipe.distillation, "training": recipe.training}
+    return _left_at_default(recipe) if recipe.auto.choose is None else list(recipe.auto.choose)
+
+
+def _left_at_default(recipe: Recipe) -> list[str]:
+    sections = {"distillation": recipe.distillation, "training": recipe.training, "chain": recipe.chain}
     defaults = {name: type(section)() for name, section in sections.items()}
     return [
         name for name in SPACE if getattr(sections[_SECTION[name]], name) == getattr(defaults[_SECTION[name]], name)
@@ -133,7 +136,7 @@ def free_fields(recipe: Recipe) -> list[str]:
 
 def configuration_of(recipe: Recipe) -> Configuration:
     """The recipe's own way to train the student."""
-    return Configuration(**{name: getattr(recipe.distillation, name) for name in SPACE if name not in _FACTORS})
+    return Configuration(**{name: getattr(recipe.distillation, name) for name in _TAUGHT})
 
 
 def overrides_of(configuration: Configuration, recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -141,10 +144,9 @@ def overrides_of(configuration: Configuration, recipe: Recipe) -> dict[str, dict
     one, now = configuration, recipe.distillation
     training = {name: getattr(one, name) * getattr(recipe.training, name) for name in _FACTORS}
     if not one.distils:
-        # Nothing is taken from the teachers then, neither answers nor weights: the run's direct training does not.
         silent = {"alpha": 0.0, "feature_weight": 0.0}
-        return {"distillation": silent, "training": training, "chain": {"warm_start": False}}
-    taught = {name: getattr(one, name) for name in SPACE if name not in _FACTORS}
+        return {"distillation": silent, "training": training, "chain": {"warm_start": one.warm_start}}
+    taught = {name: getattr(one, name) for name in _TAUGHT}
     if one.temperature_schedule == "learned":
         taught["temperature"] = min(max(one.temperature, now.temperature_min), now.temperature_max)
     return {"distillation": taught, "training": training}
@@ -265,6 +267,7 @@ class _Search:
             budget_steps=self.budget,
             extra_steps=spent - sum(trial.steps for trial in going_on),
             seconds=seconds,
+            extra_seconds=seconds - sum(trial.seconds for trial in going_on),
             deciding_seconds=max(time.perf_counter() - started - seconds, 0.0),
         )
 
@@ -306,17 +309,28 @@ class _Search:
         possible = configurations(free_fields(self.recipe), configuration_of(self.recipe))
         found = [one for one in possible if self._can_train(one)]
         prediction = knowledge.predict(features, found)
-        chosen = propose(prediction, found, self.rungs[0].candidates) if self.rungs else []
+        own = configuration_of(self.recipe)
+        # What differs from the defaults, its author has thought about.
+        careful = not set(_TAUGHT) <= set(_left_at_default(self.recipe))
+        place = found.index(own) if careful and own in found else None
+        chosen = propose(prediction, found, self.rungs[0].candidates, place) if self.rungs else []
         expected = list(zip(prediction.gain.tolist(), prediction.spread.tolist(), strict=True))
         return [{"configuration": dataclasses.asdict(found[one]), "expected": expected[one]} for one in chosen]
 
     def _can_train(self, one: Configuration) -> bool:
-        """Whether the student has the features that a configuration reads."""
+        """Whether the student has the features that a configuration reads, and a teacher the weights."""
+        if one.warm_start:
+            return self._can_start
         if not one.distils or (one.gate not in ("mixture", "joint") and one.temperature_schedule != "learned"):
             return True
         return self._has_head
 
-    @property
+    @cached_property
+    def _can_start(self) -> bool:
+        start = WarmBuild(self.build_student, self._above(), self.parts.train)
+        return start.source(self.blueprint.model) is not None
+
+    @cached_property
     def _has_head(self) -> bool:
         try:
             find_classifier_head(self.blueprint.model, len(self.parts.class_names))
@@ -340,7 +354,7 @@ class _Search:
         if not file.is_file():
             recipe = with_values(self.recipe, overrides_of(trial.configuration, self.recipe))
             teachers = self.teachers if trial.configuration.distils else []
-            above = self._above() if recipe.chain.warm_start and teachers else []
+            above = self._above() if recipe.chain.warm_start else []
             started = time.perf_counter()
             trained = train_or_load(
                 f"try {trial.name}",

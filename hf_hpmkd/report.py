@@ -114,25 +114,11 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], left: int) -
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ruler, *escaped])
 
 
-def chose_labels_alone(record: RunRecord) -> bool:
-    """Whether the adaptive configuration chose to train on labels alone, at this rate or another."""
-    return record.auto is not None and not record.auto.configuration["alpha"]
-
-
-def _other_rates(record: RunRecord) -> bool:
-    return record.auto is not None and any(record.auto.configuration[f] != 1 for f in ("learning_rate", "weight_decay"))
-
-
-def labels_alone(record: RunRecord) -> bool:
-    """Whether the student that the run left learned nothing from the teachers."""
-    return chose_labels_alone(record) or (record.kept is not None and record.kept.kept == "direct")
-
-
 def kept_told(record: RunRecord) -> str:
     """Which student the run kept, in a sentence; "" where there was no choice."""
     if (kept := record.kept) is None:
         return ""
-    other = "chosen" if chose_labels_alone(record) else "distilled"
+    other = "chosen" if record.chose_labels_alone else "distilled"
     gain = f"{kept.gain:+.2f} ± {kept.standard_error:.2f} points for the {other} one on {kept.rows:,} validation rows"
     if kept.needed is not None:
         gain += f", {kept.needed:+.2f} asked for"
@@ -244,7 +230,7 @@ def verdict(record: RunRecord) -> str:
     student, direct = record.distilled, record.models.get("direct")
     if student is None:
         return f"The run has no student (status: {record.status})."
-    if chose_labels_alone(record) and not _other_rates(record):
+    if record.chose_direct:
         return "The adaptive configuration found nothing better than direct training, so that is the student's."
     if direct is None:
         return (
@@ -258,7 +244,7 @@ def verdict(record: RunRecord) -> str:
     points = 100 * (accuracy - base)
     figures = f"{accuracy:.2%} against {base:.2%}, {points:+.2f} points"
     bound = f"{100 * margin:.2f} points (95 %, binomial, {num_rows:,} test rows, one run)"
-    other = "chosen" if chose_labels_alone(record) else "distilled"
+    other = "chosen" if record.chose_labels_alone else "distilled"
     if abs(accuracy - base) <= margin:
         return (
             f"{other.capitalize()} and directly trained student are not distinguishable by this run: {figures}, within "

@@ -172,7 +172,8 @@ class AutoRecord:
     """What the adaptive configuration chose. reason: why, in a sentence. knowledge: where expectations came from.
     alike: the data sets whose runs were most like this one. configuration: the fields of
     `adaptive_configuration.Configuration`. overrides: section -> key -> value, how the recipe was changed. total_steps:
-    of one training; budget_steps: that the tries might add, extra_steps: that they added. seconds: of the tries.
+    of one training; budget_steps: that the tries might add, extra_steps: that they added. seconds: of the tries;
+    extra_seconds: of those that no training goes on from, None in a record from before this was told.
     deciding_seconds: of all the rest.
     """
 
@@ -190,6 +191,7 @@ class AutoRecord:
     extra_steps: int
     seconds: Number
     deciding_seconds: Number
+    extra_seconds: Number | None = None
 
 
 @dataclass
@@ -258,6 +260,34 @@ class RunRecord:
     def distilled(self) -> ModelRecord | None:
         """The student that learned from the teachers, kept or not; None before it is trained."""
         return self.models.get("distilled", self.models.get("student"))
+
+    @property
+    def chose_labels_alone(self) -> bool:
+        """Whether the adaptive configuration chose the labels alone, at whatever rate and from whatever weights."""
+        return self.auto is not None and not self.auto.configuration["alpha"]
+
+    @property
+    def chose_direct(self) -> bool:
+        """Whether what it chose is the run's direct training and nothing else."""
+        if self.auto is None or not self.chose_labels_alone:
+            return False
+        chosen = self.auto.configuration
+        return (chosen["learning_rate"], chosen["weight_decay"]) == (1, 1) and not chosen.get("warm_start")
+
+    @property
+    def kept_direct(self) -> bool:
+        """Whether the directly trained student took the other one's place."""
+        return self.kept is not None and self.kept.kept == "direct"
+
+    @property
+    def labels_alone(self) -> bool:
+        """Whether the student that the run left learned nothing from the teachers' answers."""
+        return self.chose_labels_alone or self.kept_direct
+
+    @property
+    def began_with(self) -> str:
+        """Name of the teacher, or stage, whose weights the student that the run left began with; "" for none."""
+        return "" if self.chain is None or self.kept_direct else self.chain.student_origin
 
     def num_rows(self, part: str) -> int | None:
         """Rows of a part; None if the record does not say."""

@@ -1,8 +1,11 @@
-"""How long the tries of the adaptive configuration may take: the recipe's `auto` section, and what it means in steps.
+"""How long the tries of the adaptive configuration may take: the recipe's `auto` section, what it means in steps, and
+how they are shared out.
 
 Steps are counted, not seconds, so that the same recipe tries the same on a busy machine, and after an interruption.
 """
 
+import dataclasses
+import math
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
@@ -16,7 +19,7 @@ _OPERATIONS_PER_SECOND = 2e10
 # takes 14 ms a step alone, an MLP of 16 units 10 ms from four teachers.
 _SECONDS_PER_STEP = 0.015
 
-_FEW, _MANY = 4, 8
+_FEW, _MANY = 5, 8
 _LEAST_SECONDS = 20.0
 _SHARES = {"fast": 0.35, "thorough": 2.0}
 
@@ -32,7 +35,16 @@ class AutoConfig:
     )
     choose: (
         list[
-            Literal["alpha", "temperature", "temperature_schedule", "kd_kind", "gate", "learning_rate", "weight_decay"]
+            Literal[
+                "alpha",
+                "temperature",
+                "temperature_schedule",
+                "kd_kind",
+                "gate",
+                "learning_rate",
+                "weight_decay",
+                "warm_start",
+            ]
         ]
         | None
     ) = Field(
@@ -66,3 +78,32 @@ def budget_steps(mode: str | float, total_steps: int, operations_per_step: float
     if not isinstance(mode, str):
         return int(60 * mode / step)
     return max(int(_SHARES[mode] * total_steps), int(_LEAST_SECONDS / step))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """Up to `step` so many candidates are trained; the best of them go on to the next rung."""
+
+    step: int
+    candidates: int
+
+
+def halving(total_steps: int, budget: int, most: int) -> list[Rung]:
+    """Successive halving (Jamieson & Talwalkar 2016): the rungs of a search that adds at most `budget` steps to a run.
+
+    most: candidates at the first rung, beside direct training, whose steps are not counted: it or the winner goes on as
+    the run's student. Rungs double their steps while the candidates halve. What a budget does not suffice for is cut
+    from the number of candidates first and then from the length. [] if it does not suffice for one step of one.
+    """
+    if budget >= most * total_steps:
+        return [Rung(total_steps, most)]
+    for count in range(most, 0, -1):
+        sizes = [count]
+        while sizes[-1] > 1:
+            sizes.append(math.ceil(sizes[-1] / 2))
+        # Each rung adds as many steps as all before it: with a first rung of s, the rungs end at s, 2 s, 4 s, ...
+        per_step = sizes[0] + sum(size * 2**index for index, size in enumerate(sizes[1:]))
+        first = min(budget // per_step, total_steps // 2 ** (len(sizes) - 1))
+        if first and (count == 1 or first * 2 ** (len(sizes) - 1) >= total_steps // 8):
+            return [Rung(first * 2**index, size) for index, size in enumerate(sizes)]
+    return []

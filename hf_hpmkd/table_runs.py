@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from hf_hpmkd.chain_stages import Stages, WarmBuild
 from hf_hpmkd.classifier_training import Trained, remove_training, student_schedule, train_or_load
 from hf_hpmkd.components.adaptive_configuration import Configuration
 from hf_hpmkd.data import TEXT_COLUMNS, DataParts, load_parts
@@ -71,11 +72,21 @@ class TableRuns:
     """The runs on one table, or set of images or texts. folder: of Parquet files. place: where teachers and their
     outputs are kept meanwhile.
 
-    folds: of the scikit-learn teachers; 0 lets them answer rows that they have learned by heart. The sections are the
-    recipe's; data and output are filled in.
+    folds: of the scikit-learn teachers; 0 lets them answer rows that they have learned by heart. warm_start: whether
+    students that hear the teachers begin with the weights of one. The sections are the recipe's; data and output are
+    filled in.
     """
 
-    def __init__(self, folder: Path, place: Path, seed: int, folds: int = 3, **sections: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        place: Path,
+        seed: int,
+        *,
+        folds: int = 3,
+        warm_start: bool = False,
+        **sections: dict[str, Any],
+    ) -> None:
         self.place, self.kind = place, kind_of(folder)
         chosen = {"image": IMAGE_TEACHERS, "text": TEXT_TEACHERS, "table": TEACHERS}[self.kind]
         model = {"image": "cifar-resnet-8x4", "text": "bert-1x32", "table": "mlp-16"}[self.kind]
@@ -84,7 +95,7 @@ class TableRuns:
             "data": {"path": str(folder), "seed": seed, **sections.pop("data", {})},
             "teachers": teachers,
             "student": {"model": model, **sections.pop("student", {})},
-            "chain": {"warm_start": False},  # what is compared is how a student is taught, not where it starts
+            "chain": {"warm_start": warm_start},
             "memory": {"use": False},
             "output": {"dir": str(place)},
             **sections,
@@ -130,7 +141,7 @@ class TableRuns:
         teachers = [self.teachers[index] for index in heard] if configuration.distils else []
         trained = train_or_load(
             name,
-            student_builder(recipe, self.parts),
+            self.builder(recipe),
             recipe,
             student_schedule(recipe),
             self.place / name,
@@ -144,6 +155,11 @@ class TableRuns:
         taught = Taught(trained, self.right(trained, judged_on))
         remove_training(self.place / name)
         return taught
+
+    def builder(self, recipe: Recipe) -> WarmBuild:
+        """Makes the student of a recipe, with the weights that it begins with."""
+        above = Stages(self.run, self.parts, self.teachers, self.place).above([]) if recipe.chain.warm_start else []
+        return WarmBuild(student_builder(recipe, self.parts), above, self.parts.train)
 
     def right(self, trained: Trained, rows: Rows) -> Tensor:
         """Which rows a student answers right, bool `(rows,)`: all at once, which is quicker than batch by batch."""

@@ -24,9 +24,9 @@ def trials(recipe: Recipe, method: Method, count: int) -> list[Method]:
     """`count` versions of a method, the first of them the method itself, the others drawn from its grid.
 
     The grid is alpha x temperature x learning rate for what listens to teachers, the learning rate for what does not;
-    values that do not go together are left out, and at alpha 0 the temperature, which then means nothing. A grid that is smaller than the budget is tried whole. A method that
-    configures itself (`auto`) has its own tries, which its seconds count, and gets no others: there is one version of
-    it. The same recipe and method give the same trials.
+    values that do not go together are left out, and at alpha 0 the temperature, which then means nothing. A grid that
+    is smaller than the budget is tried whole. A method that configures itself (`auto`) has its own tries, which its
+    seconds count, and gets no others: there is one version of it. The same recipe and method give the same trials.
     """
     base = method_recipe(recipe, method, TUNING_SEED)
     if base.auto.mode != "off":

@@ -11,7 +11,7 @@ from sklearn.datasets import load_wine
 
 from hf_hpmkd import auto_bench, prior_build
 from hf_hpmkd.auto_bench import Settings, bench_auto, summary
-from hf_hpmkd.components.adaptive_configuration import Configuration
+from hf_hpmkd.components.adaptive_configuration import DIRECT, Configuration
 from hf_hpmkd.configuration_examples import provenance, read_prior
 from hf_hpmkd.prior_build import build_prior
 from hf_hpmkd.table_runs import TableRuns, kind_of
@@ -62,6 +62,16 @@ def test_a_distilled_student_that_was_given_up_counts_as_none() -> None:
     text = summary([result("a", 0, 0.80, 0.84, [(0.80, 0.9), (0.90, 0.5)]), given_up])
     assert "| 1 of 2 |" in text
     assert "Auto distilled 1 of 2 times, and gained +4.00 where it did; 1 of its students were given up" in text
+
+
+def test_it_is_told_what_the_proof_costs() -> None:
+    grid = [(0.80, 0.9), (0.90, 0.5)]
+    good, bad = result("a", 0, 0.80, 0.80, grid), result("b", 0, 0.80, 0.80, grid)
+    good["methods"]["auto"] |= {"kept": "direct", "unproven": 0.86}
+    bad["methods"]["auto"] |= {"kept": "direct", "unproven": 0.78}
+    text = summary([good, bad, result("c", 0, 0.80, 0.79, grid)])
+    assert "Had every student been kept, the mean gain were +1.00 (" in text  # of +6, -2 and -1
+    assert "with a loss in 2 runs instead of 1." in text
 
 
 def test_losses_are_told_from_what_one_test_row_may_do() -> None:
@@ -161,10 +171,13 @@ def test_a_prior_is_built_goes_on_and_is_judged_without_the_judged(tables: Path,
     assert found["test_rows"] == 48 and found["train_rows"] + found["validation_rows"] < 130
     assert set(found["methods"]) == {"direct", "faster", "fixed", "auto"} and len(found["grid"]) == 2
     assert found["methods"]["auto"]["deciding_seconds"] > 0
-    assert ("kept" in found["methods"]["auto"]) == found["methods"]["auto"]["distils"]
+    auto = found["methods"]["auto"]
+    assert ("kept" in auto) == ("unproven" in auto) == (auto["chosen"] != str(DIRECT))
     before = (tmp_path / "bench" / "red-0.json").stat().st_mtime_ns
     bench_auto(settings, say=said.append)
     assert (tmp_path / "bench" / "red-0.json").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="red-0.json was judged with .*mlp-3"):
+        bench_auto(replace(settings, student="mlp-4"), say=said.append)
 
 
 original = auto_bench.write_prior

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from hf_hpmkd import report
 from hf_hpmkd.components.adaptive_configuration import Configuration
 from hf_hpmkd.model_card import hub_id, license_warning, write_card
-from hf_hpmkd.run_record import AutoRecord, KeptRecord, ModelRecord, RunRecord, TeacherRecord
+from hf_hpmkd.run_record import AutoRecord, ChainRecord, KeptRecord, ModelRecord, RunRecord, TeacherRecord
 
 METRICS = {"accuracy": 0.8513, "macro_f1": 0.8471, "calibration_error": 0.0319, "teacher_agreement": 0.9017}
 CONFIGS = {
@@ -215,6 +215,21 @@ def test_a_student_of_labels_alone_is_not_called_distilled(record, tmp_path, stu
     record.auto, record.kept = chosen(alpha=0.5), KeptRecord("distilled", 2.0, 0.5, 400, needed=1.2)
     text = card_of(record, tmp_path).text
     assert ", distilled from" in text and "+1.20 asked for" in text
+
+
+def test_a_student_that_began_with_a_teachers_weights_names_it(record, tmp_path, student):
+    """Also where it learned from the labels alone; not where the direct one, from nothing, was kept."""
+    origin = record.teachers[0]
+    origin.source, origin.commit, origin.trained_here = "someone/large", "e" * 40, False
+    record.auto, record.chain = chosen(warm_start=True), ChainRecord(reason="none.", student_origin=origin.name)
+    card = card_of(record, tmp_path)
+    opening = card.text.split("##")[0]
+    assert f"trained on the labels alone, from weights of its teacher `{origin.name}`, with" in opening
+    assert "found nothing better than direct training" not in opening
+    assert card.data.base_model == ["someone/large"]
+    record.kept = KeptRecord("direct", 0.1, 0.5, 400, needed=1.2)
+    card = card_of(record, tmp_path)
+    assert "from weights of" not in card.text.split("##")[0] and card.data.base_model is None
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,10 @@ def recipe_with(**sections: dict) -> object:
 def test_what_a_recipe_leaves_at_its_default_may_be_chosen() -> None:
     assert "learning_rate" not in free_fields(recipe_with())  # 0.01 was set
     recipe = recipe_with(training={"epochs": 3}, distillation={"temperature": 3.0, "gate": "label"})
-    assert free_fields(recipe) == ["alpha", "temperature_schedule", "kd_kind", "learning_rate", "weight_decay"]
+    others = ["alpha", "temperature_schedule", "kd_kind", "learning_rate", "weight_decay"]
+    assert free_fields(recipe) == [*others, "warm_start"]
+    cold = dataclasses.replace(recipe, chain=dataclasses.replace(recipe.chain, warm_start=False))
+    assert free_fields(cold) == others
     assert configuration_of(recipe) == Configuration(alpha=0.9, temperature=3.0, gate="label")
     asked = recipe_with(distillation={"temperature": 3.0}, auto={"mode": "fast", "choose": ["temperature"]})
     assert free_fields(asked) == ["temperature"]
@@ -202,7 +205,11 @@ def test_a_configuration_becomes_values_of_the_recipe() -> None:
     plain = with_values(recipe, overrides_of(DIRECT, recipe))
     assert plain.training == recipe.training and is_direct(recipe, plain)
     assert not is_direct(recipe, with_values(recipe, overrides_of(Configuration(learning_rate=2.0), recipe)))
-    assert set(overrides_of(taught, recipe)["distillation"]) | {"learning_rate", "weight_decay"} == set(SPACE)
+    factors = {"learning_rate", "weight_decay", "warm_start"}
+    assert set(overrides_of(taught, recipe)["distillation"]) | factors == set(SPACE)
+    warm = with_values(recipe, overrides_of(Configuration(warm_start=True), recipe))
+    assert warm.chain.warm_start and warm.distillation.alpha == 0 and not is_direct(recipe, warm)
+    assert not plain.chain.warm_start
 
 
 @pytest.mark.slow

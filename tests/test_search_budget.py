@@ -1,9 +1,12 @@
 """Budgets in words and in steps, and the recipe's section."""
 
+from itertools import pairwise
+
+import numpy as np
 import pytest
 
 from hf_hpmkd.recipe import RecipeError, fingerprint, read_recipe, recipe_tree
-from hf_hpmkd.search_budget import budget_steps, most_candidates
+from hf_hpmkd.search_budget import budget_steps, halving, most_candidates
 
 TREE = {
     "data": {"path": "sklearn:wine"},
@@ -55,3 +58,26 @@ def test_off_leaves_the_fingerprint_alone() -> None:
     off, fast = (read_recipe({**TREE, "auto": mode}, "a test") for mode in ("off", "fast"))
     assert fingerprint(off) == fingerprint(read_recipe({**TREE, "auto": {"choose": ["alpha"]}}, "a test"))
     assert fingerprint(off) != fingerprint(fast)
+
+
+@pytest.mark.parametrize("total", [4, 10, 97, 640, 20_000])
+@pytest.mark.parametrize("share", [0.05, 0.35, 1.0, 2.0, 9.0])
+@pytest.mark.parametrize("most", [1, 3, 4, 8])
+def test_halving_stays_within_its_budget(total: int, share: float, most: int) -> None:
+    budget = int(share * total)
+    rungs = halving(total, budget, most)
+    steps = np.diff([0, *(rung.step for rung in rungs)])
+    cost = sum(rung.candidates * more for rung, more in zip(rungs, steps, strict=True))
+    assert cost <= budget
+    assert all(0 < rung.step <= total and 1 <= rung.candidates <= most for rung in rungs)
+    assert all(a.step < b.step and a.candidates > b.candidates for a, b in pairwise(rungs))
+    if budget >= 1:
+        assert rungs
+    if budget >= most * total:
+        assert rungs[-1].step == total and rungs[0].candidates == most
+
+
+def test_a_budget_for_everything_tries_everything_to_the_end() -> None:
+    assert [(rung.step, rung.candidates) for rung in halving(100, 400, 4)] == [(100, 4)]
+    assert [(rung.step, rung.candidates) for rung in halving(1000, 350, 4)] == [(43, 4), (86, 2), (172, 1)]
+    assert halving(100, 0, 4) == []

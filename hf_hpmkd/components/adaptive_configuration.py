@@ -8,7 +8,7 @@ that matters is whether to distil at all, and direct training is always an answe
 import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any, Protocol
 
@@ -38,6 +38,8 @@ _LEADS_ALIKE = 60  # early leads of examples that are asked what became of them
 # decay, a learning rate, an alpha or a gate alone, between which a short try cannot tell.
 _UNLIKE = 1.2
 _GATE_SHARE = 0.5  # of the distance between two gates
+_START = 2.0  # how far apart two starts lie
+WARM_WORDS = "from a teacher's weights"
 _BOLDNESS = 1.0  # standard deviations that a candidate is credited with before it is tried
 
 
@@ -46,6 +48,8 @@ class Configuration:
     """One way to train the student. alpha 0 is direct training; the teachers' settings then mean nothing.
 
     learning_rate, weight_decay: factors on what the recipe says. temperature: of a schedule that moves, its start.
+    warm_start: of direct training alone, whether it begins with a teacher's weights; a student that hears its teachers
+    begins as the recipe says.
     """
 
     alpha: float = 0.0
@@ -55,13 +59,14 @@ class Configuration:
     gate: str = "mixture"
     learning_rate: float = 1.0
     weight_decay: float = 1.0
+    warm_start: bool = False
 
     @property
     def distils(self) -> bool:
         return self.alpha > 0
 
     def __str__(self) -> str:
-        words = ["direct training"]
+        words = ["direct training" + f" {WARM_WORDS}" * self.warm_start]
         if self.distils:
             scheduled = self.temperature_schedule != "constant"
             temperature = f"T {self.temperature_schedule}" if scheduled else f"T {self.temperature:g}"
@@ -85,6 +90,7 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "gate": ("mixture", "label", "uniform"),
     "learning_rate": (0.5, 1.0, 2.0),
     "weight_decay": (0.1, 1.0, 10.0),
+    "warm_start": (False, True),
 }
 """The values that are considered. Every field of a Configuration has its line."""
 
@@ -151,7 +157,10 @@ def configurations(free: Collection[str], kept: Configuration) -> list[Configura
     for combination in itertools.product(*values):
         one = Configuration(**dict(zip(SPACE, combination, strict=True)))
         if not one.distils:
-            one = Configuration(learning_rate=one.learning_rate, weight_decay=one.weight_decay)
+            kept_too = ("learning_rate", "weight_decay", "warm_start")
+            one = replace(DIRECT, **{name: getattr(one, name) for name in kept_too})
+        elif one.warm_start:
+            continue  # whether it does is the recipe's business
         elif one.temperature_schedule != "constant" and "temperature" in free and one.temperature != DIRECT.temperature:
             continue  # it moves, so where it starts matters little
         if _is_legal(one):
@@ -171,7 +180,7 @@ def _is_legal(one: Configuration) -> bool:
 def encode(configuration: Configuration) -> np.ndarray:
     """`(columns,)`: a configuration as numbers of like size; direct training has zeros for what the teachers do."""
     one = configuration
-    rates = [math.log2(one.learning_rate), math.log10(one.weight_decay)]
+    rates = [math.log2(one.learning_rate), math.log10(one.weight_decay), _START * one.warm_start]
     if not one.distils:
         return np.array([0.0] * (4 + len(_KINDS) + len(_GATES)) + rates)
     moves = one.temperature_schedule != "constant"
@@ -313,54 +322,36 @@ def most_alike(features: Mapping[str, float], examples: Sequence[Example], count
 # ---- what to try -----------------------------------------------------------------------------------------------------
 
 
-def propose(prediction: Prediction, configurations: Sequence[Configuration], count: int) -> list[int]:
+def propose(
+    prediction: Prediction, configurations: Sequence[Configuration], count: int, own: int | None = None
+) -> list[int]:
     """Positions of the candidates for a try: the most promising ones, each unlike those before it.
 
     Promising is the expected gain plus its doubt (an upper confidence bound). Plain direct training is never among
     them, because it is always tried. FASTER is, where it is possible and not the only one: without it, what a learning
-    rate gains would be put down to the teachers.
+    rate gains would be put down to the teachers. So is, of three or more, direct training from a teacher's weights,
+    lest what the start gains be put down to their answers. own: position of what the recipe itself says, where its
+    author chose that with care; it is among the candidates too.
     """
     hope = prediction.gain + _BOLDNESS * prediction.doubt
     encoded = np.array([encode(one) for one in configurations])
     encoded[:, _GATE_COLUMNS] *= _GATE_SHARE
     open_ = np.array([one != DIRECT for one in configurations])
-    if count > 1 and FASTER in configurations:
-        hope[configurations.index(FASTER)] = np.inf
+    always = [] if own is None else [own]
+    if FASTER in configurations:
+        always.append(configurations.index(FASTER))
+    warm = [index for index, one in enumerate(configurations) if one.warm_start]
+    if warm and count > 2:
+        plain = encode(replace(DIRECT, warm_start=True))  # of equals, that which changes least
+        always.append(max(warm, key=lambda index: (hope[index], -np.abs(encoded[index] - plain).sum())))
+    if count > 1:
+        hope[always] = np.inf
     chosen: list[int] = []
     while open_.any() and len(chosen) < count:
         best = int(np.argmax(np.where(open_, hope, -np.inf)))
         chosen.append(best)
         open_ &= np.linalg.norm(encoded - encoded[best], axis=1) > _UNLIKE
     return chosen
-
-
-@dataclass(frozen=True)
-class Rung:
-    """Up to `step` so many candidates are trained; the best of them go on to the next rung."""
-
-    step: int
-    candidates: int
-
-
-def halving(total_steps: int, budget: int, most: int) -> list[Rung]:
-    """Successive halving (Jamieson & Talwalkar 2016): the rungs of a search that adds at most `budget` steps to a run.
-
-    most: candidates at the first rung, beside direct training, whose steps are not counted: it or the winner goes on as
-    the run's student. Rungs double their steps while the candidates halve. What a budget does not suffice for is cut
-    from the number of candidates first and then from the length. [] if it does not suffice for one step of one.
-    """
-    if budget >= most * total_steps:
-        return [Rung(total_steps, most)]
-    for count in range(most, 0, -1):
-        sizes = [count]
-        while sizes[-1] > 1:
-            sizes.append(math.ceil(sizes[-1] / 2))
-        # Each rung adds as many steps as all before it: with a first rung of s, the rungs end at s, 2 s, 4 s, ...
-        per_step = sizes[0] + sum(size * 2**index for index, size in enumerate(sizes[1:]))
-        first = min(budget // per_step, total_steps // 2 ** (len(sizes) - 1))
-        if first and (count == 1 or first * 2 ** (len(sizes) - 1) >= total_steps // 8):
-            return [Rung(first * 2**index, size) for index, size in enumerate(sizes)]
-    return []
 
 
 # ---- what a try proves -----------------------------------------------------------------------------------------------
