@@ -46,7 +46,10 @@ class Trained:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What may differ between the classifiers of one run; the rest comes from the recipe's training section."""
+    """What may differ between the classifiers of one run; the rest comes from the recipe's training section.
+
+    max_steps: -1 lets epochs decide, but for at least min_steps.
+    """
 
     epochs: int
     max_steps: int
@@ -54,13 +57,20 @@ class Schedule:
     batch_size: int
     seed: int
     keep: str = "last"  # teachers never choose by validation rows, which must stay unseen by them
+    min_steps: int = 0
 
 
 def student_schedule(recipe: Recipe) -> Schedule:
     """The student's schedule; the direct baseline has the same."""
     training = recipe.training
     return Schedule(
-        training.epochs, training.max_steps, training.learning_rate, training.batch_size, training.seed, training.keep
+        training.epochs,
+        training.max_steps,
+        training.learning_rate,
+        training.batch_size,
+        training.seed,
+        training.keep,
+        training.min_steps,
     )
 
 
@@ -75,7 +85,9 @@ def batches_per_step(recipe: Recipe) -> int:
 def total_steps(recipe: Recipe, schedule: Schedule, num_rows: int) -> int:
     """Optimizer steps of a training on so many rows."""
     rows_per_step = schedule.batch_size * recipe.training.gradient_accumulation_steps * batches_per_step(recipe)
-    return schedule.max_steps if schedule.max_steps > 0 else math.ceil(num_rows / rows_per_step) * schedule.epochs
+    if schedule.max_steps > 0:
+        return schedule.max_steps
+    return max(math.ceil(num_rows / rows_per_step) * schedule.epochs, schedule.min_steps)
 
 
 def training_arguments(
@@ -90,7 +102,7 @@ def training_arguments(
     return HPMKDTrainingArguments(
         output_dir=str(folder / "checkpoints"),
         num_train_epochs=schedule.epochs,
-        max_steps=schedule.max_steps,
+        max_steps=schedule.max_steps if total != schedule.min_steps else total,
         per_device_train_batch_size=schedule.batch_size * batches_per_step(recipe) // PartialState().num_processes,
         per_device_eval_batch_size=training.eval_batch_size,
         learning_rate=schedule.learning_rate,

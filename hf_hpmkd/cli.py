@@ -4,6 +4,7 @@ Exit codes: 0 done; 2 a fault in what was asked, told in one message; 130 stoppe
 """
 
 import argparse
+import difflib
 import json
 import os
 import shlex
@@ -29,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # argparse wants all positional words in one place; overrides may also stand behind an option.
     args, late = parser.parse_known_args(arguments)
     if strays := [word for word in late if word.startswith("-") or "=" not in word or not hasattr(args, "words")]:
-        parser.error(f"unrecognized arguments: {' '.join(strays)}")
+        close = difflib.get_close_matches(strays[0].partition("=")[0], args.options)
+        args.fail(f"unrecognized arguments: {' '.join(strays)}" + (f"; did you mean {close[0]}?" if close else ""))
     if late:
         args.words = [*args.words, *late]
     try:
@@ -65,8 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(group: argparse._SubParsersAction, name: str, text: str, handler: object) -> argparse.ArgumentParser:
-        made = group.add_parser(name, help=text, description=text, parents=[debug])
-        made.set_defaults(handler=handler)
+        made = group.add_parser(name, help=text, description=text, parents=[debug], allow_abbrev=False)
+        made.set_defaults(handler=handler, fail=made.error, options=made._option_string_actions)
         return made
 
     one = command(commands, "distill", "Run a recipe, or one line of teachers, student and data set.", _distill)
@@ -262,10 +264,13 @@ def _distill(args: argparse.Namespace) -> None:
         recipe = load_recipe(words[0], words[1:], check_files=True)
         source = shlex.join(words)
     else:
+        if words and "=" not in words[0]:
+            raise ValueError(
+                f"give a recipe ({words[0]}) or --teacher, --student and --dataset, not both. What a recipe says is "
+                "changed with section.key=value: data.path=D, student.model=S, teachers.0.model=A."
+            )
         if missing := [f"--{option}" for option in _LINE if option not in given]:
             raise ValueError(f"distill without a recipe also needs {' and '.join(missing)}.")
-        if stray := [word for word in words if "=" not in word]:
-            raise ValueError(f"give a recipe ({stray[0]}) or --teacher, --student and --dataset, not both.")
         recipe = recipe_from_line(args.teacher, args.student, args.dataset, args.output, words, check_files=True)
         options = [f"--teacher={teacher}" for teacher in args.teacher]
         source = shlex.join([*options, f"--student={args.student}", f"--dataset={args.dataset}", *words])
@@ -293,7 +298,8 @@ def _run(recipe: "Recipe", source: str) -> None:
 
 
 def _init(args: argparse.Namespace) -> None:
-    from hf_hpmkd.recipe import recipe_from_line, recipe_text
+    from hf_hpmkd.recipe import recipe_from_line
+    from hf_hpmkd.recipe_text import recipe_text
 
     recipe = recipe_from_line(args.teacher, args.student, args.dataset, args.output)
     file_word = shlex.quote(args.file)

@@ -59,6 +59,8 @@ class _JsonFile:
         """Raises FileNotFoundError, and ValueError as `from_dict` does or for damaged JSON."""
         try:
             tree = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"There is no {path}. Give the folder that `--output` named.") from None
         except ValueError as error:
             raise ValueError(f"{path} must be JSON, but: {error}. Remove the file and run again.") from error
         return cls.from_dict(tree, str(path))

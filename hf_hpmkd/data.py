@@ -29,6 +29,7 @@ from hf_hpmkd.tasks.text import TEXT_COLUMNS, TextRows
 
 WHOLE = "the whole split"
 PARTS = ("train", "guide", "validation", "test")
+_FEW_ROWS = 30  # of which one is three points and more
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 LARGE_SIDE = 64  # auto augmentation: images up to this side are shifted, larger ones cropped and resized
 SMALL_SIDE = 16  # auto augmentation: below this side mirroring is left out; such images are mostly signs and digits
@@ -155,7 +156,7 @@ def load_parts(config: DataConfig, *, task: str = "auto", teachers_saw_train: bo
         rows = splits[chosen[role]]
         picked = rows if len(indices) == len(rows) else rows.select(indices)
         parts[part] = _make_rows(config, task, columns, class_names, picked, augmentation if part == "train" else None)
-    warnings = notes + _missing_classes(parts)
+    warnings = notes + _missing_classes(parts) + _few_rows(parts)
     if teachers_saw_train and config.guide_from == "train":
         warnings.append("The guide rows come from the training split, which a teacher trained elsewhere may have seen.")
     if teachers_saw_train and "test" not in chosen:
@@ -214,7 +215,7 @@ def _require_columns(config: DataConfig, split: str, rows: Dataset) -> None:
             if column not in rows.column_names:
                 raise ValueError(
                     f"`{key}` must be a column of {config.path!r}; split {split!r} has {', '.join(rows.column_names)}; "
-                    f"got {column!r}.{suggest(column, rows.column_names)}"
+                    f"got {column!r}.{suggest(column, rows.column_names)} Name it with data.{key}=COLUMN."
                 )
             if key == "input_column" and column == config.label_column:
                 raise ValueError(f"`input_column` must not be the label, got {column!r} for both.")
@@ -405,3 +406,16 @@ def _missing_classes(parts: Mapping[str, Rows]) -> list[str]:
         if missing:
             warnings.append(f"Part {part} has no row of {len(missing)} classes: {', '.join(missing)}.")
     return warnings
+
+
+def _few_rows(parts: Mapping[str, Rows]) -> list[str]:
+    few = {part: len(parts[part]) for part in ("guide", "validation") if len(parts[part]) < _FEW_ROWS}
+    if not few:
+        return []
+    told = " and ".join(f"{count} {part} rows" for part, count in few.items())
+    asked = " and ".join(f"data.{part}_size" for part in few)
+    taken = " and ".join(f"data.{part}_from=train" for part in few)
+    return [
+        f"{told} are too few to choose by: chance decides much of what the run keeps. Ask for more with {asked}, or "
+        f"draw them from the training rows with {taken}."
+    ]

@@ -160,6 +160,7 @@ class _Costs:
         training = self.recipe.training
         batch = teacher.batch_size or training.batch_size
         steps = math.ceil(len(self.parts.train) / batch) * (teacher.epochs or training.epochs)
+        steps = max(steps, 0 if teacher.epochs else training.min_steps)
         return self._training(teacher, batch, steps) * (1 + (teacher.folds or 0))
 
     def _training(self, model: TeacherConfig | StudentConfig, batch: int, steps: int) -> float:

@@ -22,6 +22,7 @@ SECTIONS = ("distillation", "chain", "auto", "training")
 EQUAL_FOR_ALL = (
     "training.seed",
     "training.max_steps",
+    "training.min_steps",
     "training.batch_size",
     "training.gradient_accumulation_steps",
 )

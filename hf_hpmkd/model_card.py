@@ -410,7 +410,8 @@ def _training(record: RunRecord) -> str:
         "hardware": _hardware(record),
         "versions": versions,
         "seconds": ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in record.seconds.items()),
-        "started, finished": f"{record.started}, {record.finished}" if record.started else "",
+        "started": record.started or "",
+        "finished": record.finished or "",  # not yet, where the run itself writes its card
         "commits": ", ".join(f"{name} {commit}" for name, commit in record.commits.items() if commit),
         "recipe fingerprint": record.recipe_fingerprint,
         "optimization memory": _linked(place, place.removeprefix("hf://")) if place.startswith("hf://") else "",

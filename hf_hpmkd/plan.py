@@ -239,10 +239,11 @@ def _step_lines(recipe: Recipe, parts: DataParts | None) -> list[str]:
         batch += f" x {training.gradient_accumulation_steps} accumulated x {processes} processes"
     rows = len(parts.train) if parts else recipe.data.max_train_rows
     times = "twice (direct, then distilled)" if recipe.distillation.direct else "once (distilled)"
+    floor = f", or {training.min_steps:,} steps where those are more" if training.min_steps else ""
     if rows is None:
-        return [f"Steps    unknown until the data is loaded; {training.epochs} epochs, {batch} a step, {times}"]
+        return [f"Steps    unknown until the data is loaded; {training.epochs} epochs{floor}, {batch} a step, {times}"]
     per_epoch = math.ceil(rows / per_step)
-    total = training.max_steps if training.max_steps > 0 else per_epoch * training.epochs
+    total = training.max_steps if training.max_steps > 0 else max(per_epoch * training.epochs, training.min_steps)
     lines = [f"Steps    {per_epoch:,} per epoch ({batch} a step), {total:,} in total; the student trains {times}"]
     for name, teacher in zip(teacher_names(recipe), recipe.teachers, strict=True):
         kind = family(teacher.model)
@@ -254,7 +255,8 @@ def _step_lines(recipe: Recipe, parts: DataParts | None) -> list[str]:
         elif is_trained_here(teacher.model):
             steps = math.ceil(rows / (teacher.batch_size or training.batch_size) / processes)
             times = f", {1 + teacher.folds} times" if teacher.folds else ""
-            lines.append(f"         teacher {name}: {steps * (teacher.epochs or training.epochs):,} steps{times}")
+            steps = max(steps * (teacher.epochs or training.epochs), 0 if teacher.epochs else training.min_steps)
+            lines.append(f"         teacher {name}: {steps:,} steps{times}")
     return lines
 
 

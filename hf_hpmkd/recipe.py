@@ -6,12 +6,10 @@ Opens no data and no model. What the fields do is decided elsewhere; which value
 import dataclasses
 import hashlib
 import json
-import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
@@ -192,6 +190,7 @@ class TrainingConfig:
 
     epochs: int = Field(10, ge=1, description="Passes over the training rows.")
     max_steps: int = Field(-1, ge=-1, description="Optimizer steps; -1 lets epochs decide.")
+    min_steps: int = Field(0, ge=0, description="At least so many steps where epochs decide, for data of few rows.")
     batch_size: int = Field(128, ge=1, description="Training rows per step and process.")
     eval_batch_size: int = Field(256, ge=1, description="Rows per step of evaluation and of the teachers.")
     learning_rate: float = Field(1e-3, gt=0, description="Largest learning rate.")
@@ -289,7 +288,7 @@ class Recipe:
 
 
 _ADAPTER = TypeAdapter(Recipe)
-_SECTION_TYPES: dict[str, Any] = {
+SECTION_TYPES: dict[str, Any] = {
     "data": DataConfig,
     "teachers": TeacherConfig,
     "student": StudentConfig,
@@ -315,8 +314,8 @@ _STAND_INS: dict[str, Any] = {
 
 def section_keys() -> dict[str, list[str]]:
     """The keys of every section, in order; under "" the sections themselves."""
-    keys = {name: [field.name for field in dataclasses.fields(kind)] for name, kind in _SECTION_TYPES.items()}
-    return {"": list(_SECTION_TYPES), **keys}
+    keys = {name: [field.name for field in dataclasses.fields(kind)] for name, kind in SECTION_TYPES.items()}
+    return {"": list(SECTION_TYPES), **keys}
 
 
 def recipe_folder() -> Path:
@@ -364,7 +363,7 @@ def read_recipe(tree: Any, source: str, overrides: Iterable[str] = (), check_fil
     if not isinstance(tree, dict):
         raise RecipeError(
             source,
-            [f"must hold sections ({', '.join(_SECTION_TYPES)}), got {type(tree).__name__ if tree else 'nothing'}."],
+            [f"must hold sections ({', '.join(SECTION_TYPES)}), got {type(tree).__name__ if tree else 'nothing'}."],
         )
     tree = json.loads(json.dumps(tree, default=str))
     write_out(tree)
@@ -438,43 +437,17 @@ def recipe_from_line(
     overrides: Iterable[str] = (),
     check_files: bool = False,
 ) -> Recipe:
-    """The recipe of `--teacher A … --student S --dataset D [--output DIR]`, `auto: fast`. Raises RecipeError."""
+    """The recipe of `--teacher A … --student S --dataset D [--output DIR]`, `auto: fast`, with enough steps for few
+    rows unless the overrides say how long. Raises RecipeError.
+    """
+    overrides = list(overrides)
+    said = any(word.startswith(("training.epochs=", "training.min_steps=")) for word in overrides)
     tree: dict[str, Any] = {
         "auto": "fast",  # who sets nothing gets what pays
         "data": {"path": dataset},
         "teachers": [{"model": teacher} for teacher in teachers],
         "student": {"model": student},
+        "training": {} if said else {"min_steps": 1_000},
     }
     tree |= {} if output is None else {"output": {"dir": output}}
     return read_recipe(tree, "the command line", overrides, check_files)
-
-
-def recipe_text(recipe: Recipe, header: str = "") -> str:
-    """The recipe as YAML, every field written out under a comment that says what it does. header: comment lines first.
-
-    Of a teacher only the fields that are set are written.
-    """
-    tree = recipe_tree(recipe)
-    lines = [f"# {line}".rstrip() for line in header.splitlines()]
-    for section in dataclasses.fields(Recipe):
-        kind = _SECTION_TYPES[section.name]
-        lines += ["", f"# {_description(section)}", f"{section.name}:"]
-        if section.name == "teachers":
-            for teacher in tree["teachers"]:
-                written = {key: value for key, value in teacher.items() if value not in (None, [], {}, False)}
-                items = [f"{key}: {_yaml(value)}" for key, value in written.items()]
-                lines += [f"  - {items[0]}", *(f"    {item}" for item in items[1:])]
-            continue
-        for field in dataclasses.fields(kind):
-            for line in textwrap.wrap(_description(field), 112):
-                lines.append(f"  # {line}")
-            lines.append(f"  {field.name}: {_yaml(tree[section.name][field.name])}")
-    return "\n".join(lines).lstrip("\n") + "\n"
-
-
-def _description(field: Any) -> str:
-    return str(getattr(field.default, "description", None) or "")
-
-
-def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()

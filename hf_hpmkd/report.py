@@ -240,6 +240,11 @@ def verdict(record: RunRecord) -> str:
     accuracy, base, num_rows = student.accuracy(), direct.accuracy(), record.num_rows("test")
     if accuracy is None or base is None or not num_rows:
         return "Test accuracies of student and direct training were not both recorded, so the two are not compared."
+    if record.class_names and base <= 1 / len(record.class_names):
+        return (
+            f"Direct training ended no better than guessing ({base:.2%}, the student {accuracy:.2%}), so the run does "
+            "not show what distillation added: train for longer (training.epochs)."
+        )
     margin = difference_margin(accuracy, base, num_rows)
     points = 100 * (accuracy - base)
     figures = f"{accuracy:.2%} against {base:.2%}, {points:+.2f} points"

@@ -76,6 +76,7 @@ def train(run: Run, name: str, config: TeacherConfig, parts: DataParts) -> Teach
         learning_rate=config.learning_rate or training.learning_rate,
         batch_size=config.batch_size or training.batch_size,
         seed=training.seed,
+        min_steps=0 if config.epochs else training.min_steps,
     )
     folder = run.folder / "teachers" / name
     with PartialState().main_process_first() if is_sklearn(config.model) else nullcontext():

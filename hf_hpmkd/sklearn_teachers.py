@@ -224,7 +224,8 @@ def load_skops(
     if untrusted:
         raise ValueError(
             f"{path.name} holds types that are not known to be safe: {', '.join(untrusted)}. Loading them may run "
-            "code of whoever wrote the file. If you know where it comes from, list them as `trusted_types`."
+            "code of whoever wrote the file. If you know where it comes from, list them as the teacher's "
+            f"`trusted_types`; for the first teacher 'teachers.0.trusted_types=[{','.join(untrusted)}]'."
         )
     estimator = skops.io.load(path, trusted=[*_HARMLESS, *trusted_types])
     beside = path.with_suffix(".json")

@@ -69,10 +69,15 @@ def align_labels(teacher_names: Sequence[str], data_names: Sequence[str]) -> lis
         _listed("twice in the data", [n for n, p in zip(data_names, data, strict=True) if data.count(p) > 1]),
     ]
     if any(faults):
+        way_out = "Choose another teacher."
+        if len(data_names) == len(teacher_names):
+            way_out = (
+                "If only the names differ, give the data's names in the teacher's order as `labels`, for "
+                "the first teacher 'teachers.0.labels=[a,b,...]'; else choose another teacher."
+            )
         raise ValueError(
             f"A teacher must know exactly the data's {len(data_names)} classes, by name; it has {len(teacher_names)}: "
-            f"{'; '.join(fault for fault in faults if fault)}. If only the names differ, give the data's names in the "
-            "order of the teacher's outputs as `labels`; else choose another teacher."
+            f"{'; '.join(fault for fault in faults if fault)}. {way_out}"
         )
     return [teacher.index(name) for name in data]
 

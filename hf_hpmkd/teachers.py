@@ -229,7 +229,11 @@ def _config_file(source: str, revision: str | None) -> str:
             f"No teacher at {source!r}: it is neither a folder with a config.json nor a Hub model that can be "
             f"reached. Check the name, the revision and, for private models, `hf auth login`. ({error})"
         ) from error
-    assert found is not None
+    if found is None:
+        raise FileNotFoundError(
+            f"The folder {source!r} has no config.json, so it holds no transformers model. Of a scikit-learn estimator "
+            "give the file, FOLDER/model.skops."
+        )
     return found
 
 

@@ -234,6 +234,17 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(words, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120)
 
 
+def test_a_misspelled_option_is_told_with_the_right_one_and_never_guessed(capsys: pytest.CaptureFixture) -> None:
+    for words, told in (
+        (["distill", "--teacher", "a", "--student", "b", "--datset", "c"], "--datset; did you mean --dataset?"),
+        (["compare", "quickstart", "--seed", "5"], "--seed 5; did you mean --seeds?"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        text = capsys.readouterr().err
+        assert stopped.value.code == 2 and told in text and f"usage: hpmkd {words[0]}" in text
+
+
 def test_help_loads_nothing_heavy() -> None:
     """`hpmkd --help` must take less than a second, and torch alone takes longer."""
     code = (

@@ -20,11 +20,11 @@ from hf_hpmkd.recipe import (
     recipe_folder,
     recipe_from_line,
     recipe_schema,
-    recipe_text,
     recipe_tree,
     section_keys,
 )
 from hf_hpmkd.recipe_rules import family, is_trained_here, teacher_names
+from hf_hpmkd.recipe_text import recipe_text
 
 SOUND = {
     "data": {"path": "sklearn:digits"},
@@ -317,7 +317,13 @@ def test_fingerprint_ignores_where_and_sees_what() -> None:
 
 def test_line_is_the_recipe_of_the_same_models() -> None:
     recipe = recipe_from_line(["cifar-resnet-14", "sklearn:RandomForestClassifier"], "cifar-resnet-8", "sklearn:digits")
-    assert fingerprint(recipe) == fingerprint(read_recipe({**SOUND, "auto": "fast"}, "x"))
+    assert fingerprint(recipe) == fingerprint(
+        read_recipe({**SOUND, "auto": "fast", "training": {"min_steps": 1000}}, "x")
+    )
+    told = [
+        recipe_from_line(["mlp-4"], "mlp-2", "a/b", overrides=[word]) for word in ("training.epochs=3", "data.seed=1")
+    ]
+    assert [one.training.min_steps for one in told] == [0, 1000]  # who says how long is not overruled
     assert recipe_from_line(["mlp-4"], "mlp-2", "a/b", "there").output.dir == "there"
     assert recipe.auto.mode == "fast"  # nothing to tune by hand, unless it is asked for
     assert recipe_from_line(["mlp-4"], "mlp-2", "a/b", overrides=["auto=off"]).auto.mode == "off"

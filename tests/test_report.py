@@ -105,6 +105,15 @@ def test_the_verdict(student, direct, num_rows, expected):
         assert f"uncertainty of {margin:.2f} points (95 %, binomial, {num_rows:,} test rows, one run)" in text
 
 
+def test_no_gain_is_claimed_over_a_direct_training_that_learned_nothing():
+    record = make_record(0.95, 0.25, 400)
+    record.class_names = ["a", "b", "c", "d"]
+    text = report.verdict(record)
+    assert "no better than guessing (25.00%, the student 95.00%)" in text and "better than the" not in text
+    record.class_names.append("e")
+    assert "student is better than" in report.verdict(record)
+
+
 def test_a_record_without_a_student_is_told_as_such():
     record = RunRecord(status="failed")
     assert report.verdict(record) == "The run has no student (status: failed)."
