@@ -156,11 +156,12 @@ def load_parts(config: DataConfig, *, task: str = "auto", teachers_saw_train: bo
         rows = splits[chosen[role]]
         picked = rows if len(indices) == len(rows) else rows.select(indices)
         parts[part] = _make_rows(config, task, columns, class_names, picked, augmentation if part == "train" else None)
-    warnings = notes + _missing_classes(parts) + _few_rows(parts)
+    warnings = notes + _missing_classes(parts)
     if teachers_saw_train and config.guide_from == "train":
         warnings.append("The guide rows come from the training split, which a teacher trained elsewhere may have seen.")
     if teachers_saw_train and "test" not in chosen:
         warnings.append("The test rows come from the training split, which a teacher trained elsewhere may have seen.")
+    warnings += _few_rows(parts)
     provenance = {
         "path": config.path,
         "name": config.name,
