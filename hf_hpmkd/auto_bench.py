@@ -255,7 +255,8 @@ def _auto(
             teachers=teachers,
             guide=runs.parts.guide if teachers else None,
         )
-        about["kept"] = judge(direct_right, runs.right(trained, runs.parts.validation), proof_needed(run.recipe)).kept
+        proof = judge(direct_right, runs.right(trained, runs.parts.validation), proof_needed(run.recipe))
+        about |= {"kept": proof.kept, "lead": proof.gain, "lead_error": proof.standard_error, "lead_needed": proof.needed}
         about["unproven"] = float(runs.right(trained, runs.parts.test).float().mean())
         return {**direct, **about} if about["kept"] == "direct" else {"accuracy": about["unproven"], **about}
 

@@ -7,7 +7,6 @@ than it is.
 """
 
 import dataclasses
-import math
 from pathlib import Path
 
 import torch
@@ -15,7 +14,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from hf_hpmkd.classifier_training import Trained, copy_training, done_file, remove_training
-from hf_hpmkd.components.adaptive_configuration import TRAINING_NOISE
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.kept_classifiers import answers_right
 from hf_hpmkd.paired_tests import surely_better
@@ -29,12 +27,13 @@ def judge(direct: torch.Tensor, distilled: torch.Tensor, proof: float | None = N
     """Which of two to keep, by the rows that each answered right, bool `(rows,)`, at least one.
 
     The direct one only where it is better by more than a standard error of the paired difference; with `proof`, unless
-    the distilled one is better by so many standard errors, that of a training added.
+    the distilled one is better by so many standard errors. The error is that of these two models, which are there to be
+    chosen from: how other trainings might have ended is no matter.
     """
     is_better, loss, error = surely_better(direct.tolist(), distilled.tolist())
     needed = None
     if proof is not None:
-        needed = proof * math.hypot(max(100 * error, 100 / len(direct)), TRAINING_NOISE)
+        needed = proof * max(100 * error, 100 / len(direct))
         is_better = -100 * loss <= needed
     return KeptRecord(
         kept="direct" if is_better else "distilled",
