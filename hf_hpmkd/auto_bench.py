@@ -256,7 +256,8 @@ def _auto(
             guide=runs.parts.guide if teachers else None,
         )
         proof = judge(direct_right, runs.right(trained, runs.parts.validation), proof_needed(run.recipe))
-        about |= {"kept": proof.kept, "lead": proof.gain, "lead_error": proof.standard_error, "lead_needed": proof.needed}
+        lead = {"lead": proof.gain, "lead_error": proof.standard_error, "lead_needed": proof.needed}
+        about |= {"kept": proof.kept, **lead}
         about["unproven"] = float(runs.right(trained, runs.parts.test).float().mean())
         return {**direct, **about} if about["kept"] == "direct" else {"accuracy": about["unproven"], **about}
 

@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run_memory(one)
     one.set_defaults(after_stop="The same command resumes the run from its last checkpoint.")
 
-    one = command(commands, "quickstart", "A first distillation: digits, three teachers, about two minutes.", _quickstart)
+    one = command(commands, "quickstart", "A first distillation: digits, three teachers, two minutes.", _quickstart)
     one.add_argument("words", nargs="*", metavar="section.key=value", help="overrides")
     one.add_argument("--overwrite", action="store_true", help="replace a finished or different run in that folder")
     _add_run_memory(one)
