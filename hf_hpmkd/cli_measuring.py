@@ -37,7 +37,7 @@ def add_measuring_commands(commands: argparse._SubParsersAction, command: Comman
 
     prior = commands.add_parser("prior", help="What the adaptive configuration knows before the first run.")
     group = prior.add_subparsers(title="prior commands", required=True, metavar="COMMAND")
-    one = command(group, "build", "Make a prior by short real runs over tables and images.", _prior_build)
+    one = command(group, "build", "Make a prior by short real runs over tables, images or texts.", _prior_build)
     _add_tables(one)
     one.add_argument("--runs", type=int, default=1_000, metavar="N", help="runs to have at the end (default: 1000)")
     one.add_argument("--output", type=Path, required=True, metavar="FILE", help="Parquet file; goes on if it is there")

@@ -1,4 +1,4 @@
-"""`hpmkd prior build`: short real runs over tables or images, a row each: what the adaptive configuration starts from.
+"""`hpmkd prior build`: short real runs over tables, images or texts, a row each, for the adaptive configuration.
 
 Per data set and seed the teachers are trained once; per setting (student, teachers, learning rate, steps) one student
 directly and some in ways drawn at random, all from the same weights on the same rows in the same order. A row holds
@@ -27,8 +27,11 @@ from hf_hpmkd.recipe import read_recipe, recipe_tree
 from hf_hpmkd.run_environment import code_commit, environment
 from hf_hpmkd.table_runs import TableRuns, num_rows, spare_time, table_folders
 
-STUDENTS = ("mlp-4", "mlp-8", "mlp-16", "mlp-32", "mlp-64", "mlp-16x16")
-IMAGE_STUDENTS = ("cifar-resnet-8x2", "cifar-resnet-8x4", "cifar-resnet-8x8", "cifar-resnet-14x4")
+STUDENTS = {
+    "table": ("mlp-4", "mlp-8", "mlp-16", "mlp-32", "mlp-64", "mlp-16x16"),
+    "image": ("cifar-resnet-8x2", "cifar-resnet-8x4", "cifar-resnet-8x8", "cifar-resnet-14x4"),
+    "text": ("bert-1x16", "bert-1x32", "bert-1x64", "bert-2x32"),
+}
 SETTINGS_PER_TABLE = 5  # training teachers takes as long as one
 RUNS_PER_SETTING = 6
 
@@ -132,7 +135,7 @@ def _rows_of_setting(runs: TableRuns, name: str, seed: int, random: np.random.Ge
     teachers = [one.model for one in runs.recipe.teachers]
     heard = sorted(random.choice(len(teachers), size=random.integers(1, len(teachers) + 1), replace=False).tolist())
     tree = recipe_tree(runs.recipe)
-    tree["student"]["model"] = str(random.choice(IMAGE_STUDENTS if runs.kind == "image" else STUDENTS))
+    tree["student"]["model"] = str(random.choice(STUDENTS[runs.kind]))
     tree["training"] |= {
         "max_steps": steps,
         "batch_size": _BATCH,

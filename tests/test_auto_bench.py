@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from datasets import ClassLabel, Dataset
@@ -14,6 +15,7 @@ from hf_hpmkd.auto_bench import Settings, bench_auto, summary
 from hf_hpmkd.components.adaptive_configuration import DIRECT, Configuration
 from hf_hpmkd.configuration_examples import provenance, read_prior
 from hf_hpmkd.prior_build import build_prior
+from hf_hpmkd.recipe_rules import family
 from hf_hpmkd.table_runs import TableRuns, kind_of
 
 
@@ -225,3 +227,9 @@ def test_small_tables_are_split_anew_for_each_seed(tables: Path, tmp_path: Path)
         drawn.append(runs.parts.test.labels.tolist())
         assert sum(map(len, (runs.parts.train, runs.parts.guide, runs.parts.validation, runs.parts.test))) == 178
     assert drawn[0] != drawn[1]
+
+
+def test_every_kind_of_data_has_students_of_its_own() -> None:
+    families = {"table": {"mlp"}, "image": {"cifar-resnet"}, "text": {"bert"}}
+    assert set(get_args(get_type_hints(kind_of)["return"])) == set(families)
+    assert {kind: {family(one) for one in students} for kind, students in prior_build.STUDENTS.items()} == families
