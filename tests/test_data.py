@@ -184,9 +184,11 @@ def test_classes_missing_from_a_part_are_told(tmp_path):
 def test_parts_too_small_to_choose_by_are_told(tmp_path):
     dataset = Dataset.from_dict({"text": [str(i) for i in range(400)], "label": [0, 1] * 200}, features=TEXT)
     path = saved(tmp_path / "few", train=dataset)
-    few = load_parts(DataConfig(path=path, validation_size=29, guide_size=30), teachers_saw_train=False)
-    told = few.provenance["warnings"][-1]
-    assert told.startswith("29 validation rows are too few") and "data.validation_from=train" in told
+    for saw_train in (False, True):
+        few = load_parts(DataConfig(path=path, validation_size=29, guide_size=30), teachers_saw_train=saw_train)
+        told = few.provenance["warnings"][-1]
+        assert told.startswith("29 validation rows are too few") and "with data.validation_size" in told
+        assert ("data.validation_from=train" in told) == saw_train
     enough = load_parts(DataConfig(path=path, guide_size=30, validation_size=30), teachers_saw_train=False)
     assert not any("too few" in warning for warning in enough.provenance["warnings"])
 
