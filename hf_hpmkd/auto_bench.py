@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_hpmkd.classifier_training import student_schedule, train_or_load, write_json
 from hf_hpmkd.components.adaptive_configuration import DIRECT, FASTER, SPACE, WARM_WORDS, Configuration
-from hf_hpmkd.configuration_examples import SCHEMA, prior_row, read_prior, write_prior
+from hf_hpmkd.configuration_examples import SCHEMA, prior_row, read_prior, shipped_prior, write_prior
 from hf_hpmkd.distill import student_builder
 from hf_hpmkd.kept_student import judge
 from hf_hpmkd.paired_tests import Mean, mean_of
@@ -99,7 +99,7 @@ class Settings:
     def told(self) -> dict[str, Any]:
         """What all runs of a folder must have in common."""
         common = {"mode": self.mode, "student": self.student, "most_rows": self.most_rows, "epochs": self.epochs}
-        return common | {"prior": self.prior and hashlib.sha256(self.prior.read_bytes()).hexdigest()[:12]}
+        return common | {"prior": hashlib.sha256((self.prior or shipped_prior()).read_bytes()).hexdigest()[:12]}
 
 
 def bench_auto(settings: Settings, say: Callable[[str], None] = print) -> str:
@@ -116,11 +116,12 @@ def bench_auto(settings: Settings, say: Callable[[str], None] = print) -> str:
     disable_progress_bar()
     spare_time()
     settings.folder.mkdir(parents=True, exist_ok=True)
+    asked = settings.told()
     for file in settings.folder.glob("*-[0-9]*.json"):
-        if (judged := json.loads(file.read_text()).get("settings")) != settings.told():
+        if (judged := json.loads(file.read_text()).get("settings")) != asked:
             raise ValueError(
-                f"{file} was judged with {judged}, not with {settings.told()}, and one table must be of like runs. "
-                "Choose another folder with --output, or the settings of before."
+                f"{file} was judged with {judged or 'an earlier version'}, not with {asked}, and a table must be of "
+                "like runs. Choose another folder with --output, or the settings of before."
             )
     for seed in range(settings.seeds):
         for folder in chosen:
@@ -297,7 +298,10 @@ def totals(results: Sequence[dict[str, Any]]) -> str:
     for method in (*_OTHERS, "auto"):
         gain = mean_of([float(np.mean([100 * _gain(one, method) for one in of_set])) for of_set in sets])
         parts.append(f"Mean gain of {method} over direct training: {gain.mean:+.2f}{_interval(gain)}.")
-    parts += [_what_was_chosen(results), _cost_of_proof(sets), _never_worse(sets)]
+    parts.append(_what_was_chosen(results))
+    if all("unproven" in auto for one in results if (auto := one["methods"]["auto"]).get("kept") == "direct"):
+        parts.append(_cost_of_proof(sets))
+    parts.append(_never_worse(sets))
     with_grid = [of_set for of_set in sets if _regrets(of_set)]
     if with_grid:
         regrets = [_regrets(of_set) for of_set in with_grid]

@@ -38,7 +38,7 @@ from hf_hpmkd.warm_start import can_warm_start, warm_start
 STAGE_FILE = "stage.json"
 # What a recipe says that changes nothing in a stage's weights; epochs and seed are in its schedule.
 _NOT_IN_KEY = {
-    "training": (*NOT_IN_KEY, "epochs", "seed"),
+    "training": (*NOT_IN_KEY, "epochs", "min_steps", "seed"),
     "distillation": ("cache_dir", "direct", "keep"),
 }
 
@@ -145,6 +145,7 @@ class Stages:
             schedule,
             epochs=config.epochs or schedule.epochs,
             learning_rate=config.learning_rate or schedule.learning_rate,
+            min_steps=0 if config.epochs else schedule.min_steps,
         )
 
     def train(self, wanted: Intermediate) -> tuple[TorchTeacher, StageRecord]:
@@ -260,7 +261,7 @@ class Stages:
                     section: {name: value for name, value in tree[section].items() if name not in left_out}
                     for section, left_out in _NOT_IN_KEY.items()
                 },
-                "schedule": dataclasses.asdict(schedule),
+                "schedule": schedule.key(),
                 "processes": batches_per_step(self.run.recipe),
                 "train": [rows.fingerprint, rows.view_key() if self.parts.num_views else None, self.parts.num_views],
                 "guide": self.parts.guide.fingerprint,

@@ -4,6 +4,7 @@ One function for all three, so that they differ in nothing but the teachers: sam
 curves. A finished classifier is loaded instead of trained again; an interrupted one goes on from its last checkpoint.
 """
 
+import dataclasses
 import gc
 import json
 import math
@@ -58,6 +59,11 @@ class Schedule:
     seed: int
     keep: str = "last"  # teachers never choose by validation rows, which must stay unseen by them
     min_steps: int = 0
+
+    def key(self) -> dict[str, Any]:
+        """What of it decides a result; without min_steps where there is none, as in keys from before there was."""
+        fields = dataclasses.asdict(self)
+        return fields if self.min_steps else {name: value for name, value in fields.items() if name != "min_steps"}
 
 
 def student_schedule(recipe: Recipe) -> Schedule:

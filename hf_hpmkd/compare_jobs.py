@@ -246,7 +246,9 @@ class Workplace:
         if direct is not None and is_direct(asked, recipe):
             copy_training(direct, job.student)
         trained = fit(build_warm, recipe, job.student, guides)
-        result.seconds = trained.seconds + (plain.seconds if plain is not None else 0.0)
+        result.seconds = trained.seconds
+        if plain is not None and not is_direct(asked, recipe):
+            result.seconds += plain.seconds
         if direct is not None and plain is not None and not is_direct(asked, recipe):
             rows, size = self.parts.validation, recipe.training.eval_batch_size
             right, other = (answers_right(one.classifier, rows, size) for one in (plain, trained))

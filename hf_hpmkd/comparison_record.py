@@ -60,7 +60,9 @@ class _JsonFile:
         try:
             tree = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise FileNotFoundError(f"There is no {path}. Give the folder that `--output` named.") from None
+            raise FileNotFoundError(
+                f"There is no {path}; a comparison is in the folder that `--output` named."
+            ) from None
         except ValueError as error:
             raise ValueError(f"{path} must be JSON, but: {error}. Remove the file and run again.") from error
         return cls.from_dict(tree, str(path))

@@ -161,7 +161,7 @@ def load_parts(config: DataConfig, *, task: str = "auto", teachers_saw_train: bo
         warnings.append("The guide rows come from the training split, which a teacher trained elsewhere may have seen.")
     if teachers_saw_train and "test" not in chosen:
         warnings.append("The test rows come from the training split, which a teacher trained elsewhere may have seen.")
-    warnings += _few_rows(parts, teachers_saw_train)
+    warnings += _few_rows(config, parts, teachers_saw_train)
     provenance = {
         "path": config.path,
         "name": config.name,
@@ -174,7 +174,13 @@ def load_parts(config: DataConfig, *, task: str = "auto", teachers_saw_train: bo
         "label_column": config.label_column,
         "splits": {split: len(rows) for split, rows in source.splits.items()},
         "parts": {
-            part: {"split": chosen[drawn[part][0]], "rows": len(parts[part]), "how": how[part]} for part in PARTS
+            part: {
+                "split": chosen[drawn[part][0]],
+                "rows": len(parts[part]),
+                "how": how[part],
+                "commonest_class": parts[part].labels.bincount().max().item() / len(parts[part]),
+            }
+            for part in PARTS
         },
         "unused_rows": {
             split: len(splits[split]) - sum(len(rows) for role, rows in drawn.values() if chosen[role] == split)
@@ -409,13 +415,14 @@ def _missing_classes(parts: Mapping[str, Rows]) -> list[str]:
     return warnings
 
 
-def _few_rows(parts: Mapping[str, Rows], teachers_saw_train: bool) -> list[str]:
+def _few_rows(config: DataConfig, parts: Mapping[str, Rows], teachers_saw_train: bool) -> list[str]:
     few = {part: len(parts[part]) for part in ("guide", "validation") if len(parts[part]) < _FEW_ROWS}
     if not few:
         return []
     told = " and ".join(f"{count} {part} rows" for part, count in few.items())
     asked = " and ".join(f"data.{part}_size" for part in few)
     way_out = f"Ask for more with {asked}"
-    if teachers_saw_train:  # else they are drawn from there anyway
-        way_out += f", or draw them from the training rows: {' '.join(f'data.{part}_from=train' for part in few)}"
+    elsewhere = [f"data.{part}_from=train" for part in few if getattr(config, f"{part}_from") != "train"]
+    if teachers_saw_train and elsewhere:  # else they are drawn from there anyway
+        way_out += f", or draw them from the training rows, which loaded teachers may know: {' '.join(elsewhere)}"
     return [f"{told} are too few to choose by: chance decides much of what the run keeps. {way_out}."]

@@ -307,12 +307,12 @@ class _Search:
 
     def _promising(self, features: dict[str, float], knowledge: Predictor) -> list[dict[str, Any]]:
         possible = configurations(free_fields(self.recipe), configuration_of(self.recipe))
-        found = [one for one in possible if self._can_train(one)]
-        prediction = knowledge.predict(features, found)
         own = configuration_of(self.recipe)
-        # What differs from the defaults, its author has thought about.
+        # What is not left at its default, the recipe's author has thought about.
         careful = not set(_TAUGHT) <= set(_left_at_default(self.recipe))
+        found = [one for one in dict.fromkeys([*possible, own] if careful else possible) if self._can_train(one)]
         place = found.index(own) if careful and own in found else None
+        prediction = knowledge.predict(features, found)
         chosen = propose(prediction, found, self.rungs[0].candidates, place) if self.rungs else []
         expected = list(zip(prediction.gain.tolist(), prediction.spread.tolist(), strict=True))
         return [{"configuration": dataclasses.asdict(found[one]), "expected": expected[one]} for one in chosen]

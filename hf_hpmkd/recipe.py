@@ -411,6 +411,8 @@ def fingerprint(recipe: Recipe) -> str:
             del tree[section]
         else:
             tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
+    if not recipe.training.min_steps:  # as in recipes from before there was such a thing
+        del tree["training"]["min_steps"]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
@@ -441,7 +443,8 @@ def recipe_from_line(
     rows unless the overrides say how long. Raises RecipeError.
     """
     overrides = list(overrides)
-    said = any(word.startswith(("training.epochs=", "training.min_steps=")) for word in overrides)
+    long = {f"training.{key}" for key in ("epochs", "max_steps", "min_steps")}
+    said = any(word.partition("=")[0].strip() in long for word in overrides)
     tree: dict[str, Any] = {
         "auto": "fast",  # who sets nothing gets what pays
         "data": {"path": dataset},

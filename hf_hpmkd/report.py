@@ -161,8 +161,9 @@ def chain_section(record: RunRecord) -> str:
         return ""
     lines = [f"## Chain\n\nBetween the teachers and the student: {record.chain.reason}"]
     if record.chain.student_origin:
+        whose = "The student" if record.began_with else "The distilled student, which was not kept,"
         lines.append(
-            f"The student began with layers and channels of `{record.chain.student_origin}`: "
+            f"{whose} began with layers and channels of `{record.chain.student_origin}`: "
             f"{record.chain.student_warm_start:.0%} of its parameters came from there. Direct training began from "
             "nothing."
         )
@@ -240,10 +241,10 @@ def verdict(record: RunRecord) -> str:
     accuracy, base, num_rows = student.accuracy(), direct.accuracy(), record.num_rows("test")
     if accuracy is None or base is None or not num_rows:
         return "Test accuracies of student and direct training were not both recorded, so the two are not compared."
-    if record.class_names and base <= 1 / len(record.class_names):
+    if base <= record.guessed("test"):
         return (
             f"Direct training ended no better than guessing ({base:.2%}, the student {accuracy:.2%}), so the run does "
-            "not show what distillation added: train for longer (training.epochs)."
+            "not show what distillation added: train for longer (training.min_steps)."
         )
     margin = difference_margin(accuracy, base, num_rows)
     points = 100 * (accuracy - base)

@@ -282,7 +282,9 @@ class RunRecord:
     @property
     def labels_alone(self) -> bool:
         """Whether the student that the run left learned nothing from the teachers' answers."""
-        return self.chose_labels_alone or self.kept_direct
+        asked = self.recipe.get("distillation", {})
+        silent = self.auto is None and asked.get("alpha") == 0 and not asked.get("feature_weight")
+        return silent or self.chose_labels_alone or self.kept_direct
 
     @property
     def began_with(self) -> str:
@@ -292,6 +294,11 @@ class RunRecord:
     def num_rows(self, part: str) -> int | None:
         """Rows of a part; None if the record does not say."""
         return self.parts.get("parts", {}).get(part, {}).get("rows")
+
+    def guessed(self, part: str) -> float:
+        """Accuracy, 0 to 1, of always answering the commonest class; where the record does not say, of guessing."""
+        known = self.parts.get("parts", {}).get(part, {}).get("commonest_class")
+        return known if known is not None else 1 / len(self.class_names) if self.class_names else 0.0
 
     def best_teacher(self, part: str = "test") -> TeacherRecord | None:
         """The single teacher with the highest accuracy on a part; None if no teacher was measured on it."""

@@ -120,7 +120,7 @@ def _key(model: str, schedule: Schedule, recipe: Recipe, rows: Rows, parts: Data
         {
             "teacher": model,
             "settings": {name: value for name, value in settings.items() if name not in left_out},
-            "schedule": dataclasses.asdict(schedule),
+            "schedule": schedule.key(),
             "processes": batches_per_step(recipe),
             "train": [rows.fingerprint, rows.view_key() if parts.num_views else None, parts.num_views],
             "labels": rows.labels.tolist(),

@@ -16,6 +16,7 @@ from hf_hpmkd.recipe_rules import uses_teachers
 TUNING_SEED = 2_000_003  # of the students that are tried, so that no compared one is chosen by its own luck
 
 _ALPHAS = (0.0, 0.5, 0.9, 1.0)  # 0: the labels alone, from where the method's student starts
+_ALONE = "distillation.alpha=0"
 _TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 _LEARNING_RATES = (0.5, 1.0, 2.0)  # times the recipe's
 
@@ -24,18 +25,22 @@ def trials(recipe: Recipe, method: Method, count: int) -> list[Method]:
     """`count` versions of a method, the first of them the method itself, the others drawn from its grid.
 
     The grid is alpha x temperature x learning rate for what listens to teachers, the learning rate for what does not;
-    values that do not go together are left out, and at alpha 0 the temperature, which then means nothing. A grid that
-    is smaller than the budget is tried whole. A method that configures itself (`auto`) has its own tries, which its
-    seconds count, and gets no others: there is one version of it. The same recipe and method give the same trials.
+    values that do not go together are left out, and at alpha 0, which is drawn as often as any other, the temperature,
+    which then means nothing. A grid that is smaller than the budget is tried whole. A method that configures itself
+    (`auto`) has its own tries, which its seconds count, and gets no others: there is one version of it. The same recipe
+    and method give the same trials.
     """
     base = method_recipe(recipe, method, TUNING_SEED)
     if base.auto.mode != "off":
         return [method]
     rates = [f"training.learning_rate={factor * base.training.learning_rate:g}" for factor in _LEARNING_RATES]
     grid = [[rate] for rate in rates]
+    alone = [_ALONE, *(["distillation.feature_weight=0"] if base.distillation.feature_weight else [])]
     if uses_teachers(base):
         grid = [
-            [f"distillation.alpha={alpha:g}", *([f"distillation.temperature={temperature:g}"] if alpha else []), rate]
+            [f"distillation.alpha={alpha:g}", f"distillation.temperature={temperature:g}", rate]
+            if alpha
+            else [*alone, rate]
             for alpha, temperature, rate in product(_ALPHAS, _TEMPERATURES, rates)
         ]
     versions = [replace(method, name=f"{method.name}--0")]
@@ -47,8 +52,10 @@ def trials(recipe: Recipe, method: Method, count: int) -> list[Method]:
         version = replace(with_overrides(method, grid[int(place)]), name=f"{method.name}--{len(versions)}")
         try:
             values = _values(recipe, version)
-        except RecipeError:  # a chain, or features, that need teachers
-            continue
+        except RecipeError:
+            if _ALONE in version.overrides:  # with a chain, which nobody would listen to
+                continue
+            raise
         if values not in known:
             known.add(values)
             versions.append(version)

@@ -1,12 +1,14 @@
 """What goes on around a training."""
 
 import gc
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
 
 from hf_hpmkd.classifier_training import old_garbage_left, student_schedule, total_steps, training_arguments
-from hf_hpmkd.recipe import read_recipe
+from hf_hpmkd.recipe import fingerprint, read_recipe, recipe_tree
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,23 @@ def test_few_rows_are_passed_more_often(tmp_path: Path, training: dict, steps: i
     arguments = training_arguments(recipe, schedule, tmp_path, 97, distills=False)
     by_epochs = 10 * int(arguments.num_train_epochs)
     assert (arguments.max_steps if arguments.max_steps > 0 else by_epochs) == steps
+
+
+def test_where_there_is_no_floor_the_keys_are_those_of_before_there_was() -> None:
+    tree = {
+        "data": {"path": "sklearn:wine"},
+        "teachers": [{"model": "sklearn:LogisticRegression"}],
+        "student": {"model": "mlp-4"},
+    }
+    without, floored = (read_recipe({**tree, "training": {"min_steps": steps}}, "a test") for steps in (0, 9))
+    assert "min_steps" not in student_schedule(without).key() and student_schedule(floored).key()["min_steps"] == 9
+    known = recipe_tree(without)
+    del known["auto"], known["output"], known["hub"], known["memory"], known["pipeline"]
+    del known["training"]["min_steps"], known["distillation"]["cache_dir"]
+    for name in ("report_to", "num_workers", "save_total_limit"):
+        del known["training"][name]
+    assert fingerprint(without) == hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    assert fingerprint(without) != fingerprint(floored)
 
 
 def test_old_garbage_is_left_for_a_while_and_no_longer() -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from hf_hpmkd import classifier_training, quick_validation
 from hf_hpmkd import distill as distill_module
 from hf_hpmkd.cli import main
+from hf_hpmkd.compare_jobs import search_seconds
 from hf_hpmkd.components.adaptive_configuration import DIRECT, SPACE, Configuration
 from hf_hpmkd.configuration_examples import read_prior
 from hf_hpmkd.quick_validation import (
@@ -22,7 +23,7 @@ from hf_hpmkd.quick_validation import (
     with_values,
 )
 from hf_hpmkd.recipe import read_recipe
-from hf_hpmkd.run_record import RunRecord
+from hf_hpmkd.run_record import AutoRecord, RunRecord
 
 STEPS = 28  # 109 rows in batches of 16, four epochs
 
@@ -101,6 +102,7 @@ def test_the_winner_goes_on_and_ends_as_if_it_had_been_asked_for(
     assert [(trial.steps, count) for trial, count in zip(auto.trials, (1, 1, 1, 1), strict=False)] == [(1, 1)] * 4
     assert [trial.steps for trial in auto.trials] == [1] * 4 + [2] * 2 + [4]
     assert auto.total_steps == STEPS and auto.extra_steps <= auto.budget_steps == 10
+    assert 0 < auto.extra_seconds < auto.seconds and auto.configuration["warm_start"]
     assert auto.extra_steps == 4 * 1 + 2 * 1 + 2 - 4  # direct training, and the winner's four steps, go on
     assert ("student", 4, STEPS) in trainings and max(first for name, first, _ in trainings if name == "direct") == 7
     assert str(Configuration(**auto.configuration)) == auto.trials[-1].name
@@ -166,11 +168,46 @@ def test_an_interrupted_search_goes_on_and_chooses_the_same(tmp_path: Path, monk
     assert main(["distill", str(tmp_path / "recipe.yaml")]) == 130
     monkeypatch.setattr(quick_validation, "write_json", write)
     # What the memory has learned meanwhile would lead to other candidates.
-    monkeypatch.setattr(quick_validation, "propose", lambda prediction, found, count: list(range(1, 1 + count))[::-1])
+    monkeypatch.setattr(
+        quick_validation, "propose", lambda prediction, found, count, own: list(range(1, 1 + count))[::-1]
+    )
     stopped = run(tmp_path, recipe)
     for one, two in zip(whole.auto.trials, stopped.auto.trials, strict=True):
         assert dataclasses.replace(one, seconds=0) == dataclasses.replace(two, seconds=0)
     assert same(weights(tmp_path / "whole" / "run" / "student"), weights(tmp_path / "stopped" / "run" / "student"))
+
+
+def test_what_a_careful_recipe_says_is_offered_and_a_start_only_where_a_teacher_can_give_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_prior: None
+) -> None:
+    believe(monkeypatch, 1e9)
+    seen: list[tuple[list[Configuration], int | None]] = []
+    original = quick_validation.propose
+
+    def propose(prediction: object, found: list[Configuration], count: int, own: int | None) -> list[int]:
+        seen.append((found, own))
+        return original(prediction, found, count, own)
+
+    monkeypatch.setattr(quick_validation, "propose", propose)
+    careful = tree(tmp_path / "careful")
+    careful["distillation"] = {"alpha": 0.7, "temperature": 5.0, "gate": "joint"}  # none of SPACE's values
+    careful["auto"]["choose"] = list(SPACE)
+    run(tmp_path, careful)
+    unlike = tree(tmp_path / "unlike")
+    unlike["teachers"] = unlike["teachers"][1:]  # no network
+    run(tmp_path, unlike)
+    (found, own), (others, none) = seen
+    assert found[own] == Configuration(alpha=0.7, temperature=5.0, gate="joint") and none is None
+    assert any(one.warm_start for one in found) and not any(one.warm_start for one in others)
+
+
+def test_tries_that_went_on_are_not_counted_twice() -> None:
+    about = {"configuration": {}, "overrides": {}, "features": {}, "trials": [], "alike": []}
+    sums = {"total_steps": 8, "budget_steps": 8, "extra_steps": 8, "seconds": 9.0, "deciding_seconds": 0.1}
+    auto = AutoRecord(reason="so", knowledge="nothing", **about, **sums, extra_seconds=2.5)
+    assert search_seconds(auto) == 2.5 and search_seconds(None) == 0
+    auto.extra_seconds = None  # of an earlier version, which did not tell
+    assert search_seconds(auto) == 9.0
 
 
 # ---- what may be chosen ----------------------------------------------------------------------------------------------
