@@ -34,7 +34,7 @@ def result(data: str, seed: int, direct: float, auto: float, grid: list[tuple[fl
         "auto": {"accuracy": auto, **about, "total_steps": 100},
     }
     cells = [{"accuracy": accuracy, "validation": validation} for accuracy, validation in grid]
-    return {"data": data, "seed": seed, "test_rows": 100, "methods": methods, "grid": cells}
+    return {"data": data, "seed": seed, "test_rows": 100, "train_rows": 1_000, "methods": methods, "grid": cells}
 
 
 def test_gains_and_regrets_are_those_done_by_hand() -> None:
@@ -46,8 +46,8 @@ def test_gains_and_regrets_are_those_done_by_hand() -> None:
         "a", "2", "80.00", "+1.00", "-2.00", "+5.00 (+5.00 to +5.00)", "2 of 2",
         "10.00", "9.00", "12.00", "5.00", "0.00",
     ]  # fmt: skip
-    assert "Mean gain of auto over direct training: +2.50 (" in text and "2 data sets, 3 runs" in text
-    assert "Mean gain of fixed over direct training: -2.00" in text
+    assert "Mean gain of auto +2.50 (" in text and "2 data sets, 3 runs" in text
+    assert "Mean gain of fixed -2.00" in text
     assert "Auto distilled 2 of 3 times, and gained +5.00 where it did." in text
     assert "(3 runs): direct 10.00, faster 9.00, fixed 12.00, auto 7.50, random 0.00" in text
     assert "On 1 of 1 sets the 95 % interval" in text  # b has one seed, and no interval
@@ -64,6 +64,16 @@ def test_a_distilled_student_that_was_given_up_counts_as_none() -> None:
     text = summary([result("a", 0, 0.80, 0.84, [(0.80, 0.9), (0.90, 0.5)]), given_up])
     assert "| 1 of 2 |" in text
     assert "Auto distilled 1 of 2 times, and gained +4.00 where it did; 1 of its students were given up" in text
+
+
+def test_gains_are_told_for_the_sets_with_enough_rows_alone() -> None:
+    grid = [(0.80, 0.9), (0.90, 0.5)]
+    large, small = result("large", 0, 0.80, 0.81, grid), result("small", 0, 0.20, 0.80, grid)
+    assert "training rows and more" not in summary([large, small])
+    small["train_rows"] = 999
+    text = summary([large, small])
+    assert "Mean gain of auto +30.50 (" in text
+    assert "On the 1 sets with 1,000 training rows and more: faster +1.00, fixed -2.00, auto +1.00." in text
 
 
 def test_it_is_told_what_the_proof_costs() -> None:
@@ -103,7 +113,7 @@ def test_random_search_trains_as_much_as_auto_did_beside_direct_training() -> No
 
 def test_without_a_grid_there_are_gains_and_no_regrets() -> None:
     text = summary([result("a", 0, 0.80, 0.88, []), result("a", 1, 0.80, 0.86, [])])
-    assert "Mean gain of auto over direct training: +7.00" in text and "Mean regret" not in text
+    assert "Mean gain of auto +7.00" in text and "Mean regret" not in text
     assert "regret direct" not in text
 
 
