@@ -45,20 +45,22 @@ class Line:
 def lines(record: ComparisonRecord, part: str, with_kept: bool = False) -> list[Line]:
     """One line per method that has results on a part, the baseline first, then in the order of the record.
 
-    with_kept: then `KEPT` too, untested, where both that it chooses from are there.
+    with_kept: then `KEPT` too, untested, where both that it chooses from are there. Methods that ended with the same
+    students, as two that chose the labels alone, are one hypothesis, which is corrected for once.
     """
     names_of_all = [*(method.name for method in record.methods), *([KEPT] if with_kept else [])]
     results = {name: _measured(record, name, part) for name in names_of_all}
     names = sorted((name for name in results if results[name]), key=lambda name: name != record.baseline)
     base = results.get(record.baseline, {})
-    p_values, by_rows = [], []
-    for name in names:
-        p, of_rows = (None, False) if name in (record.baseline, KEPT) else _test(results[name], base, part)
-        p_values.append(p)
-        by_rows.append(of_rows)
-    corrected = holm(p_values)
+    tested = [name for name in names if name not in (record.baseline, KEPT)]
+    tests = {name: _test(results[name], base, part) for name in tested}
+    groups = _same_students({name: results[name] for name in tested}, base, part)
+    corrected: dict[str, float | None] = dict.fromkeys(tested, 1.0)  # of the baseline's own students
+    for group, p in zip(groups, holm([tests[group[0]][0] for group in groups]), strict=True):
+        corrected |= dict.fromkeys(group, p)
     found = []
-    for name, p, of_rows in zip(names, corrected, by_rows, strict=True):
+    for name in names:
+        p, of_rows = corrected.get(name), tests[name][1] if name in tests else False
         mine = list(results[name].values())
         retention = [value for one in mine if (value := record.retention(one, part)) is not None]
         seconds = [float(one.seconds) for one in mine if one.seconds is not None]
@@ -99,6 +101,21 @@ def _kept(record: ComparisonRecord) -> dict[int, Result]:
 
 def _accuracy(result: Result, part: str) -> float:
     return float(result.scores[part].accuracy)
+
+
+def _same_students(results: dict[str, dict[int, Result]], base: dict[int, Result], part: str) -> list[list[str]]:
+    """The methods, those together that answered the same rows right with every seed; without those that are the
+    baseline over again.
+    """
+    answers = {
+        name: frozenset((seed, one.scores[part].hits) for seed, one in mine.items()) for name, mine in results.items()
+    }
+    own = frozenset((seed, one.scores[part].hits) for seed, one in base.items())
+    groups: dict[frozenset[tuple[int, str]], list[str]] = {}
+    for name, answered in answers.items():
+        if answered != own:
+            groups.setdefault(answered, []).append(name)
+    return list(groups.values())
 
 
 def _test(mine: dict[int, Result], base: dict[int, Result], part: str) -> tuple[float | None, bool]:
@@ -241,14 +258,21 @@ def common_part(records: Sequence[ComparisonRecord]) -> str:
 def notes(record: ComparisonRecord) -> list[str]:
     """Sentences on how the figures came about, and on what makes them weaker than they look."""
     found = lines(record, "validation")
-    compared = sum(line.p is not None for line in found)
+    results = {line.method: record.of_method(line.method) for line in found if line.p is not None}
+    base = record.of_method(record.baseline)
+    groups = _same_students(results, base, "validation")
+    twice = [" and ".join(group) for group in groups if len(group) > 1]
+    baseline_again = sorted(results.keys() - {name for group in groups for name in group})
+    twice += [" and ".join([record.baseline, *baseline_again])] if baseline_again else []
     if any(line.by_rows for line in found):
         said = [
             "Tests with one seed: McNemar's exact test on the rows of these two models; it says nothing of other seeds."
         ]
     else:
         said = ["Tests: paired t over the seeds that both have, two-sided."]
-    said[0] += f" Holm's correction for {compared} comparisons with {record.baseline}."
+    said[0] += f" Holm's correction for {len(groups)} comparisons with {record.baseline}."
+    if twice:
+        said.append(f"Ended with the same students, which are compared once: {'; '.join(twice)}.")
     rows = {part: {one.scores[part].rows for one in record.results if part in one.scores} for part in _PARTS}
     sizes = ", ".join(f"{max(count):,} {part} rows" for part, count in rows.items() if count)
     steps = sorted({one.steps for one in record.results if one.steps is not None})

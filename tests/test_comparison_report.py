@@ -48,6 +48,20 @@ def make(seeds=SEEDS, parts=("validation",)):
     return record
 
 
+def test_methods_that_ended_with_the_same_students_are_one_hypothesis():
+    record = make()
+    before = {line.method: line for line in lines(record, "validation")}
+    record.methods += [MethodRecord("copy", "kd again"), MethodRecord("again", "direct again")]
+    for name, source in (("copy", "kd"), ("again", "direct")):
+        record.results += [dataclasses.replace(one, method=name) for one in record.of_method(source).values()]
+    after = {line.method: line for line in lines(record, "validation")}
+    assert after["kd"].p == after["copy"].p == before["kd"].p and after["odd"].p == before["odd"].p
+    assert after["again"].p == 1 and after["direct"].p is None
+    text = summary(record)
+    assert "Holm's correction for 2 comparisons with direct. " in text.replace("\n", " ")
+    assert "Ended with the same students, which are compared once: kd and copy; direct and again." in text
+
+
 def test_bits_come_back():
     right = hits(0.4, 1, "x")
     score = Score.of(right)
