@@ -23,11 +23,11 @@ LEVELS = (
     ),
     ("control_teachers", "distiller", "trainer", "baselines"),
     (
-        "recipe_faults", "recipe_rules", "search_budget", "recipe", "run_memory", "classifier_training", "job_graph",
-        "plan", "plan_schedule", "evaluation", "kept_classifiers", "teacher_training", "run_context", "chain_stages",
-        "chain_probes", "chain", "kept_student", "run_steps", "run_ahead", "launched_job", "quick_validation",
-        "distill", "table_runs", "prior_build", "auto_bench", "methods", "ablation", "tuning", "compare_jobs",
-        "compare", "bench", "bench_pipeline",
+        "recipe_faults", "recipe_rules", "search_budget", "recipe", "recipe_text", "run_memory", "classifier_training",
+        "job_graph", "plan", "plan_schedule", "evaluation", "kept_classifiers", "teacher_training", "run_context",
+        "chain_stages", "chain_probes", "chain", "kept_student", "run_steps", "run_ahead", "launched_job",
+        "quick_validation", "distill", "table_runs", "prior_build", "auto_bench", "methods", "ablation", "tuning",
+        "compare_jobs", "compare", "bench", "bench_pipeline",
     ),
     ("cli_measuring", "cli", "__main__"),
 )  # fmt: skip

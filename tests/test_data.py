@@ -453,12 +453,13 @@ def test_provenance_tells_how_each_part_was_drawn(two_splits):
     (data_source.Path(two_splits) / "README.md").write_text("---\nlicense: cc-by-4.0\n---\nA set.\n")
     provenance = load_parts(DataConfig(path=two_splits, seed=3)).provenance
     assert provenance["license"] == "cc-by-4.0" and provenance["commit"] is None and provenance["kind"] == "folder"
+    half = {"commonest_class": 0.5}
     assert provenance["splits"] == {"train": 120, "test": 60}
     assert provenance["parts"] == {
-        "train": {"split": "train", "rows": 120, "how": "the whole split"},
-        "guide": {"split": "test", "rows": 6, "how": "6 of 60 rows, stratified, seed 3"},
-        "validation": {"split": "test", "rows": 6, "how": "6 of 60 rows, stratified, seed 3"},
-        "test": {"split": "test", "rows": 48, "how": "what guide and validation left"},
+        "train": {"split": "train", "rows": 120, "how": "the whole split", **half},
+        "guide": {"split": "test", "rows": 6, "how": "6 of 60 rows, stratified, seed 3", **half},
+        "validation": {"split": "test", "rows": 6, "how": "6 of 60 rows, stratified, seed 3", **half},
+        "test": {"split": "test", "rows": 48, "how": "what guide and validation left", **half},
     }
 
 
