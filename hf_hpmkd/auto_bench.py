@@ -261,10 +261,10 @@ def _auto(
             guide=runs.parts.guide if teachers else None,
         )
         proof = judge(direct_right, runs.right(trained, runs.parts.validation), proof_needed(run.recipe))
-        lead = {"lead": proof.gain, "lead_error": proof.standard_error, "lead_needed": proof.needed}
-        about |= {"kept": proof.kept, **lead}
-        about["unproven"] = float(runs.right(trained, runs.parts.test).float().mean())
-        return {**direct, **about} if about["kept"] == "direct" else {"accuracy": about["unproven"], **about}
+        unproven = float(runs.right(trained, runs.parts.test).float().mean())
+        about |= {"lead": proof.gain, "lead_error": proof.standard_error, "lead_needed": proof.needed}
+        about |= {"kept": proof.kept, "unproven": unproven}
+        return {**direct, **about} if proof.kept == "direct" else {"accuracy": unproven, **about}
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -358,7 +358,7 @@ def _cost_of_proof(sets: Sequence[list[dict[str, Any]]]) -> str:
     mean = mean_of([float(np.mean([gain(one) for one in of_set])) for of_set in sets])
     runs = [one for of_set in sets for one in of_set]
     lost, kept = sum(gain(one) < 0 for one in runs), sum(_gain(one, "auto") < 0 for one in runs)
-    told = f"Had every student been kept, the mean gain were {mean.mean:+.2f}{_interval(mean)}"
+    told = f"Had every student been kept, the mean gain would be {mean.mean:+.2f}{_interval(mean)}"
     return f"{told}, with a loss in {lost} runs instead of {kept}."
 
 

@@ -82,7 +82,7 @@ def test_it_is_told_what_the_proof_costs() -> None:
     good["methods"]["auto"] |= {"kept": "direct", "unproven": 0.86}
     bad["methods"]["auto"] |= {"kept": "direct", "unproven": 0.78}
     text = summary([good, bad, result("c", 0, 0.80, 0.79, grid)])
-    assert "Had every student been kept, the mean gain were +1.00 (" in text  # of +6, -2 and -1
+    assert "Had every student been kept, the mean gain would be +1.00 (" in text  # of +6, -2 and -1
     assert "with a loss in 2 runs instead of 1." in text
 
 
