@@ -261,7 +261,7 @@ def _opening(record: RunRecord) -> str:
     origin = record.began_with if alone else ""
     start = f", from weights of its teacher `{origin}`," if origin else ""
     lines.append(f"A model{kind}{params}, trained on {source}{start} with `hf_hpmkd`.{classes}")
-    if alone and not record.chose_labels_alone:
+    if record.kept_direct and record.distils:
         proved = "made it worse" if record.kept and record.kept.needed is None else "did not prove better"
         lines.append(f"It was also distilled from {teachers}, which {proved} on validation rows.")
     student = record.models["student"]

@@ -280,11 +280,16 @@ class RunRecord:
         return self.kept is not None and self.kept.kept == "direct"
 
     @property
-    def labels_alone(self) -> bool:
-        """Whether the student that the run left learned nothing from the teachers' answers."""
+    def distils(self) -> bool:
+        """Whether the run trained a student on the teachers' answers or features, kept or not."""
         asked = self.recipe.get("distillation", {})
         silent = self.auto is None and asked.get("alpha") == 0 and not asked.get("feature_weight")
-        return silent or self.chose_labels_alone or self.kept_direct
+        return not silent and not self.chose_labels_alone
+
+    @property
+    def labels_alone(self) -> bool:
+        """Whether the student that the run left learned nothing from the teachers' answers."""
+        return not self.distils or self.kept_direct
 
     @property
     def began_with(self) -> str:

@@ -217,6 +217,12 @@ def test_a_student_of_labels_alone_is_not_called_distilled(record, tmp_path, stu
     assert ", distilled from" in text and "+1.20 asked for" in text
 
 
+def test_a_recipe_that_ignores_its_teachers_is_not_said_to_have_distilled(record, tmp_path, student):
+    record.recipe["distillation"] = {"alpha": 0, "feature_weight": 0}
+    text = card_of(record, tmp_path).text
+    assert "trained on the labels alone" in text and "distilled from" not in text.split("##")[0]
+
+
 def test_a_student_that_began_with_a_teachers_weights_names_it(record, tmp_path, student):
     """Also where it learned from the labels alone; not where the direct one, from nothing, was kept."""
     origin = record.teachers[0]
