@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 
 from hf_hpmkd.chain_stages import Stages, WarmBuild, clear_training
-from hf_hpmkd.classifier_training import Schedule, student_schedule, total_steps, write_json
+from hf_hpmkd.classifier_training import Schedule, stage_schedule, student_schedule, total_steps, write_json
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.components.progressive_chain import (
     estimate_gain,
@@ -45,7 +45,7 @@ class Probes:
         """Judged by a stage that is itself trained for a short time only."""
         stages = self.stages
         name = f"probe-{len(stages.finished) + 1}"
-        build, schedule = stages.builder(candidate), self._short(stages.schedule())
+        build, schedule = stages.builder(candidate), self._short(stage_schedule(stages.run.recipe))
         trained = stages.fit(f"a stage's {name}", build, schedule, self.folder / name, stages.finished, evaluations=1)
         stage = stages.as_teacher(name, trained.classifier, candidate.name)
         return self._judge("probe", candidate, stage, is_promising, trained.seconds)
@@ -85,7 +85,7 @@ class Probes:
         recipe, rows = self.stages.run.recipe, self.stages.parts.train
         flops = training_flops(self.stages.blueprint(candidate), rows)
         steps, student_steps = (
-            total_steps(recipe, one, len(rows)) for one in (self.stages.schedule(), student_schedule(recipe))
+            total_steps(recipe, one, len(rows)) for one in (stage_schedule(recipe), student_schedule(recipe))
         )
         return flops * steps / (self.student_flops * student_steps)
 

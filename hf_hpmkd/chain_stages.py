@@ -18,7 +18,7 @@ from hf_hpmkd.classifier_training import (
     Trained,
     batches_per_step,
     done_file,
-    student_schedule,
+    stage_schedule,
     train_or_load,
 )
 from hf_hpmkd.classifiers import Classifier
@@ -138,20 +138,10 @@ class Stages:
         above = self.above(self.finished) if recipe.chain.warm_start else []
         return WarmBuild(build, above, self.parts.train)
 
-    def schedule(self) -> Schedule:
-        """A stage's schedule: the student's, with the chain's own epochs and learning rate where given."""
-        schedule, config = student_schedule(self.run.recipe), self.run.recipe.chain
-        return dataclasses.replace(
-            schedule,
-            epochs=config.epochs or schedule.epochs,
-            learning_rate=config.learning_rate or schedule.learning_rate,
-            min_steps=0 if config.epochs else schedule.min_steps,
-        )
-
     def train(self, wanted: Intermediate) -> tuple[TorchTeacher, StageRecord]:
         """The next stage: trained, or found finished in this run's folder or in the memory."""
         name = f"stage-{len(self.finished) + 1}"
-        folder, build, schedule = self.folder / name, self.builder(wanted), self.schedule()
+        folder, build, schedule = self.folder / name, self.builder(wanted), stage_schedule(self.run.recipe)
         key = self.key(build, schedule, self.finished)
         with making(self.store, key):
             self._claim(folder, key)

@@ -24,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.distiller import Distiller
-from hf_hpmkd.recipe import Recipe
+from hf_hpmkd.recipe import Recipe, TeacherConfig
 from hf_hpmkd.tasks.base import FedDataset, Rows
 from hf_hpmkd.teacher_cache import TeacherCache
 from hf_hpmkd.teacher_kinds import Teacher
@@ -70,13 +70,37 @@ def student_schedule(recipe: Recipe) -> Schedule:
     """The student's schedule; the direct baseline has the same."""
     training = recipe.training
     return Schedule(
-        training.epochs,
-        training.max_steps,
-        training.learning_rate,
-        training.batch_size,
-        training.seed,
-        training.keep,
-        training.min_steps,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+        learning_rate=training.learning_rate,
+        batch_size=training.batch_size,
+        seed=training.seed,
+        keep=training.keep,
+        min_steps=training.min_steps,
+    )
+
+
+def teacher_schedule(recipe: Recipe, config: TeacherConfig) -> Schedule:
+    """The schedule of a teacher that is trained on the spot: its own values, else the student's."""
+    training = recipe.training
+    return Schedule(
+        epochs=config.epochs or training.epochs,
+        max_steps=-1,
+        learning_rate=config.learning_rate or training.learning_rate,
+        batch_size=config.batch_size or training.batch_size,
+        seed=training.seed,
+        min_steps=0 if config.epochs else training.min_steps,
+    )
+
+
+def stage_schedule(recipe: Recipe) -> Schedule:
+    """The schedule of a chain's stage: the student's, with the chain's own epochs and learning rate where given."""
+    schedule, config = student_schedule(recipe), recipe.chain
+    return dataclasses.replace(
+        schedule,
+        epochs=config.epochs or schedule.epochs,
+        learning_rate=config.learning_rate or schedule.learning_rate,
+        min_steps=0 if config.epochs else schedule.min_steps,
     )
 
 

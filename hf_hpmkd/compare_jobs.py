@@ -247,9 +247,8 @@ class Workplace:
             copy_training(direct, job.student)
         trained = fit(build_warm, recipe, job.student, guides)
         result.seconds = trained.seconds
-        if plain is not None and not is_direct(asked, recipe):
-            result.seconds += plain.seconds
         if direct is not None and plain is not None and not is_direct(asked, recipe):
+            result.seconds += plain.seconds
             rows, size = self.parts.validation, recipe.training.eval_batch_size
             right, other = (answers_right(one.classifier, rows, size) for one in (plain, trained))
             run.record.kept = judge(right, other, proof_needed(asked))

@@ -61,7 +61,7 @@ class _JsonFile:
             tree = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"There is no {path}; a comparison is in the folder that `--output` named."
+                f"There is no {path}. The files of a comparison lie in the folder that `--output` named."
             ) from None
         except ValueError as error:
             raise ValueError(f"{path} must be JSON, but: {error}. Remove the file and run again.") from error

@@ -9,14 +9,13 @@ student        the student trained on the outputs of all of them
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_hpmkd.classifier_training import student_schedule, total_steps
+from hf_hpmkd.classifier_training import stage_schedule, student_schedule, teacher_schedule, total_steps
 from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.components.parallel_pipeline import Estimates, Graph, Job
 from hf_hpmkd.data import DataParts
@@ -150,18 +149,18 @@ class _Costs:
         """Per stage a training about twice the student's; auto also tries students shortly, before it and after."""
         config = self.recipe.chain
         stages = len(config.models) or (1 if config.length == "auto" else config.length)
-        share = (config.epochs or self.recipe.training.epochs) / self.recipe.training.epochs
+        schedules = stage_schedule(self.recipe), student_schedule(self.recipe)
+        of_stage, of_student = (total_steps(self.recipe, one, len(self.parts.train)) for one in schedules)
+        share = of_stage / of_student
         tried = 4 * config.probe_share * config.probe_seeds if config.length == "auto" and not config.models else 0.0
         return (2 * share * stages + tried) * self._student
 
     def _training_of_teacher(self, teacher: TeacherConfig) -> float:
         if is_sklearn(teacher.model):
             return _SKLEARN_SECONDS * (1 + (_SKLEARN_FOLDS if teacher.folds is None else teacher.folds))
-        training = self.recipe.training
-        batch = teacher.batch_size or training.batch_size
-        steps = math.ceil(len(self.parts.train) / batch) * (teacher.epochs or training.epochs)
-        steps = max(steps, 0 if teacher.epochs else training.min_steps)
-        return self._training(teacher, batch, steps) * (1 + (teacher.folds or 0))
+        schedule = teacher_schedule(self.recipe, teacher)
+        steps = total_steps(self.recipe, schedule, len(self.parts.train))
+        return self._training(teacher, schedule.batch_size, steps) * (1 + (teacher.folds or 0))
 
     def _training(self, model: TeacherConfig | StudentConfig, batch: int, steps: int) -> float:
         accumulated = self.recipe.training.gradient_accumulation_steps

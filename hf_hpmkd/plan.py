@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from safetensors import safe_open
 
-from hf_hpmkd.classifier_training import student_schedule, total_steps
+from hf_hpmkd.classifier_training import Schedule, stage_schedule, student_schedule, teacher_schedule, total_steps
 from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.data import PARTS, DataParts, load_parts
 from hf_hpmkd.intermediate_models import build_intermediate, find_intermediates
@@ -243,7 +243,7 @@ def _step_lines(recipe: Recipe, parts: DataParts | None) -> list[str]:
     if rows is None:
         return [f"Steps    unknown until the data is loaded; {training.epochs} epochs{floor}, {batch} a step, {times}"]
     per_epoch = math.ceil(rows / per_step)
-    total = training.max_steps if training.max_steps > 0 else max(per_epoch * training.epochs, training.min_steps)
+    total = total_steps(recipe, student_schedule(recipe), rows)
     lines = [f"Steps    {per_epoch:,} per epoch ({batch} a step), {total:,} in total; the student trains {times}"]
     for name, teacher in zip(teacher_names(recipe), recipe.teachers, strict=True):
         kind = family(teacher.model)
@@ -253,16 +253,15 @@ def _step_lines(recipe: Recipe, parts: DataParts | None) -> list[str]:
                 f"         teacher {name}: fitted once" + (f", and {folds} times for its folds" if folds else "")
             )
         elif is_trained_here(teacher.model):
-            steps = math.ceil(rows / (teacher.batch_size or training.batch_size) / processes)
+            steps = total_steps(recipe, teacher_schedule(recipe, teacher), rows)
             times = f", {1 + teacher.folds} times" if teacher.folds else ""
-            steps = max(steps * (teacher.epochs or training.epochs), 0 if teacher.epochs else training.min_steps)
             lines.append(f"         teacher {name}: {steps:,} steps{times}")
     return lines
 
 
 def _auto_lines(recipe: Recipe, parts: DataParts | None, rows: Rows | None, student: _Model) -> list[str]:
     """How long configurations would be tried."""
-    mode, total = recipe.auto.mode, _student_steps(recipe, parts)
+    mode, total = recipe.auto.mode, _steps(recipe, parts, student_schedule(recipe))
     if mode == "off":
         return ["Auto     off: the student is trained as the recipe says"]
     if rows is None or total is None or student.num_params is None:
@@ -283,7 +282,7 @@ def _chain_lines(
     recipe: Recipe, parts: DataParts | None, rows: Rows | None, student: _Model, teachers: list[_Model]
 ) -> list[str]:
     """The intermediate models that would be built: all of them, or the first where the run decides by itself."""
-    config = recipe.chain
+    config, training = recipe.chain, recipe.training
     if not uses_teachers(recipe) or (config.length == 0 and not config.models):
         return ["Chain    no intermediate models"]
     if rows is None or student.num_params is None:
@@ -311,20 +310,19 @@ def _chain_lines(
         if not decides:
             raise
         return [f"Chain    decides itself: no intermediate model. {error}"]
-    steps = _student_steps(recipe, parts)
+    steps, stage_steps = (_steps(recipe, parts, one) for one in (student_schedule(recipe), stage_schedule(recipe)))
+    share = stage_steps / steps if steps and stage_steps else (config.epochs or training.epochs) / training.epochs
     head = "decides itself; the first candidate:" if decides else f"{len(names)}, as the recipe asks:"
     lines = [f"Chain    {head}"]
     student_cost = training_flops(build_intermediate(chosen.model, rows, chosen, meta=True), rows)
     for number, name in enumerate(names, 1):
         built = build_intermediate(name, rows, chosen, meta=True)
         flops = training_flops(built, rows)
-        epochs = config.epochs or recipe.training.epochs
-        cost = flops / student_cost * epochs / recipe.training.epochs
+        cost = flops / student_cost * share
         told = [f"{built.num_params:,} parameters", f"{cost:.1f} student trainings"]
         if steps is not None:
-            stage_steps = round(steps * epochs / recipe.training.epochs)
-            rows_per_step = recipe.training.batch_size * recipe.training.gradient_accumulation_steps
-            told.append(f"roughly {estimated_seconds(flops, rows_per_step, stage_steps):,.0f} s here")
+            rows_per_step = training.batch_size * training.gradient_accumulation_steps
+            told.append(f"roughly {estimated_seconds(flops, rows_per_step, round(steps * share)):,.0f} s here")
         needed = _state_bytes(built.num_params) + (_kept_bytes(recipe, activation_bytes(built, rows)) or 0)
         told.append(f"{readable_bytes(needed)} of memory")
         lines.append(f"         stage-{number}  {name}: {', '.join(told)}")
@@ -335,9 +333,9 @@ def _chain_lines(
     return lines
 
 
-def _student_steps(recipe: Recipe, parts: DataParts | None) -> int | None:
+def _steps(recipe: Recipe, parts: DataParts | None, schedule: Schedule) -> int | None:
     rows = len(parts.train) if parts else recipe.data.max_train_rows
-    return None if rows is None else total_steps(recipe, student_schedule(recipe), rows)
+    return None if rows is None else total_steps(recipe, schedule, rows)
 
 
 def _state_bytes(num_params: int) -> int:

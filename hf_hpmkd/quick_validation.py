@@ -306,8 +306,8 @@ class _Search:
         return self.tried
 
     def _promising(self, features: dict[str, float], knowledge: Predictor) -> list[dict[str, Any]]:
-        possible = configurations(free_fields(self.recipe), configuration_of(self.recipe))
         own = configuration_of(self.recipe)
+        possible = configurations(free_fields(self.recipe), own)
         # What is not left at its default, the recipe's author has thought about.
         careful = not set(_TAUGHT) <= set(_left_at_default(self.recipe))
         found = [one for one in dict.fromkeys([*possible, own] if careful else possible) if self._can_train(one)]

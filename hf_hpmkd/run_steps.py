@@ -6,7 +6,7 @@ import torch
 from accelerate import PartialState
 
 from hf_hpmkd.chain_probes import StudentBuilder
-from hf_hpmkd.classifier_training import Schedule
+from hf_hpmkd.classifier_training import teacher_schedule
 from hf_hpmkd.classifiers import Classifier, build_classifier
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.recipe import Recipe, TeacherConfig
@@ -69,15 +69,7 @@ def load(run: Run, name: str, config: TeacherConfig, parts: DataParts) -> Teache
 
 def train(run: Run, name: str, config: TeacherConfig, parts: DataParts) -> Teacher:
     """A teacher trained on the spot into `teachers/<name>`, or found there when the run is resumed."""
-    training = run.recipe.training
-    schedule = Schedule(
-        epochs=config.epochs or training.epochs,
-        max_steps=-1,
-        learning_rate=config.learning_rate or training.learning_rate,
-        batch_size=config.batch_size or training.batch_size,
-        seed=training.seed,
-        min_steps=0 if config.epochs else training.min_steps,
-    )
+    schedule = teacher_schedule(run.recipe, config)
     folder = run.folder / "teachers" / name
     with PartialState().main_process_first() if is_sklearn(config.model) else nullcontext():
         teacher, run.training_seconds[name] = train_teacher(config, name, schedule, run.memory, parts, folder)
