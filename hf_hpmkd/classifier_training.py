@@ -24,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.distiller import Distiller
+from hf_hpmkd.progress import progress_bar
 from hf_hpmkd.recipe import Recipe, TeacherConfig
 from hf_hpmkd.tasks.base import FedDataset, Rows
 from hf_hpmkd.teacher_cache import TeacherCache
@@ -199,13 +200,15 @@ def train_or_load(
 ) -> Trained:
     """The classifier called `name`, trained into `folder` or loaded from there.
 
-    build: makes it with its initial weights. num_views: augmented views per training row, 0 for none. teachers: none
-    trains on labels alone. cache: of their outputs, None makes one in the recipe's folder. distiller_class: what it
-    learns from them. on_log: gets the log history at every evaluation.
+    build: makes it with its initial weights. num_views: augmented views per training row, 0 for none; without teachers
+    rows are taken as they are where a view may change their class. teachers: none trains on labels alone. cache: of
+    their outputs, None makes one in the recipe's folder. distiller_class: what it learns from them. on_log: gets the
+    log history at every evaluation.
     stop_at: stops after that many steps of the whole schedule, with a checkpoint that the next call goes on from.
     resumable: False writes no checkpoints, which take a tenth of the time of a training of seconds.
     """
     classifier = build()
+    num_views = num_views if teachers or train.keeps_labels else 0
     done = done_file(folder)
     if done.is_file():
         saved = json.loads(done.read_text(encoding="utf-8"))
@@ -369,7 +372,7 @@ class _Bar(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, unit="step")
+            self.bar = progress_bar(total=state.max_steps, initial=state.global_step, desc=self.name, unit="step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
@@ -389,9 +392,8 @@ class _Bar(TrainerCallback):
         if self.bar is None:
             return
         if self.evaluation is None:
-            self.evaluation = tqdm(
-                total=len(eval_dataloader), desc=f"{self.name}: validation", unit="batch", leave=False
-            )
+            about = f"{self.name}: validation"
+            self.evaluation = progress_bar(total=len(eval_dataloader), desc=about, unit="batch", passing=True)
         self.evaluation.update()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -38,14 +38,14 @@ from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.comparison_record import Result, Score
 from hf_hpmkd.components.optimization_memory import OptimizationMemory
 from hf_hpmkd.control_teachers import CONTROLS, ControlTeacher
-from hf_hpmkd.data import DataParts, load_parts
+from hf_hpmkd.data import DataParts
 from hf_hpmkd.distill import get_teachers, student_builder
 from hf_hpmkd.evaluation import student_logits
 from hf_hpmkd.kept_classifiers import answers_right
 from hf_hpmkd.kept_student import judge
 from hf_hpmkd.methods import Method, method_recipe
 from hf_hpmkd.quick_validation import configure, is_direct, proof_needed
-from hf_hpmkd.recipe import Recipe, fingerprint, read_recipe, recipe_tree
+from hf_hpmkd.recipe import Recipe, fingerprint, read_recipe, recipe_parts, recipe_tree
 from hf_hpmkd.recipe_rules import is_trained_here, uses_teachers
 from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_environment import code_commit, environment
@@ -118,8 +118,7 @@ class Workplace:
 
     @cached_property
     def parts(self) -> DataParts:
-        saw_train = not all(is_trained_here(teacher.model) for teacher in self.recipe.teachers)
-        return load_parts(self.recipe.data, task=self.recipe.task.type, teachers_saw_train=saw_train)
+        return recipe_parts(self.recipe)
 
     def teacher_key(self, seed: int) -> str:
         """Which teachers a seed has: its own or those of `teacher_seed`; "loaded" where none depends on a seed."""

@@ -26,6 +26,7 @@ from hf_hpmkd.tasks.base import (
 from hf_hpmkd.tasks.images import Augmentation, ImageRows
 from hf_hpmkd.tasks.tables import TableRows, is_table_feature
 from hf_hpmkd.tasks.text import TEXT_COLUMNS, TextRows
+from hf_hpmkd.tasks.word_dropout import WordDropout
 
 WHOLE = "the whole split"
 PARTS = ("train", "guide", "validation", "test")
@@ -82,12 +83,13 @@ class DataConfig:
     max_train_rows: Annotated[int, Field(ge=2)] | None = Field(
         default=None, description="Keep at most so many training rows (stratified), after the other parts are drawn."
     )
-    augmentation: Literal["auto", "none", "crop", "crop_flip", "resized_crop_flip"] = Field(
+    augmentation: Literal["auto", "none", "crop", "crop_flip", "resized_crop_flip", "word_dropout"] = Field(
         default="auto",
-        description="How training images are varied. auto: crop_flip for colour images up to 64 pixels, crop for grey "
-        "or tiny ones, resized_crop_flip above 64 pixels, none for texts and tables.",
+        description="How training rows are varied. auto: crop_flip for colour images up to 64 pixels, crop for grey "
+        "or tiny ones, resized_crop_flip above 64 pixels; word_dropout for texts, where a student that hears teachers "
+        "sees a fifth of the words left out; none for tables, and where a teacher has one answer per row.",
     )
-    views: int = Field(default=6, ge=1, description="Different augmented views of each training image.")
+    views: int = Field(default=6, ge=1, description="Different augmented views of each training image or text.")
     seed: int = Field(default=0, ge=0, description="Decides all draws and the augmented views.")
     trust_remote_code: bool = Field(
         default=False, description="Must stay false: loading a data set never runs code that comes with it."
@@ -128,13 +130,16 @@ class DataParts:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
-def load_parts(config: DataConfig, *, task: str = "auto", teachers_saw_train: bool = True) -> DataParts:
+def load_parts(
+    config: DataConfig, *, task: str = "auto", teachers_saw_train: bool = True, fixed_answers: bool = False
+) -> DataParts:
     """Opens the data set, checks it, draws the parts.
 
     task: one of the three, or "auto" to tell it from the columns. teachers_saw_train: whether some teacher was trained
     elsewhere, so that the training split may be known to it; False if every teacher is trained here, on the rows of
-    `train` alone. Raises FileNotFoundError for a missing data set, ValueError for splits, columns, labels or sizes
-    that cannot be used.
+    `train` alone. fixed_answers: whether some teacher has one answer per row, so that `augmentation` auto is none.
+    Raises FileNotFoundError for a missing data set, ValueError for splits, columns, labels or sizes that cannot be
+    used.
     """
     if task != "auto" and task not in TASKS:
         raise ValueError(f"`task` must be auto, {', '.join(TASKS)}, got {task!r}.{suggest(task, TASKS)}")
@@ -147,7 +152,9 @@ def load_parts(config: DataConfig, *, task: str = "auto", teachers_saw_train: bo
         _require_columns(config, split, rows)
     task, columns, notes = _choose_input(config, task, splits[chosen["train"]])
     splits, class_names = with_classes(splits, config.label_column, source.untyped)
-    augmentation = _choose_augmentation(config, task, splits[chosen["train"]], columns)
+    augmentation = None
+    if not (fixed_answers and config.augmentation == "auto"):
+        augmentation = _choose_augmentation(config, task, splits[chosen["train"]], columns)
 
     labels = {role: np.asarray(column_values(splits[split], config.label_column)) for role, split in chosen.items()}
     drawn, how = _draw_parts(config, labels, teachers_saw_train)
@@ -259,14 +266,19 @@ def _choose_input(config: DataConfig, task: str, rows: Dataset) -> tuple[str, li
     return task, found, []
 
 
-def _choose_augmentation(config: DataConfig, task: str, train: Dataset, columns: list[str]) -> Augmentation | None:
+_Augmentation = Augmentation | WordDropout
+
+
+def _choose_augmentation(config: DataConfig, task: str, train: Dataset, columns: list[str]) -> _Augmentation | None:
     policy = config.augmentation
-    if task != IMAGE_CLASSIFICATION:
-        if policy not in ("auto", "none"):
-            raise ValueError(f"`augmentation` is for images, got {policy!r} for {task}. Leave it out, or set none.")
+    of_task = {IMAGE_CLASSIFICATION: ("crop", "crop_flip", "resized_crop_flip"), TEXT_CLASSIFICATION: ("word_dropout",)}
+    possible = ("auto", "none", *of_task.get(task, ()))
+    if policy not in possible:
+        raise ValueError(f"`augmentation` must be one of {', '.join(possible)} for {task}, got {policy!r}.")
+    if policy == "none" or task == TABULAR_CLASSIFICATION:
         return None
-    if policy == "none":
-        return None
+    if task == TEXT_CLASSIFICATION:
+        return WordDropout(seed=config.seed)
     image = train.with_format(None)[0][columns[0]]
     if image is None:
         raise ValueError(f"Row 0 of the training split has no image in column {columns[0]!r}. Remove such rows first.")
@@ -285,12 +297,14 @@ def _make_rows(
     columns: list[str],
     class_names: list[str],
     rows: Dataset,
-    augmentation: Augmentation | None,
+    augmentation: _Augmentation | None,
 ) -> Rows:
     if task == IMAGE_CLASSIFICATION:
+        assert not isinstance(augmentation, WordDropout)
         return ImageRows.from_dataset(rows, columns[0], config.label_column, class_names, augmentation)
     if task == TEXT_CLASSIFICATION:
-        return TextRows.from_dataset(rows, columns[0], config.label_column, class_names)
+        assert not isinstance(augmentation, Augmentation)
+        return TextRows.from_dataset(rows, columns[0], config.label_column, class_names, augmentation)
     return TableRows.from_dataset(rows, columns, config.label_column, class_names)
 
 

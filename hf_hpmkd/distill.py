@@ -28,15 +28,14 @@ from hf_hpmkd.chain import build_chain, named_stages
 from hf_hpmkd.chain_stages import WarmBuild
 from hf_hpmkd.classifier_training import Trained, copy_training, old_garbage_left, student_schedule, train_or_load
 from hf_hpmkd.classifiers import Classifier
-from hf_hpmkd.data import load_parts
 from hf_hpmkd.evaluation import evaluate_teachers, evaluate_test
 from hf_hpmkd.heads import find_classifier_head
 from hf_hpmkd.hub_store import check_can_push, push_run
 from hf_hpmkd.kept_student import distilled_folder, keep_better
 from hf_hpmkd.metrics import load_metric
 from hf_hpmkd.quick_validation import configure, is_direct, proof_needed
-from hf_hpmkd.recipe import Recipe, fingerprint, recipe_tree
-from hf_hpmkd.recipe_rules import is_trained_here, uses_teachers
+from hf_hpmkd.recipe import Recipe, fingerprint, recipe_parts, recipe_tree
+from hf_hpmkd.recipe_rules import uses_teachers
 from hf_hpmkd.run_ahead import run_ahead
 from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_environment import code_commit
@@ -98,8 +97,7 @@ def _run(run: Run) -> None:
     for metric in recipe.training.metrics:
         load_metric(metric)  # a name that does not exist should not be found out at the end
     with run.phase("data"):
-        all_trained_here = all(is_trained_here(teacher.model) for teacher in recipe.teachers)
-        parts = load_parts(recipe.data, task=recipe.task.type, teachers_saw_train=not all_trained_here)
+        parts = recipe_parts(recipe)
         record.class_names = parts.class_names
         record.parts = parts.provenance
         record.commits |= {"hf_hpmkd": code_commit(), "data": parts.provenance.get("commit")}

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 from accelerate import PartialState
-from tqdm.auto import tqdm
 
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.metrics import compute_metrics
+from hf_hpmkd.progress import progress_bar
 from hf_hpmkd.recipe import Recipe
 from hf_hpmkd.run_record import RunRecord
 from hf_hpmkd.tasks.base import UNAUGMENTED, Rows
@@ -154,12 +154,12 @@ def _outputs(
 
 def student_logits(student: Teacher, rows: Rows, batch_size: int) -> torch.Tensor:
     """Logits `(rows, classes)` on unaugmented rows, on the CPU."""
-    parts = tqdm(
-        torch.arange(len(rows)).split(batch_size),
+    parts = progress_bar(
+        iterable=torch.arange(len(rows)).split(batch_size),
         desc=f"{student.name}: {len(rows):,} rows",
         unit="batch",
-        leave=False,
-        disable=not PartialState().is_main_process,
+        passing=True,
+        shown=PartialState().is_main_process,
     )
     return torch.cat([student.logits(rows, part, torch.full_like(part, UNAUGMENTED)).cpu() for part in parts])
 

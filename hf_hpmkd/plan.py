@@ -16,10 +16,10 @@ from safetensors import safe_open
 
 from hf_hpmkd.classifier_training import Schedule, stage_schedule, student_schedule, teacher_schedule, total_steps
 from hf_hpmkd.classifiers import build_classifier
-from hf_hpmkd.data import PARTS, DataParts, load_parts
+from hf_hpmkd.data import PARTS, DataParts
 from hf_hpmkd.intermediate_models import build_intermediate, find_intermediates
 from hf_hpmkd.model_cost import activation_bytes, estimated_seconds, training_flops
-from hf_hpmkd.recipe import Recipe, TeacherConfig
+from hf_hpmkd.recipe import Recipe, TeacherConfig, recipe_parts
 from hf_hpmkd.recipe_rules import family, is_trained_here, looks_local, teacher_names, uses_teachers
 from hf_hpmkd.run_memory import outputs_folder
 from hf_hpmkd.search_budget import budget_steps, most_candidates
@@ -73,8 +73,7 @@ def _local_parts(recipe: Recipe) -> DataParts | None:
     local = path.startswith("sklearn:") or looks_local(path) or Path(path).expanduser().exists()
     if not local:
         return None
-    saw_train = not all(is_trained_here(teacher.model) for teacher in recipe.teachers)
-    return load_parts(recipe.data, task=recipe.task.type, teachers_saw_train=saw_train)
+    return recipe_parts(recipe)
 
 
 def _stand_in_rows(recipe: Recipe) -> Rows | None:

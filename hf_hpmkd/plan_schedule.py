@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_hpmkd.components.parallel_pipeline import Graph, Schedule, equal_workers, simulate
-from hf_hpmkd.data import load_parts
 from hf_hpmkd.gantt import Bar, gantt
 from hf_hpmkd.job_graph import corrected, run_graph
-from hf_hpmkd.recipe import Recipe
-from hf_hpmkd.recipe_rules import is_trained_here
+from hf_hpmkd.recipe import Recipe, recipe_parts
 from hf_hpmkd.report import markdown
 from hf_hpmkd.run_environment import environment
 from hf_hpmkd.run_memory import open_memory
@@ -40,8 +38,7 @@ def plan_schedule(recipe: Recipe, workers: Sequence[int], picture: Path | None =
 
 def estimated_graph(recipe: Recipe) -> Graph:
     """The jobs of a recipe with the seconds that its memory suggests for this machine."""
-    saw_train = not all(is_trained_here(teacher.model) for teacher in recipe.teachers)
-    graph = run_graph(recipe, load_parts(recipe.data, task=recipe.task.type, teachers_saw_train=saw_train))
+    graph = run_graph(recipe, recipe_parts(recipe))
     past = open_memory(recipe).records()[0] if recipe.memory.use else []
     return corrected(graph, past, environment()[1])
 

@@ -28,13 +28,13 @@ from hf_hpmkd.chain import build_chain
 from hf_hpmkd.chain_stages import WarmBuild
 from hf_hpmkd.classifier_training import done_file, student_schedule, train_or_load, write_json
 from hf_hpmkd.components.parallel_pipeline import Graph, equal_workers, simulate
-from hf_hpmkd.data import DataParts, load_parts
+from hf_hpmkd.data import DataParts
 from hf_hpmkd.engines import Ended, LocalWorkers, PipelineConfig, run_jobs, run_on_ray
 from hf_hpmkd.evaluation import capture
 from hf_hpmkd.job_graph import Task, corrected, has_chain, run_graph, run_tasks
 from hf_hpmkd.kept_student import distilled_folder
 from hf_hpmkd.model_cost import operations_per_second, thread_gain, training_flops
-from hf_hpmkd.recipe import Recipe, read_recipe, recipe_tree
+from hf_hpmkd.recipe import Recipe, read_recipe, recipe_parts, recipe_tree
 from hf_hpmkd.recipe_rules import is_trained_here, teacher_names, uses_teachers
 from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_environment import environment
@@ -314,9 +314,7 @@ class _Place:
 
     @cached_property
     def parts(self) -> DataParts:
-        recipe = self.run.recipe
-        saw_train = not all(is_trained_here(teacher.model) for teacher in recipe.teachers)
-        return load_parts(recipe.data, task=recipe.task.type, teachers_saw_train=saw_train)
+        return recipe_parts(self.run.recipe)
 
     def do(self, name: str) -> dict[str, Any]:
         """Does a job; returns what it found in the memory, and the chain where it decided on one."""

@@ -18,11 +18,11 @@ from torch import Tensor
 from hf_hpmkd.chain_stages import Stages, WarmBuild
 from hf_hpmkd.classifier_training import Trained, remove_training, student_schedule, train_or_load
 from hf_hpmkd.components.adaptive_configuration import Configuration
-from hf_hpmkd.data import TEXT_COLUMNS, DataParts, load_parts
+from hf_hpmkd.data import TEXT_COLUMNS, DataParts
 from hf_hpmkd.distill import get_teachers, student_builder
 from hf_hpmkd.evaluation import evaluate_teachers, teacher_logits
 from hf_hpmkd.quick_validation import features_before, overrides_of, with_values
-from hf_hpmkd.recipe import Recipe, read_recipe
+from hf_hpmkd.recipe import Recipe, read_recipe, recipe_parts
 from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_memory import RunMemory
 from hf_hpmkd.tasks.base import Rows
@@ -115,7 +115,7 @@ class TableRuns:
 
     @cached_property
     def parts(self) -> DataParts:
-        return load_parts(self.recipe.data, teachers_saw_train=False)
+        return recipe_parts(self.recipe)
 
     @cached_property
     def teachers(self) -> list[Teacher]:

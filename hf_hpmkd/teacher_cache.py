@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from hf_hpmkd.components.optimization_memory import default_outputs_root
 from hf_hpmkd.foreign_outputs import OutputSource, adopt
+from hf_hpmkd.progress import progress_bar
 from hf_hpmkd.tasks.base import UNAUGMENTED, Rows
 from hf_hpmkd.teacher_kinds import Teacher
 from hf_hpmkd.teacher_output_file import (
@@ -394,7 +395,7 @@ class _Capture:
         self.say = say
         self.files_of = {id(teacher): sum(other is teacher for other, _ in missing) for teacher, _ in missing}
         total = len(missing) * len(rows)
-        self.bar = tqdm(total=total, desc="Teacher outputs", unit="row", unit_scale=True, disable=not progress)
+        self.bar = progress_bar(total=total, desc="Teacher outputs", unit="row", unit_scale=True, shown=progress)
 
     def __enter__(self) -> "_Capture":
         return self

@@ -116,13 +116,14 @@ def _key(model: str, schedule: Schedule, recipe: Recipe, rows: Rows, parts: Data
     """Of all that decides a network's weights."""
     left_out = {*NOT_IN_KEY, *(field.name for field in dataclasses.fields(Schedule))}
     settings = dataclasses.asdict(recipe.training)
+    views = parts.num_views if rows.keeps_labels else 0
     return json_digest(
         {
             "teacher": model,
             "settings": {name: value for name, value in settings.items() if name not in left_out},
             "schedule": schedule.key(),
             "processes": batches_per_step(recipe),
-            "train": [rows.fingerprint, rows.view_key() if parts.num_views else None, parts.num_views],
+            "train": [rows.fingerprint, rows.view_key() if views else None, views],
             "labels": rows.labels.tolist(),
             "validation": parts.validation.fingerprint,
         }

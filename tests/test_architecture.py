@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "hf_hpmkd"
 # From the bottom up; inside a level from left to right. A file may import what stands before it, nothing else. A folder
 # (tasks, models, metrics, components) is one word; what its files do among themselves is their matter, save components.
 LEVELS = (
-    ("losses", "heads", "paired_tests", "meta_features", "run_environment", "run_record", "memory_records",
-     "memory_files", "hub_client", "tasks", "models", "metrics"),
+    ("losses", "heads", "paired_tests", "meta_features", "run_environment", "progress", "run_record",
+     "memory_records", "memory_files", "hub_client", "tasks", "models", "metrics"),
     ("components", "engines", "configuration_examples", "training_args", "dataset_rows", "data_source", "data",
      "model_names", "classifiers", "model_shapes", "intermediate_models", "warm_start",
      "fitted_start", "model_cost"),
@@ -47,6 +47,7 @@ ONLY = {
     "warm_start": {"heads", "models"},
     "fitted_start": {"models", "warm_start"},
     "metrics": set(),
+    "progress": set(),
     "memory_records": {"run_record"},
     "memory_files": set(),
     "components": {"losses", "meta_features", "memory_records", "memory_files"},

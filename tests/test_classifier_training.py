@@ -3,12 +3,26 @@
 import gc
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from datasets import Dataset
 
-from hf_hpmkd.classifier_training import old_garbage_left, student_schedule, total_steps, training_arguments
+from hf_hpmkd.classifier_training import (
+    old_garbage_left,
+    student_schedule,
+    total_steps,
+    train_or_load,
+    training_arguments,
+)
+from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.recipe import fingerprint, read_recipe, recipe_tree
+from hf_hpmkd.sklearn_teachers import train_sklearn
+from hf_hpmkd.tasks.text import TextRows
+from hf_hpmkd.tasks.word_dropout import WordDropout
+from hf_hpmkd.teacher_cache import TeacherCache
 
 
 @pytest.mark.parametrize(
@@ -51,6 +65,40 @@ def test_where_there_is_no_floor_the_keys_are_those_of_before_there_was() -> Non
         del known["training"][name]
     assert fingerprint(without) == hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
     assert fingerprint(without) != fingerprint(floored)
+
+
+@pytest.mark.parametrize("hears", [False, True])
+def test_views_that_may_change_a_label_are_for_teachers_answers_alone(tmp_path: Path, hears: bool) -> None:
+    texts = [f"{'good' if row % 2 else 'bad'} thing number {row}" for row in range(64)]
+    dataset = Dataset.from_dict({"text": texts, "label": [row % 2 for row in range(64)]})
+    rows = TextRows.from_dataset(dataset, "text", "label", ["no", "yes"], WordDropout(0.5))
+    tree = {
+        "data": {"path": "unused"},
+        "teachers": [{"model": "sklearn:LogisticRegression"}],
+        "student": {"model": "bert-1x16"},
+        "distillation": {"gate": "uniform", "calibrate_teachers": False},
+        "training": {"epochs": 2, "batch_size": 32},
+        "output": {"dir": str(tmp_path)},
+    }
+    recipe = read_recipe(tree, "a test", check_files=False)
+    teachers = [train_sklearn("LogisticRegression", None, rows, folds=0)[0]] if hears else []
+    weights = []
+    for num_views in (0, 2):
+        trained = train_or_load(
+            "student",
+            partial(build_classifier, "bert-1x16", rows),
+            recipe,
+            student_schedule(recipe),
+            tmp_path / f"student-{num_views}",
+            rows,
+            rows,
+            num_views=num_views,
+            teachers=teachers,
+            guide=rows if hears else None,
+            cache=TeacherCache(tmp_path / "cache"),
+        )
+        weights.append(torch.cat([parameter.flatten() for parameter in trained.classifier.model.parameters()]))
+    assert torch.equal(*weights) != hears
 
 
 def test_old_garbage_is_left_for_a_while_and_no_longer() -> None:

@@ -380,12 +380,23 @@ def test_splits_must_agree_on_the_classes(tmp_path):
         ({"guide_size": 61}, "`guide_size` must give between 1 and 60 rows"),
         ({"guide_size": 0.001}, r"got 0.001 \(0 rows\)"),
         ({"guide_size": 40, "validation_size": 20}, "Too many rows are asked for .guide 40, validation 20"),
-        ({"augmentation": "crop"}, "`augmentation` is for images, got 'crop' for text-classification"),
+        ({"augmentation": "crop"}, "one of auto, none, word_dropout for text-classification, got 'crop'"),
     ],
 )
 def test_settings_that_do_not_fit_the_data_are_refused(two_splits, settings, match):
     with pytest.raises(ValueError, match=match):
         load_parts(DataConfig(path=two_splits, **settings))
+
+
+def test_texts_have_views_unless_a_teacher_has_one_answer_per_row(two_splits):
+    parts = load_parts(DataConfig(path=two_splits, views=4, seed=7))
+    assert parts.num_views == 4 and parts.train.view_key()["seed"] == 7
+    assert parts.provenance["augmentation"]["policy"] == "word_dropout"
+    assert not any(part.supports_views for part in (parts.guide, parts.validation, parts.test))
+    assert load_parts(DataConfig(path=two_splits, augmentation="none")).num_views == 0
+    assert load_parts(DataConfig(path=two_splits), fixed_answers=True).num_views == 0
+    asked = DataConfig(path=two_splits, augmentation="word_dropout")
+    assert load_parts(asked, fixed_answers=True).num_views == 6  # which its outputs then refuse, with the way out
 
 
 def test_the_task_is_checked(two_splits):

@@ -35,9 +35,10 @@ with one seed a run cannot measure it."""
 
 _LEADS_ALIKE = 60  # early leads of examples that are asked what became of them
 # How far apart two candidates lie, encoded: by another kind or by a temperature of more than twice, not by a weight
-# decay, a learning rate, an alpha or a gate alone, between which a short try cannot tell.
+# decay (however different), a learning rate, an alpha or a gate alone, between which a short try cannot tell.
 _UNLIKE = 1.2
 _GATE_SHARE = 0.5  # of the distance between two gates
+_DECAY_SHARE = 0.5  # of that between two weight decays
 _START = 2.0  # how far apart two starts lie
 WARM_WORDS = "from a teacher's weights"
 _BOLDNESS = 1.0  # standard deviations that a candidate is credited with before it is tried
@@ -104,6 +105,7 @@ _USUAL = (
 )
 _KINDS, _GATES = tuple(LEGAL_SCHEDULES), ("mixture", "joint", "label", "uniform")
 _GATE_COLUMNS = slice(4 + len(_KINDS), 4 + len(_KINDS) + len(_GATES))  # of an encoded configuration
+_DECAY_COLUMN = -2
 
 
 @dataclass(frozen=True)
@@ -336,6 +338,7 @@ def propose(
     hope = prediction.gain + _BOLDNESS * prediction.doubt
     encoded = np.array([encode(one) for one in configurations])
     encoded[:, _GATE_COLUMNS] *= _GATE_SHARE
+    encoded[:, _DECAY_COLUMN] *= _DECAY_SHARE
     open_ = np.array([one != DIRECT for one in configurations])
     always = [] if own is None else [own]
     if FASTER in configurations:

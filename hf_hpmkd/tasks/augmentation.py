@@ -1,9 +1,4 @@
-"""Image augmentation that can be replayed: every random number is a pure function of (seed, row, view).
-
-The teachers' answers are computed once per view and kept; the student must later see exactly the same pixels (a
-"consistent" teacher, Beyer et al. 2022, "Knowledge distillation: A good teacher is patient and consistent"). So no
-generator with a state is used, and a row's picture depends neither on its batch nor on the process that draws it.
-"""
+"""Image augmentation that can be replayed: the same seed, row and view give the same pixels (`draws`)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvF
 
-from hf_hpmkd.tasks.base import UNAUGMENTED
+from hf_hpmkd.tasks.draws import Draws
 
 POLICIES = ("none", "crop", "crop_flip", "resized_crop_flip")
 MIN_AREA = (
@@ -25,8 +20,6 @@ REVISION = 1  # enters the cache key: raise it when the pixels of a view change
 
 Images = Tensor | list[Tensor]
 """uint8 `(batch, channels, height, width)`, or a list of uint8 `(channels, height, width)` of unequal sizes."""
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
@@ -70,7 +63,7 @@ def augment(images: Images, rows: Tensor, views: Tensor, augmentation: Augmentat
     """
     if augmentation.policy == "none":
         return images
-    draw = _Draws(augmentation.seed, rows, views)
+    draw = Draws(augmentation.seed, rows, views)
     if augmentation.policy == "resized_crop_flip":
         return _resized_crop_flip(images, draw, augmentation)
     if isinstance(images, Tensor):
@@ -91,40 +84,7 @@ def by_shape(images: list[Tensor], function: Callable[[Tensor, np.ndarray], Tens
     return results
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele et al. 2014): every bit of the result depends on every bit of x. Wraps
-    modulo 2^64.
-    """
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-class _Draws:
-    """Uniform numbers per row, one stream per purpose; `active` marks the rows that are to be augmented at all."""
-
-    def __init__(self, seed: int, rows: Tensor, views: Tensor) -> None:
-        view_numbers = np.asarray(views, dtype=np.int64)
-        self.active = view_numbers != UNAUGMENTED
-        state = _mix(np.asarray([seed], dtype=np.uint64) + _GOLDEN)
-        state = _mix((state ^ np.asarray(rows, dtype=np.int64).astype(np.uint64)) + _GOLDEN)
-        self._state = _mix((state ^ view_numbers.astype(np.uint64)) + _GOLDEN)
-
-    def only(self, members: np.ndarray) -> "_Draws":
-        part = object.__new__(_Draws)
-        part.active, part._state = self.active[members], self._state[members]
-        return part
-
-    def uniform(self, stream: int) -> np.ndarray:
-        """float64 in [0, 1), `(batch,)`."""
-        mixed = _mix(self._state + np.asarray([stream + 1], dtype=np.uint64) * _GOLDEN)
-        return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-    def flip(self, stream: int) -> np.ndarray:
-        return (self.uniform(stream) < 0.5) & self.active
-
-
-def _crop_flip(images: Tensor, draw: _Draws, augmentation: Augmentation) -> Tensor:
+def _crop_flip(images: Tensor, draw: Draws, augmentation: Augmentation) -> Tensor:
     """Pads with black, cuts the original size out at a random place, mirrors half of them. One copy of the batch, no
     loop.
     """
@@ -142,7 +102,7 @@ def _crop_flip(images: Tensor, draw: _Draws, augmentation: Augmentation) -> Tens
     return torch.from_numpy(result)
 
 
-def _resized_crop_flip(images: Images, draw: _Draws, augmentation: Augmentation) -> Images:
+def _resized_crop_flip(images: Images, draw: Draws, augmentation: Augmentation) -> Images:
     """A loop over images: each is resized from its own part, and pictures of this size cost far more to decode than to
     resize.
 

@@ -35,6 +35,9 @@ class Rows(ABC):
 
     task: str
     supports_views: bool = False
+    keeps_labels: bool = True
+    """Whether a view of a row is of the row's class for sure. Where not, views are for what teachers answer; learning
+    from labels alone takes the rows as they are."""
 
     def __init__(self, dataset: Dataset, labels: Sequence[int] | Tensor, class_names: Sequence[str]) -> None:
         self.dataset = dataset
@@ -127,7 +130,8 @@ class Encoded(Protocol):
 
 @runtime_checkable
 class StaticFeed(Feed, Protocol):
-    """A feed of inputs that never change between epochs (text, tables): encode once, index afterwards."""
+    """A feed of inputs that need not change between epochs (text, tables): where no views are asked for, encode once,
+    index afterwards."""
 
     def encode(self, raw: dict[str, Any]) -> Encoded: ...
 
@@ -163,7 +167,7 @@ class FedDataset(torch.utils.data.Dataset):
         # Shared memory: data-loader workers that live across epochs have to see the epoch too.
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
         self._encoded: Encoded | None = None
-        if isinstance(feed, StaticFeed):
+        if isinstance(feed, StaticFeed) and not num_views:
             self._encoded = feed.encode(rows.raw(torch.arange(len(rows))))
 
     def __len__(self) -> int:

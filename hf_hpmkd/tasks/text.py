@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_hpmkd.tasks.base import TEXT_CLASSIFICATION, Rows, column_values, json_digest
+from hf_hpmkd.tasks.word_dropout import WordDropout, drop_words
 
 SPECIAL_TOKENS = PAD, UNKNOWN, START, END, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 MAX_ALPHABET = 1000
@@ -26,14 +27,22 @@ TEXT_COLUMNS = ("text", "sentence")
 
 
 class TextRows(Rows):
-    """Rows with one text each. Build with `from_dataset`."""
+    """Rows with one text each. Build with `from_dataset`. augmentation: None has no views."""
 
     task = TEXT_CLASSIFICATION
 
     def __init__(
-        self, dataset: Dataset, texts: Sequence[str], labels: Sequence[int] | Tensor, class_names: Sequence[str]
+        self,
+        dataset: Dataset,
+        texts: Sequence[str],
+        labels: Sequence[int] | Tensor,
+        class_names: Sequence[str],
+        augmentation: WordDropout | None = None,
     ) -> None:
         super().__init__(dataset, labels, class_names)
+        self.augmentation = augmentation
+        self.supports_views = augmentation is not None
+        self.keeps_labels = augmentation is None
         self.texts = list(texts)
         wrong = next((row for row, text in enumerate(self.texts) if not isinstance(text, str)), None)
         if wrong is not None:
@@ -44,14 +53,22 @@ class TextRows(Rows):
 
     @classmethod
     def from_dataset(
-        cls, dataset: Dataset, text_column: str, label_column: str, class_names: Sequence[str]
+        cls,
+        dataset: Dataset,
+        text_column: str,
+        label_column: str,
+        class_names: Sequence[str],
+        augmentation: WordDropout | None = None,
     ) -> "TextRows":
         """Raises ValueError for a row without a text. An empty text is a text."""
         texts, labels = column_values(dataset, text_column), column_values(dataset, label_column)
-        return cls(dataset, texts, labels, class_names)
+        return cls(dataset, texts, labels, class_names, augmentation)
 
     def _raw(self, positions: Tensor, views: Tensor | None) -> dict[str, Any]:
-        return {"text": [self.texts[position] for position in positions.tolist()]}
+        texts = [self.texts[position] for position in positions.tolist()]
+        if views is not None and self.augmentation is not None:
+            texts = drop_words(texts, positions, views, self.augmentation)
+        return {"text": texts}
 
     def _hash_inputs(self, digest: Any) -> None:
         encoded = [text.encode("utf-8", "surrogatepass") for text in self.texts]
@@ -63,7 +80,10 @@ class TextRows(Rows):
         positions = torch.as_tensor(indices, dtype=torch.long)
         picked = positions.tolist()
         texts = [self.texts[position] for position in picked]
-        return TextRows(self.dataset.select(picked), texts, self.labels[positions], self.class_names)
+        return TextRows(self.dataset.select(picked), texts, self.labels[positions], self.class_names, self.augmentation)
+
+    def view_key(self) -> dict[str, Any]:
+        return {} if self.augmentation is None else self.augmentation.describe()
 
 
 class EncodedTexts:

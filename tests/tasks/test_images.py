@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, ViTImageProcessor
 from transformers.models.timm_wrapper import TimmWrapperImageProcessor
 
 from hf_hpmkd.tasks import Augmentation, ImageFeed, ImageRows, ProcessorFeed, augment
-from hf_hpmkd.tasks.augmentation import _Draws
+from hf_hpmkd.tasks.draws import Draws
 
 NAMES = ["cat", "dog"]
 MASK = 2**64 - 1
@@ -147,7 +147,7 @@ def test_a_resized_batch_with_untouched_rows_becomes_a_list():
 
 def test_random_numbers_are_uniform_and_independent():
     rows, views = torch.arange(60_000) // 6, torch.arange(60_000) % 6
-    draws = _Draws(0, rows, views)
+    draws = Draws(0, rows, views)
     streams = np.stack([draws.uniform(stream) for stream in range(5)])
     assert streams.min() >= 0 and streams.max() < 1
     shares = np.stack([np.bincount((s * 9).astype(int), minlength=9) for s in streams]) / 60_000

@@ -1,0 +1,26 @@
+"""Progress bars of long work: as usual in a terminal or notebook, a line now and then where output goes to a file."""
+
+import sys
+from typing import Any
+
+from tqdm.asyncio import tqdm as plain_tqdm
+from tqdm.auto import tqdm
+
+SECONDS_BETWEEN_LINES = 30.0
+"""In a file, which keeps every state of a bar as a line."""
+
+
+def is_live() -> bool:
+    """Whether somebody sees a bar move."""
+    return tqdm is not plain_tqdm or sys.stderr.isatty()
+
+
+def progress_bar(*, shown: bool = True, passing: bool = False, **options: Any) -> tqdm:
+    """A bar of tqdm's with these options. shown: False draws nothing. passing: of short work inside longer work,
+    cleared when done and left out of files.
+    """
+    live = is_live()
+    options |= {"leave": not passing, "disable": not shown or (passing and not live)}
+    if not live:
+        options["mininterval"] = SECONDS_BETWEEN_LINES
+    return tqdm(**options)
