@@ -67,7 +67,7 @@ _LIVE = (*_HALF, "distillation.teacher_outputs=live", "distillation.topk=null")
 METHODS = (
     Method(
         "direct",
-        "the labels alone: same steps, same augmented views, no teacher",
+        "the labels alone: same steps, same augmented views (texts as they are), no teacher",
         _DIRECT,
     ),
     Method(

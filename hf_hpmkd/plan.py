@@ -120,7 +120,8 @@ def _data_lines(recipe: Recipe, parts: DataParts | None, rows: Rows | None) -> l
             f"         {part:11}{len(getattr(parts, part)):>9,} rows   {parts.provenance['parts'][part]['how']}"
         )
     if parts.num_views:
-        lines.append(f"         {parts.num_views} augmented views of each training row")
+        who = "" if parts.train.keeps_labels else ", for students that hear teachers"
+        lines.append(f"         {parts.num_views} augmented views of each training row{who}")
     return lines + [f"         warning: {warning}" for warning in parts.provenance["warnings"]]
 
 
