@@ -86,8 +86,8 @@ class DataConfig:
     augmentation: Literal["auto", "none", "crop", "crop_flip", "resized_crop_flip", "word_dropout"] = Field(
         default="auto",
         description="How training rows are varied. auto: crop_flip for colour images up to 64 pixels, crop for grey "
-        "or tiny ones, resized_crop_flip above 64 pixels; word_dropout for texts, where a student that hears teachers "
-        "sees a fifth of the words left out; none for tables, and where a teacher has one answer per row.",
+        "or tiny ones, resized_crop_flip above 64 pixels; none for texts and tables, and where a teacher has one "
+        "answer per row. word_dropout is for texts: a student that hears teachers sees a fifth of the words left out.",
     )
     views: int = Field(default=6, ge=1, description="Different augmented views of each training image or text.")
     seed: int = Field(default=0, ge=0, description="Decides all draws and the augmented views.")
@@ -275,10 +275,10 @@ def _choose_augmentation(config: DataConfig, task: str, train: Dataset, columns:
     possible = ("auto", "none", *of_task.get(task, ()))
     if policy not in possible:
         raise ValueError(f"`augmentation` must be one of {', '.join(possible)} for {task}, got {policy!r}.")
-    if policy == "none" or task == TABULAR_CLASSIFICATION:
-        return None
-    if task == TEXT_CLASSIFICATION:
+    if policy == "word_dropout":
         return WordDropout(seed=config.seed)
+    if policy == "none" or task != IMAGE_CLASSIFICATION:
+        return None
     image = train.with_format(None)[0][columns[0]]
     if image is None:
         raise ValueError(f"Row 0 of the training split has no image in column {columns[0]!r}. Remove such rows first.")

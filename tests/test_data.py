@@ -223,6 +223,10 @@ def test_augmentation_follows_the_images(tmp_path, size, mode, expected):
     assert not any(getattr(parts, part).supports_views for part in ("guide", "validation", "test"))
     plain = load_parts(DataConfig(path=path, augmentation="none"), teachers_saw_train=False)
     assert plain.num_views == 0 and plain.train.view_key() == {}
+    fixed = {"teachers_saw_train": False, "fixed_answers": True}
+    assert load_parts(DataConfig(path=path), **fixed).num_views == 0
+    asked = DataConfig(path=path, augmentation="crop")  # which a teacher with one answer per row then refuses
+    assert load_parts(asked, **fixed).num_views == 6
 
 
 def test_digits_come_with_scikit_learn():
@@ -388,15 +392,13 @@ def test_settings_that_do_not_fit_the_data_are_refused(two_splits, settings, mat
         load_parts(DataConfig(path=two_splits, **settings))
 
 
-def test_texts_have_views_unless_a_teacher_has_one_answer_per_row(two_splits):
-    parts = load_parts(DataConfig(path=two_splits, views=4, seed=7))
+def test_texts_have_views_where_they_are_asked_for(two_splits):
+    parts = load_parts(DataConfig(path=two_splits, augmentation="word_dropout", views=4, seed=7))
     assert parts.num_views == 4 and parts.train.view_key()["seed"] == 7
     assert parts.provenance["augmentation"]["policy"] == "word_dropout"
     assert not any(part.supports_views for part in (parts.guide, parts.validation, parts.test))
-    assert load_parts(DataConfig(path=two_splits, augmentation="none")).num_views == 0
-    assert load_parts(DataConfig(path=two_splits), fixed_answers=True).num_views == 0
-    asked = DataConfig(path=two_splits, augmentation="word_dropout")
-    assert load_parts(asked, fixed_answers=True).num_views == 6  # which its outputs then refuse, with the way out
+    for policy in ("auto", "none"):
+        assert load_parts(DataConfig(path=two_splits, augmentation=policy)).num_views == 0
 
 
 def test_the_task_is_checked(two_splits):
