@@ -204,6 +204,27 @@ class ComparisonRecord(_JsonFile):
         """The finished students of a method, by seed."""
         return {one.seed: one for one in sorted(self.results, key=lambda one: one.seed) if one.method == name}
 
+    def at_the_edge(self) -> dict[str, list[str]]:
+        """Methods whose tuning chose the largest, or the smallest, of several learning rates, by that word: beyond it
+        they may do better.
+        """
+        found: dict[str, list[str]] = {}
+        for method in self.methods:
+            trials = [trial for trial in self.trials if trial.method == method.name]
+            chosen = next((trial for trial in trials if trial.chosen), None)
+            if chosen is None:
+                continue
+            own = method.overrides[: len(method.overrides) - len(chosen.overrides)]  # what was chosen stands behind it
+            rates = {self._learning_rate([*own, *trial.overrides]) for trial in trials}
+            for word, edge in (("largest", max(rates)), ("smallest", min(rates))):
+                if len(rates) > 1 and self._learning_rate(method.overrides) == edge:
+                    found.setdefault(word, []).append(method.name)
+        return found
+
+    def _learning_rate(self, overrides: list[str]) -> float:
+        said = [word.partition("=")[2] for word in overrides if word.startswith("training.learning_rate=")]
+        return float(said[-1] if said else self.recipe["training"]["learning_rate"])
+
     def retention(self, result: Result, part: str) -> float | None:
         """Accuracy over that of the best single teacher on the same rows; None where either is missing."""
         accuracies = [one.accuracy[part] for one in self.teachers.get(result.taught_by, []) if part in one.accuracy]

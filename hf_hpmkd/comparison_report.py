@@ -306,6 +306,11 @@ def notes(record: ComparisonRecord) -> list[str]:
             f"Tuned on validation rows with {len(record.trials)} trainings, {seconds:,.0f} s. Chosen: "
             f"{'; '.join(chosen)}."
         )
+        said += [
+            f"Of the learning rates tried the {word} was chosen for {', '.join(names)}, which may do better beyond it: "
+            "compare around it (training.learning_rate=...) before you believe a difference."
+            for word, names in record.at_the_edge().items()
+        ]
     if record.looks:
         said.append(
             f"The test part was opened {len(record.looks)} time{'s' if len(record.looks) > 1 else ''}: "

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.axes import Axes
 from scipy import stats
 
-from hf_hpmkd.comparison_record import ComparisonRecord, Look, MethodRecord, Result, Score
+from hf_hpmkd.comparison_record import ComparisonRecord, Look, MethodRecord, Result, Score, Trial
 from hf_hpmkd.comparison_report import (
     against,
     draw_compression,
@@ -60,6 +60,28 @@ def test_methods_that_ended_with_the_same_students_are_one_hypothesis():
     text = summary(record)
     assert "Holm's correction for 2 comparisons with direct. " in text.replace("\n", " ")
     assert "Ended with the same students, which are compared once: kd and copy; direct and again." in text
+
+
+def test_a_learning_rate_at_the_edge_of_what_was_tried_is_told():
+    record = make()
+    record.recipe = {**RECIPE, "training": {"learning_rate": 0.1}}
+
+    def tried(method, chosen, *rates):
+        words = [[f"training.learning_rate={rate:g}"] if rate else [] for rate in rates]
+        return [Trial(method, word, 0.5, 1.0, rate == chosen) for word, rate in zip(words, rates, strict=True)]
+
+    # kd has a rate of its own, 3; direct stays at the recipe's, which is the smallest; odd has its best inside.
+    record.trials = (
+        tried("kd", 6, None, 1.5, 6) + tried("direct", None, None, 0.2, 0.4) + tried("odd", 0.2, None, 0.2, 0.4)
+    )
+    overrides = {"kd": ["training.learning_rate=3", "training.learning_rate=6"], "odd": ["training.learning_rate=0.2"]}
+    record.methods = [dataclasses.replace(one, overrides=overrides.get(one.name, [])) for one in record.methods]
+    assert record.at_the_edge() == {"largest": ["kd"], "smallest": ["direct"]}
+    text = summary(record).replace("\n", " ")
+    assert "Of the learning rates tried the largest was chosen for kd, which" in text
+    assert "the smallest was chosen for direct, which" in text
+    record.trials = tried("odd", None, None)  # a single one has no edge
+    assert record.at_the_edge() == {}
 
 
 def test_bits_come_back():

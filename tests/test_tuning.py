@@ -28,16 +28,16 @@ def test_every_method_gets_the_budget_and_begins_with_itself(name):
 def test_a_small_grid_is_tried_whole():
     recipe = load_recipe("quickstart")
     rates = [values(recipe, one)[2] for one in trials(recipe, known_methods()["direct"], 99)]
-    assert sorted(rates) == pytest.approx([recipe.training.learning_rate * factor for factor in (0.5, 1, 2)])
-    assert len(trials(recipe, known_methods()["kd-mean"], 99)) == (3 * 4 + 1) * 3
+    assert sorted(rates) == pytest.approx([recipe.training.learning_rate * factor for factor in (0.25, 0.5, 1, 2, 4)])
+    assert len(trials(recipe, known_methods()["kd-mean"], 99)) == (3 * 4 + 1) * 5
 
 
 def test_the_labels_alone_are_among_the_trials_where_the_method_allows_it():
     recipe = load_recipe("quickstart")
     alone = [one for one in trials(recipe, known_methods()["hpmkd"], 99) if values(recipe, one)[0] == 0]
-    assert len(alone) == 3 and not any("temperature" in word for one in alone for word in one.overrides)
+    assert len(alone) == 5 and not any("temperature" in word for one in alone for word in one.overrides)
     chained = [values(recipe, one)[0] for one in trials(recipe, known_methods()["takd"], 99)]
-    assert len(chained) == 3 * 4 * 3 and min(chained) == 0.5  # nobody would listen to the chain
+    assert len(chained) == 3 * 4 * 5 and min(chained) == 0.5  # nobody would listen to the chain
 
 
 def test_what_configures_itself_is_taken_as_it_is():
