@@ -4,6 +4,7 @@ from hf_hpmkd.tasks.base import TASKS, UNAUGMENTED, Encoded, FedDataset, Feed, R
 from hf_hpmkd.tasks.images import Augmentation, ImageFeed, ImageRows, ProcessorFeed, augment
 from hf_hpmkd.tasks.tables import TableFeed, TableRows
 from hf_hpmkd.tasks.text import TextFeed, TextRows, train_tokenizer
+from hf_hpmkd.tasks.word_dropout import WordDropout
 
 __all__ = [
     "TASKS",
@@ -21,6 +22,7 @@ __all__ = [
     "TableRows",
     "TextFeed",
     "TextRows",
+    "WordDropout",
     "augment",
     "train_tokenizer",
 ]
