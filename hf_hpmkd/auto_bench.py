@@ -63,12 +63,9 @@ _OTHERS = ("faster", "fixed")
 
 @dataclass(frozen=True)
 class _Training:
-    """How long and on how many rows the students of a kind of data are trained. views: of images and texts. Parts: rows
-    or shares.
-    """
+    """How long and on how many rows the students of a kind of data are trained. Parts: rows or shares."""
 
     most_rows: int
-    views: int
     epochs: int
     learning_rate: float
     guide: float
@@ -77,9 +74,9 @@ class _Training:
 
 
 _TRAININGS = {
-    "table": _Training(4_000, 1, 15, 0.003, 0.1, 0.2, GRID),
-    "image": _Training(12_500, 2, 4, 0.005, 1_000, 2_500, SHORT_GRID),
-    "text": _Training(12_500, 6, 15, 0.001, 0.1, 0.2, SHORT_GRID),
+    "table": _Training(4_000, 15, 0.003, 0.1, 0.2, GRID),
+    "image": _Training(12_500, 4, 0.005, 1_000, 2_500, SHORT_GRID),
+    "text": _Training(12_500, 15, 0.001, 0.1, 0.2, SHORT_GRID),
 }
 
 
@@ -164,7 +161,7 @@ def _told(found: dict[str, Any]) -> str:
 
 def _judge(settings: Settings, folder: Path, seed: int) -> dict[str, Any]:
     how = _TRAININGS[kind_of(folder)]
-    data: dict[str, Any] = {"max_train_rows": settings.most_rows or how.most_rows, "views": how.views}
+    data: dict[str, Any] = {"max_train_rows": settings.most_rows or how.most_rows, "views": 2}
     data |= {"guide_size": how.guide, "validation_size": how.validation}
     training = {"epochs": settings.epochs or how.epochs, "batch_size": 64, "learning_rate": how.learning_rate}
     training["min_steps"] = settings.min_steps

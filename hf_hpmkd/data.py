@@ -152,9 +152,10 @@ def load_parts(
         _require_columns(config, split, rows)
     task, columns, notes = _choose_input(config, task, splits[chosen["train"]])
     splits, class_names = with_classes(splits, config.label_column, source.untyped)
-    augmentation = None
-    if not (fixed_answers and config.augmentation == "auto"):
-        augmentation = _choose_augmentation(config, task, splits[chosen["train"]], columns)
+    augmentation = _choose_augmentation(config, task, splits[chosen["train"]], columns)
+    if augmentation is not None and fixed_answers and config.augmentation == "auto":
+        augmentation = None
+        notes = [*notes, "Training rows are not augmented, because a teacher has one answer per row (a column)."]
 
     labels = {role: np.asarray(column_values(splits[split], config.label_column)) for role, split in chosen.items()}
     drawn, how = _draw_parts(config, labels, teachers_saw_train)

@@ -121,11 +121,13 @@ def _train_accuracies(
     teachers: Sequence[Teacher], parts: DataParts, recipe: Recipe, cache: TeacherCache, say: Callable[[str], None]
 ) -> list[float]:
     """Computes the outputs that the student will learn from, in the recipe's mode; each teacher's share of hits."""
-    stored = _outputs(teachers, parts.train, recipe, cache, say, recipe.distillation.teacher_outputs, parts.num_views)
+    mode, view = recipe.distillation.teacher_outputs, 0 if parts.num_views else UNAUGMENTED
+    stored = _outputs(teachers, parts.train, recipe, cache, say, mode, parts.num_views)
+    if parts.num_views and not parts.train.keeps_labels:  # whose views tell nothing of what was learned by heart
+        stored, view = _outputs(teachers, parts.train, recipe, cache, say, mode, 0), UNAUGMENTED
     hits = torch.zeros(len(teachers))
     for part in torch.arange(len(parts.train)).split(_CHUNK):  # decoded at once they would fill the memory
-        views = torch.full_like(part, 0 if parts.num_views else UNAUGMENTED)
-        hits += (stored.lookup(part, views).argmax(-1) == parts.train.labels[part]).sum(1)
+        hits += (stored.lookup(part, torch.full_like(part, view)).argmax(-1) == parts.train.labels[part]).sum(1)
     return (hits / len(parts.train)).tolist()
 
 

@@ -67,12 +67,12 @@ _LIVE = (*_HALF, "distillation.teacher_outputs=live", "distillation.topk=null")
 METHODS = (
     Method(
         "direct",
-        "the labels alone: same steps, same augmented views (texts as they are), no teacher",
+        "the labels alone: same steps, same augmented views, no teacher",
         _DIRECT,
     ),
     Method(
         "direct-fresh",
-        "the labels alone, with new augmented views in every epoch",
+        "the labels alone, with new augmented views in every epoch (texts as they are)",
         _DIRECT,
         fresh_views=True,
     ),

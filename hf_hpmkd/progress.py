@@ -22,5 +22,5 @@ def progress_bar(*, shown: bool = True, passing: bool = False, **options: Any) -
     live = is_live()
     options |= {"leave": not passing, "disable": not shown or (passing and not live)}
     if not live:
-        options["mininterval"] = SECONDS_BETWEEN_LINES
+        options |= {"mininterval": SECONDS_BETWEEN_LINES, "maxinterval": SECONDS_BETWEEN_LINES}
     return tqdm(**options)

@@ -80,7 +80,7 @@ def _network(
         def build(meta: bool = False) -> Classifier:
             return build_classifier(config.model, rows, seed=schedule.seed, meta=meta)
 
-        key, batch_size = _key(config.model, schedule, recipe, rows, parts), recipe.training.eval_batch_size
+        key, batch_size = network_key(config.model, schedule, recipe, rows, parts), recipe.training.eval_batch_size
         with making(store, key):
             with PartialState().main_process_first():
                 asked = store if memory.is_main and not done_file(into).is_file() else None
@@ -112,7 +112,7 @@ def _network(
     return FoldedTeacher(full, teachers, fold_of_row, parts.train), seconds
 
 
-def _key(model: str, schedule: Schedule, recipe: Recipe, rows: Rows, parts: DataParts) -> str:
+def network_key(model: str, schedule: Schedule, recipe: Recipe, rows: Rows, parts: DataParts) -> str:
     """Of all that decides a network's weights."""
     left_out = {*NOT_IN_KEY, *(field.name for field in dataclasses.fields(Schedule))}
     settings = dataclasses.asdict(recipe.training)

@@ -15,6 +15,7 @@ from hf_hpmkd.auto_bench import Settings, bench_auto, summary
 from hf_hpmkd.components.adaptive_configuration import DIRECT, Configuration
 from hf_hpmkd.configuration_examples import provenance, read_prior
 from hf_hpmkd.prior_build import build_prior
+from hf_hpmkd.recipe import recipe_from_line
 from hf_hpmkd.recipe_rules import family
 from hf_hpmkd.table_runs import TableRuns, kind_of
 
@@ -193,6 +194,13 @@ def test_a_prior_is_built_goes_on_and_is_judged_without_the_judged(tables: Path,
 
 
 original = auto_bench.write_prior
+
+
+def test_students_are_trained_as_long_as_those_of_a_line_without_a_recipe(tmp_path: Path) -> None:
+    line = recipe_from_line(["mlp-8"], "mlp-4", "sklearn:wine")
+    settings = Settings(tmp_path, tmp_path / "bench")
+    assert settings.min_steps == settings.told()["min_steps"] == line.training.min_steps > 0
+    assert replace(settings, epochs=2).min_steps == 0  # as in a line that says how long
 
 
 def test_unknown_tables_are_told_before_any_work(tables: Path, tmp_path: Path) -> None:

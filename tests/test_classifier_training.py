@@ -18,11 +18,13 @@ from hf_hpmkd.classifier_training import (
     training_arguments,
 )
 from hf_hpmkd.classifiers import build_classifier
+from hf_hpmkd.data import DataParts
 from hf_hpmkd.recipe import fingerprint, read_recipe, recipe_tree
 from hf_hpmkd.sklearn_teachers import train_sklearn
 from hf_hpmkd.tasks.text import TextRows
 from hf_hpmkd.tasks.word_dropout import WordDropout
 from hf_hpmkd.teacher_cache import TeacherCache
+from hf_hpmkd.teacher_training import network_key
 
 
 @pytest.mark.parametrize(
@@ -99,6 +101,28 @@ def test_views_that_may_change_a_label_are_for_teachers_answers_alone(tmp_path: 
         )
         weights.append(torch.cat([parameter.flatten() for parameter in trained.classifier.model.parameters()]))
     assert torch.equal(*weights) != hears
+
+
+def test_a_network_that_teaches_is_the_same_whatever_views_it_will_answer() -> None:
+    texts = [f"thing number {row}" for row in range(8)]
+    dataset = Dataset.from_dict({"text": texts, "label": [row % 2 for row in range(8)]})
+    plain, varied = (
+        TextRows.from_dataset(dataset, "text", "label", ["no", "yes"], augmentation)
+        for augmentation in (None, WordDropout())
+    )
+    tree = {"data": {"path": "x"}, "teachers": [{"model": "bert-1x16"}], "student": {"model": "bert-1x16"}}
+    recipe = read_recipe(tree, "a test", check_files=False)
+    keys = {
+        network_key(
+            "bert-1x16",
+            student_schedule(recipe),
+            recipe,
+            rows,
+            DataParts("text", ["no", "yes"], *[rows] * 4, num_views=views),
+        )
+        for rows, views in ((plain, 0), (varied, 6))
+    }
+    assert len(keys) == 1
 
 
 def test_old_garbage_is_left_for_a_while_and_no_longer() -> None:

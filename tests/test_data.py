@@ -224,7 +224,8 @@ def test_augmentation_follows_the_images(tmp_path, size, mode, expected):
     plain = load_parts(DataConfig(path=path, augmentation="none"), teachers_saw_train=False)
     assert plain.num_views == 0 and plain.train.view_key() == {}
     fixed = {"teachers_saw_train": False, "fixed_answers": True}
-    assert load_parts(DataConfig(path=path), **fixed).num_views == 0
+    unvaried = load_parts(DataConfig(path=path), **fixed)
+    assert unvaried.num_views == 0 and any("one answer per row" in line for line in unvaried.provenance["warnings"])
     asked = DataConfig(path=path, augmentation="crop")  # which a teacher with one answer per row then refuses
     assert load_parts(asked, **fixed).num_views == 6
 

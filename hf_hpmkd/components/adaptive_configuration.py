@@ -35,7 +35,8 @@ with one seed a run cannot measure it."""
 
 _LEADS_ALIKE = 60  # early leads of examples that are asked what became of them
 # How far apart two candidates lie, encoded: by another kind or by a temperature of more than twice, not by a weight
-# decay (however different), a learning rate, an alpha or a gate alone, between which a short try cannot tell.
+# decay (however different), half or twice a learning rate, an alpha or a gate alone, between which a short try cannot
+# tell.
 _UNLIKE = 1.2
 _GATE_SHARE = 0.5  # of the distance between two gates
 _DECAY_SHARE = 0.5  # of that between two weight decays

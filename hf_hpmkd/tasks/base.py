@@ -36,8 +36,8 @@ class Rows(ABC):
     task: str
     supports_views: bool = False
     keeps_labels: bool = True
-    """Whether a view of a row is of the row's class for sure. Where not, views are for what teachers answer; learning
-    from labels alone takes the rows as they are."""
+    """Whether a view of a row is of the row's class for sure. Where not, views are for what teachers answer, and
+    `train_or_load` takes the rows as they are for learning from labels alone."""
 
     def __init__(self, dataset: Dataset, labels: Sequence[int] | Tensor, class_names: Sequence[str]) -> None:
         self.dataset = dataset

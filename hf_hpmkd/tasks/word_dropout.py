@@ -8,6 +8,8 @@ from torch import Tensor
 
 from hf_hpmkd.tasks.draws import Draws
 
+_AT_ONCE = 256  # rows, as a number is drawn for every word of the longest
+
 REVISION = 1  # enters the cache key: raise it when the text of a view changes
 
 
@@ -38,11 +40,13 @@ def drop_words(texts: Sequence[str], rows: Tensor, views: Tensor, how: WordDropo
     """The given view of each text, its words joined by single spaces. rows, views: `(batch,)`; a view of -1
     (UNAUGMENTED) passes the text unchanged, and so is one passed of which no word would be left.
     """
-    draw = Draws(how.seed, rows, views)
-    split = [text.split() for text in texts]
-    kept = draw.uniforms(0, max(map(len, split), default=0)) >= how.rate
-    results = []
-    for text, words, keep, active in zip(texts, split, kept, draw.active, strict=True):
-        left = [word for word, stays in zip(words, keep, strict=False) if stays] if active else []
-        results.append(" ".join(left) if left else text)
+    results: list[str] = []
+    for first in range(0, len(texts), _AT_ONCE):
+        part = slice(first, first + _AT_ONCE)
+        draw = Draws(how.seed, rows[part], views[part])
+        split = [text.split() for text in texts[part]]
+        kept = draw.uniforms(0, max(map(len, split))) >= how.rate
+        for text, words, keep, active in zip(texts[part], split, kept, draw.active, strict=True):
+            left = [word for word, stays in zip(words, keep, strict=False) if stays] if active else []
+            results.append(" ".join(left) if left else text)
     return results

@@ -156,10 +156,11 @@ def test_candidates_are_hopeful_and_unlike() -> None:
 
 
 def test_candidates_differ_by_more_than_a_try_can_tell() -> None:
-    """Another kind or quite another temperature is another candidate; another gate, alpha or weight decay is not."""
-    near = [replace(HARD, gate="label"), replace(HARD, alpha=0.9), replace(HARD, weight_decay=10.0)]
-    far = [replace(HARD, kd_kind="dist"), replace(HARD, temperature=4.0)]
-    found = [HARD, *near, *far]
+    """Another kind or quite another temperature is another candidate; another gate, alpha or weight decay is none."""
+    first = replace(HARD, weight_decay=0.1)
+    near = [replace(first, gate="label"), replace(first, alpha=0.9), replace(first, weight_decay=10.0)]
+    far = [replace(first, kd_kind="dist"), replace(first, temperature=4.0)]
+    found = [first, *near, *far]
     gain = np.linspace(1.0, 0.5, len(found))
     assert propose(Prediction(gain, 0 * gain, 0 * gain), found, len(found)) == [0, 4, 5]
 

@@ -40,6 +40,14 @@ def test_a_view_is_the_same_in_any_batch_and_another_one_for_another_seed() -> N
     assert all(sum(a == b for a, b in zip(whole, other, strict=True)) < 3 for other in others)
 
 
+def test_long_batches_are_drawn_piece_by_piece_to_the_same_end() -> None:
+    texts = [*LONG, *LONG]
+    assert views_of(texts, 0, WordDropout())[:250] == views_of(LONG, 0, WordDropout())
+    assert views_of(texts, 0, WordDropout())[250:] != views_of(LONG, 0, WordDropout())
+    alone = drop_words([texts[400]], torch.tensor([400]), torch.tensor([0]), WordDropout())
+    assert alone == [views_of(texts, 0, WordDropout())[400]]
+
+
 def test_no_text_is_emptied_and_unaugmented_ones_are_untouched() -> None:
     texts = ["one", "", "  two   words ", "one"]
     views = torch.tensor([0, 0, -1, 1])
