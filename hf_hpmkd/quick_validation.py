@@ -57,6 +57,7 @@ from hf_hpmkd.heads import find_classifier_head
 from hf_hpmkd.meta_features import LANDMARK, data_features, landmark_features, size_features, teacher_features
 from hf_hpmkd.model_cost import training_flops
 from hf_hpmkd.recipe import Recipe
+from hf_hpmkd.recipe_rules import usual_learning_rate
 from hf_hpmkd.run_context import Run
 from hf_hpmkd.run_record import AutoRecord, TrialRecord
 from hf_hpmkd.search_budget import budget_steps, halving, most_candidates
@@ -128,10 +129,9 @@ def free_fields(recipe: Recipe) -> list[str]:
 
 def _left_at_default(recipe: Recipe) -> list[str]:
     sections = {"distillation": recipe.distillation, "training": recipe.training, "chain": recipe.chain}
-    defaults = {name: type(section)() for name, section in sections.items()}
-    return [
-        name for name in SPACE if getattr(sections[_SECTION[name]], name) == getattr(defaults[_SECTION[name]], name)
-    ]
+    defaults = {name: vars(type(section)()) for name, section in sections.items()}
+    defaults["training"] = {**defaults["training"], "learning_rate": usual_learning_rate(recipe.student.model)}
+    return [name for name in SPACE if getattr(sections[_SECTION[name]], name) == defaults[_SECTION[name]][name]]
 
 
 def configuration_of(recipe: Recipe) -> Configuration:

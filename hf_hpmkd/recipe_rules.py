@@ -53,6 +53,11 @@ def is_sklearn(model: str) -> bool:
     return family(model) == "sklearn"
 
 
+def usual_learning_rate(student: str) -> float:
+    """Of a student whose recipe names none: for an MLP ten times that of other networks, by which it learns little."""
+    return 0.01 if family(student) == "mlp" else 0.001
+
+
 def teacher_names(recipe: "Recipe") -> list[str]:
     """One distinct name per teacher: `name` where given, else from `model`, numbered where two would be the same."""
     names: list[str] = []

@@ -35,7 +35,7 @@ def tree(folder: Path, steps: float = 10, **training: object) -> dict:
         "teachers": [{"model": "mlp-16", "epochs": 3}, {"model": "sklearn:LogisticRegression", "folds": 0}],
         "student": {"model": "mlp-3"},
         "auto": {"mode": steps * 0.01501 / 60},
-        "training": {"epochs": 4, "batch_size": 16, "learning_rate": 0.01, "evaluations": 2, **training},
+        "training": {"epochs": 4, "batch_size": 16, "learning_rate": 0.02, "evaluations": 2, **training},
         "memory": {"use": False},
         "output": {"dir": str(folder / "run")},
     }
@@ -218,7 +218,7 @@ def recipe_with(**sections: dict) -> object:
 
 
 def test_what_a_recipe_leaves_at_its_default_may_be_chosen() -> None:
-    assert "learning_rate" not in free_fields(recipe_with())  # 0.01 was set
+    assert "learning_rate" not in free_fields(recipe_with())  # 0.02 was set
     recipe = recipe_with(training={"epochs": 3}, distillation={"temperature": 3.0, "gate": "label"})
     others = ["alpha", "temperature_schedule", "kd_kind", "learning_rate", "weight_decay"]
     assert free_fields(recipe) == [*others, "warm_start"]

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from hf_hpmkd import losses
+from hf_hpmkd.quick_validation import free_fields
 from hf_hpmkd.recipe import (
     Recipe,
     RecipeError,
@@ -368,3 +369,32 @@ def test_recipe_can_be_made_in_python() -> None:
     assert isinstance(recipe, Recipe)
     with pytest.raises(ValueError, match="alpha"):
         recipe.distillation.alpha = 2.0
+
+
+@pytest.mark.parametrize(
+    ("student", "said", "expected"),
+    [
+        ("mlp-16", {}, 0.01),
+        ("mlp-16", {"learning_rate": 0.001}, 0.001),
+        ("cifar-resnet-8", {}, 0.001),
+        ("bert-1x16", {}, 0.001),
+        ("USER/table-student", {}, 0.001),
+    ],
+)
+def test_an_mlp_is_trained_faster_where_no_learning_rate_is_named(student, said, expected):
+    teacher = {"mlp": "mlp-8", "cif": "cifar-resnet-8", "ber": "bert-1x16", "USE": "USER/teacher"}[student[:3]]
+    tree = {"data": {"path": "USER/DATA"}, "teachers": [{"model": teacher}], "student": {"model": student}}
+    tree["training"] = said
+    recipe = read_recipe(tree, "a test")
+    assert recipe.training.learning_rate == expected
+    assert read_recipe(recipe_tree(recipe), "the same").training.learning_rate == expected
+    # It is as free to be changed by the adaptive configuration as any default.
+    assert ("learning_rate" in free_fields(recipe)) == (not said)
+
+
+@pytest.mark.parametrize(
+    "tree", [{"student": "mlp-4"}, {"student": {"model": "mlp-4"}, "training": 3}, {"student": None}]
+)
+def test_what_is_no_section_is_told_as_ever(tree):
+    with pytest.raises(RecipeError):
+        read_recipe({"data": {"path": "x"}, "teachers": [{"model": "mlp-8"}], **tree}, "a test")
