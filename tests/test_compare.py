@@ -22,7 +22,7 @@ from hf_hpmkd.distill import student_builder
 from hf_hpmkd.methods import METHODS as KNOWN
 from hf_hpmkd.methods import Method, method_recipe
 from hf_hpmkd.models.tabular import TabularForClassification
-from hf_hpmkd.recipe import load_recipe
+from hf_hpmkd.recipe import load_recipe, recipe_parts
 from hf_hpmkd.run_record import RunRecord
 
 ROOT = Path(__file__).parents[1]
@@ -226,11 +226,11 @@ class _Closed:
 
 def test_the_test_part_stays_closed(tmp_path, monkeypatch):
     def without_test(*args, **kwargs):
-        parts = load_parts(*args, **kwargs)
+        parts = recipe_parts(*args, **kwargs)
         parts.test = _Closed()
         return parts
 
-    monkeypatch.setattr(compare_jobs, "load_parts", without_test)
+    monkeypatch.setattr(compare_jobs, "recipe_parts", without_test)
     words = ["--methods", "direct,kd-mean", "--seeds", "1", "--output", str(tmp_path / "out")]
     line = ["compare", write_recipe(tmp_path), *words]
     assert main(line) == 0

@@ -233,7 +233,7 @@ def test_a_configuration_becomes_values_of_the_recipe() -> None:
     recipe = recipe_with(distillation={"temperature_min": 5.0, "temperature_max": 9.0})
     taught = Configuration(alpha=0.5, temperature_schedule="learned", learning_rate=2.0, weight_decay=0.1)
     chosen = with_values(recipe, overrides_of(taught, recipe))
-    assert chosen.training.learning_rate == pytest.approx(0.02)
+    assert chosen.training.learning_rate == pytest.approx(0.04)
     assert chosen.training.weight_decay == pytest.approx(0.001)
     assert chosen.distillation.temperature == 5.0  # the learned schedule starts within its range
     assert configuration_of(chosen).alpha == 0.5 and not is_direct(recipe, chosen)
