@@ -33,7 +33,7 @@ from hf_hpmkd.distill import student_builder
 from hf_hpmkd.kept_student import judge
 from hf_hpmkd.paired_tests import Mean, mean_of
 from hf_hpmkd.quick_validation import configure, is_direct, proof_needed
-from hf_hpmkd.recipe import Recipe, read_recipe, recipe_tree
+from hf_hpmkd.recipe import MIN_STEPS, Recipe, read_recipe, recipe_tree
 from hf_hpmkd.recipe_rules import uses_teachers
 from hf_hpmkd.report import markdown
 from hf_hpmkd.run_environment import code_commit, environment
@@ -55,7 +55,7 @@ FEW_TEST_ROWS = 200
 
 
 ENOUGH_ROWS = 1_000
-"""Training rows from which on sets are summed up apart too: with fewer, gains are larger and vary more."""
+"""Training rows from which on sets are summed up apart too: with fewer, gains vary more."""
 
 _OTHERS = ("faster", "fixed")
 """Methods beside direct training and auto."""
@@ -102,7 +102,7 @@ class Settings:
     @property
     def min_steps(self) -> int:
         """As in a line without a recipe: so many steps at least, unless it is said how long."""
-        return 0 if self.epochs else 1_000
+        return 0 if self.epochs else MIN_STEPS
 
     def told(self) -> dict[str, Any]:
         """What all runs of a folder must have in common."""

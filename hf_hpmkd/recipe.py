@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from hf_hpmkd.data import DataConfig, DataParts, load_parts
 from hf_hpmkd.engines import PipelineConfig
 from hf_hpmkd.recipe_faults import apply_overrides, did_you_mean, dotted, parse_yaml, validate, write_out
-from hf_hpmkd.recipe_rules import family, file_faults, is_trained_here, rule_faults, usual_learning_rate
+from hf_hpmkd.recipe_rules import LEARNING_RATE, family, file_faults, is_trained_here, rule_faults, usual_learning_rate
 from hf_hpmkd.search_budget import AutoConfig
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, validate_assignment=True)
@@ -194,7 +194,7 @@ class TrainingConfig:
     batch_size: int = Field(128, ge=1, description="Training rows per step and process.")
     eval_batch_size: int = Field(256, ge=1, description="Rows per step of evaluation and of the teachers.")
     learning_rate: float = Field(
-        1e-3, gt=0, description="Largest learning rate. Left out it is 0.01 for an MLP, 0.001 for any other student."
+        LEARNING_RATE, gt=0, description="Largest learning rate. Left out, an MLP has 0.01 and any other student 0.001."
     )
     weight_decay: float = Field(0.01, ge=0, description="Weight decay.")
     optimizer: str = Field(
@@ -441,6 +441,9 @@ def recipe_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "hf_hpmkd recipe"}
 
 
+MIN_STEPS = 1_000  # at least, of a line without a recipe that does not say how long
+
+
 def recipe_from_line(
     teachers: Sequence[str],
     student: str,
@@ -460,7 +463,7 @@ def recipe_from_line(
         "data": {"path": dataset},
         "teachers": [{"model": teacher} for teacher in teachers],
         "student": {"model": student},
-        "training": {} if said else {"min_steps": 1_000},
+        "training": {} if said else {"min_steps": MIN_STEPS},
     }
     tree |= {} if output is None else {"output": {"dir": output}}
     return read_recipe(tree, "the command line", overrides, check_files)

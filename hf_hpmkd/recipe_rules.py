@@ -27,6 +27,12 @@ _TASK_OF_FAMILY = {
 }
 _NETWORKS = ("cifar-resnet", "mlp", "bert")
 
+LEARNING_RATE = 0.001
+"""Of a student whose recipe names none."""
+
+MLP_LEARNING_RATE = 0.01
+"""The same of an MLP, which learns little by the other."""
+
 
 def family(model: str) -> str:
     """What a model name stands for: cifar-resnet, mlp, bert, sklearn, timm, safetensors, skops, column or hub."""
@@ -54,8 +60,8 @@ def is_sklearn(model: str) -> bool:
 
 
 def usual_learning_rate(student: str) -> float:
-    """Of a student whose recipe names none: for an MLP ten times that of other networks, by which it learns little."""
-    return 0.01 if family(student) == "mlp" else 0.001
+    """Of a student by this name whose recipe names none."""
+    return MLP_LEARNING_RATE if family(student) == "mlp" else LEARNING_RATE
 
 
 def teacher_names(recipe: "Recipe") -> list[str]:
