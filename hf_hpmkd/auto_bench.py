@@ -256,7 +256,7 @@ def _auto(
         teachers = runs.teachers if uses_teachers(chosen) else []
         trained = train_or_load(
             "student",
-            runs.builder(chosen),
+            runs.builder(chosen, range(len(runs.teachers))),
             chosen,
             student_schedule(chosen),
             student,

@@ -18,20 +18,18 @@ from hf_hpmkd.components.adaptive_configuration import EARLY, Configuration, Exa
 from hf_hpmkd.memory_records import Row
 from hf_hpmkd.meta_features import FEATURES
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_BYTES = 2_000_000
 
 _EARLY_COLUMNS = tuple(f"early_{at:.0%}".rstrip("%") for at in EARLY)
 _FIELDS = tuple(field.name for field in fields(Configuration))
-# The runs of a prior all begin from nothing: they tell how a student should be taught, not where it should start.
-_CONFIGURATION = tuple(name for name in _FIELDS if name != "warm_start")
-_TEXT = ("temperature_schedule", "kd_kind", "gate")
+_TYPES = {"str": pa.string(), "float": pa.float64(), "bool": pa.bool_()}
 SCHEMA = pa.schema(
     [
         *[(name, pa.string()) for name in ("data", "student", "taught_by")],
         *[(name, pa.int64()) for name in ("seed", "steps", "judged_rows")],
         ("base_learning_rate", pa.float64()),
-        *[(name, pa.string() if name in _TEXT else pa.float64()) for name in _CONFIGURATION],
+        *[(field.name, _TYPES[type(field.default).__name__]) for field in fields(Configuration)],
         *[(name, pa.float64()) for name in ("accuracy", "direct_accuracy", "gain", "noise", *_EARLY_COLUMNS)],
         *[(f"feature_{name}", pa.float32()) for name in FEATURES],
     ]
@@ -96,7 +94,7 @@ def provenance(path: Path | None = None) -> dict[str, Any]:
 def _example(row: dict[str, Any]) -> Example:
     return Example(
         features={name: value for name in FEATURES if (value := row[f"feature_{name}"]) is not None},
-        configuration=Configuration(**{name: row[name] for name in _CONFIGURATION}),
+        configuration=Configuration(**{name: row[name] for name in _FIELDS}),
         gain=row["gain"],
         noise=row["noise"],
         early=tuple(math.nan if row[name] is None else row[name] for name in _EARLY_COLUMNS),

@@ -25,6 +25,7 @@ FEATURES = (
     "log_capacity_gap",
     "log_steps",
     "teachers",
+    "warm_start",
     "teacher_accuracy",
     "mixture_accuracy",
     "calibration_error",

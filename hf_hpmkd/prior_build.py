@@ -36,8 +36,9 @@ SETTINGS_PER_TABLE = 5  # training teachers takes as long as one
 RUNS_PER_SETTING = 6
 
 _ROWS = (300, 1_000, 3_000, 6_000)  # the most training rows that a table keeps
-_STEPS = (80, 160, 320)
-_LEARNING_RATES = (0.001, 0.003, 0.01)
+_STEPS = (160, 320, 1_000)
+_LEARNING_RATES = {"table": (0.003, 0.01, 0.03), "image": (0.001, 0.003, 0.01), "text": (0.0005, 0.001, 0.002)}
+_WARM_SHARE = 0.8  # of the settings; in the others students begin from nothing
 _BATCH = 64
 _EVALUATIONS = 8  # so that the landmark, its half, and EARLY fall on one
 _DRAWS: dict[str, tuple[tuple[Any, ...], tuple[float, ...] | None]] = {
@@ -46,10 +47,10 @@ _DRAWS: dict[str, tuple[tuple[Any, ...], tuple[float, ...] | None]] = {
     "temperature_schedule": (("constant", "cosine", "learned"), (0.8, 0.1, 0.1)),
     "kd_kind": (SPACE["kd_kind"], (0.61, 0.13, 0.13, 0.13)),
     "gate": (SPACE["gate"], (0.4, 0.3, 0.3)),
-    "learning_rate": (SPACE["learning_rate"], (0.25, 0.5, 0.25)),
+    "learning_rate": (SPACE["learning_rate"], (0.15, 0.35, 0.25, 0.25)),
     "weight_decay": (SPACE["weight_decay"], (0.15, 0.7, 0.15)),
 }
-_DIRECT_SHARE = 0.1
+_DIRECT_SHARE = 0.25
 
 
 def build_prior(
@@ -131,7 +132,7 @@ def _rows_of_table(folder: Path, seed: int) -> Iterator[dict[str, Any]]:
 
 def _rows_of_setting(runs: TableRuns, name: str, seed: int, random: np.random.Generator) -> Iterator[dict[str, Any]]:
     """One direct training, and some drawn at random to compare with it."""
-    steps, rate = int(random.choice(_STEPS)), float(random.choice(_LEARNING_RATES))
+    steps, rate = int(random.choice(_STEPS)), float(random.choice(_LEARNING_RATES[runs.kind]))
     teachers = [one.model for one in runs.recipe.teachers]
     heard = sorted(random.choice(len(teachers), size=random.integers(1, len(teachers) + 1), replace=False).tolist())
     tree = recipe_tree(runs.recipe)
@@ -144,9 +145,11 @@ def _rows_of_setting(runs: TableRuns, name: str, seed: int, random: np.random.Ge
         "log_every": max(1, steps // 32),
         "save_total_limit": 1,
     }
+    tree["chain"]["warm_start"] = bool(random.random() < _WARM_SHARE)
     recipe = read_recipe(tree, "a run of the prior")
     validation = runs.parts.validation
     direct = runs.teach(recipe, DIRECT, heard, validation)
+    can_start = runs.can_start(recipe, heard)
     features = runs.features(recipe, heard, steps)
     landmark = round(LANDMARK * steps)
     accuracies = [direct.accuracy_at(landmark // 2), direct.accuracy_at(landmark)]
@@ -162,7 +165,7 @@ def _rows_of_setting(runs: TableRuns, name: str, seed: int, random: np.random.Ge
         "direct_accuracy": direct.accuracy,
     }
     for _ in range(RUNS_PER_SETTING):
-        configuration = draw(random)
+        configuration = draw(random, can_start)
         taught = runs.teach(recipe, configuration, heard, validation)
         gain = estimate_gain(taught.right[None], direct.right[None])
         early = tuple(
@@ -173,14 +176,17 @@ def _rows_of_setting(runs: TableRuns, name: str, seed: int, random: np.random.Ge
         yield prior_row(example, {**about, "accuracy": taught.accuracy})
 
 
-def draw(random: np.random.Generator) -> Configuration:
-    """A configuration at random, more often one of the usual kinds, now and then direct training at other rates."""
+def draw(random: np.random.Generator, can_start: bool = True) -> Configuration:
+    """A configuration at random, more often one of the usual kinds, now and then direct training at other rates, or,
+    where a student can start so, from a teacher's weights.
+    """
     while True:
         drawn: dict[str, Any] = {}
         for name, (values, shares) in _DRAWS.items():
             drawn[name] = values[int(random.choice(len(values), p=shares))]
         if random.random() < _DIRECT_SHARE:
-            one = Configuration(learning_rate=drawn["learning_rate"], weight_decay=drawn["weight_decay"])
+            rates = {name: drawn[name] for name in ("learning_rate", "weight_decay")}
+            one = Configuration(**rates, warm_start=can_start and bool(random.random() < 0.5))
             if one != DIRECT:
                 return one
         elif drawn["temperature_schedule"] in LEGAL_SCHEDULES[drawn["kd_kind"]]:

@@ -16,15 +16,18 @@ import torch
 from torch import Tensor
 
 from hf_hpmkd.chain_stages import Stages, WarmBuild
-from hf_hpmkd.classifier_training import Trained, remove_training, student_schedule, train_or_load
+from hf_hpmkd.classifier_training import Trained, remove_training, student_schedule, teacher_schedule, train_or_load
 from hf_hpmkd.components.adaptive_configuration import Configuration
 from hf_hpmkd.data import TEXT_COLUMNS, DataParts
-from hf_hpmkd.distill import get_teachers, student_builder
+from hf_hpmkd.distill import student_builder
 from hf_hpmkd.evaluation import evaluate_teachers, teacher_logits
 from hf_hpmkd.quick_validation import features_before, overrides_of, with_values
-from hf_hpmkd.recipe import Recipe, read_recipe, recipe_parts
+from hf_hpmkd.recipe import Recipe, TeacherConfig, read_recipe, recipe_parts
+from hf_hpmkd.recipe_rules import is_sklearn, teacher_names
 from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_memory import RunMemory
+from hf_hpmkd.run_steps import train
+from hf_hpmkd.sklearn_teachers import train_sklearn
 from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
 
@@ -120,10 +123,25 @@ class TableRuns:
     @cached_property
     def teachers(self) -> list[Teacher]:
         """Trained, and asked about the rows that a student needs."""
-        teachers = get_teachers(self.run, self.parts)
+        named = zip(teacher_names(self.recipe), self.recipe.teachers, strict=True)
+        teachers = [self._teacher(name, one) for name, one in named]
         quiet = {"say": self.run.say, "warn": self.run.say}
         evaluate_teachers(self.run.record, teachers, self.parts, self.recipe, self.run.memory.cache, **quiet)
         return teachers
+
+    def _teacher(self, name: str, config: TeacherConfig) -> Teacher:
+        """As for any run, but that scikit-learn's are not written to disk and read again, which takes longer than to
+        train them.
+        """
+        if not is_sklearn(config.model):
+            teacher = train(self.run, name, config, self.parts)
+        else:
+            seed = teacher_schedule(self.recipe, config).seed
+            full, folded = train_sklearn(config.model, config.params, self.parts.train, seed, config.folds or 0)
+            teacher = folded or full
+            teacher.name = name
+        self.run.keep_teacher(teacher, config)
+        return teacher
 
     def features(self, recipe: Recipe, heard: Sequence[int], steps: int) -> dict[str, float]:
         """The meta-features before any student is trained. heard: positions of the teachers that a student hears."""
@@ -131,17 +149,25 @@ class TableRuns:
         logits = teacher_logits(teachers, self.parts.guide, recipe, self.run.memory.cache, self.run.say)
         known = [self.run.record.teachers[index].accuracy["train"] for index in heard]
         student = student_builder(recipe, self.parts)()
-        return features_before(self.parts, student, logits, teachers, sum(known) / len(known), steps)
+        starts = recipe.chain.warm_start and self.can_start(recipe, heard)
+        return features_before(self.parts, student, logits, teachers, sum(known) / len(known), steps, starts)
+
+    def can_start(self, recipe: Recipe, heard: Sequence[int]) -> bool:
+        """Whether a student of a recipe can begin with the weights of one of these teachers."""
+        start = WarmBuild(student_builder(recipe, self.parts), self._above(heard), self.parts.train)
+        return start.source(start.build(meta=True).model) is not None
 
     def teach(
         self, recipe: Recipe, configuration: Configuration, heard: Sequence[int], judged_on: Rows, name: str = "student"
     ) -> Taught:
-        """A student of a recipe, trained as a configuration says, and which rows it answers right."""
+        """A student of a recipe, trained as a configuration says, and which rows it answers right. heard: positions of
+        the teachers that it may hear and start from.
+        """
         recipe = with_values(recipe, overrides_of(configuration, recipe))
         teachers = [self.teachers[index] for index in heard] if configuration.distils else []
         trained = train_or_load(
             name,
-            self.builder(recipe),
+            self.builder(recipe, heard),
             recipe,
             student_schedule(recipe),
             self.place / name,
@@ -156,10 +182,14 @@ class TableRuns:
         remove_training(self.place / name)
         return taught
 
-    def builder(self, recipe: Recipe) -> WarmBuild:
-        """Makes the student of a recipe, with the weights that it begins with."""
-        above = Stages(self.run, self.parts, self.teachers, self.place).above([]) if recipe.chain.warm_start else []
+    def builder(self, recipe: Recipe, heard: Sequence[int]) -> WarmBuild:
+        """Makes the student of a recipe, with the weights that it begins with. heard: as in `teach`."""
+        above = self._above(heard) if recipe.chain.warm_start else []
         return WarmBuild(student_builder(recipe, self.parts), above, self.parts.train)
+
+    def _above(self, heard: Sequence[int]) -> list[TorchTeacher]:
+        """What a student may start from."""
+        return Stages(self.run, self.parts, [self.teachers[index] for index in heard], self.place).above([])
 
     def right(self, trained: Trained, rows: Rows) -> Tensor:
         """Which rows a student answers right, bool `(rows,)`: all at once, which is quicker than batch by batch."""

@@ -23,7 +23,7 @@ from hf_hpmkd.memory_records import memory_row
 from hf_hpmkd.run_record import AutoRecord, ModelRecord, RunRecord, TeacherRecord
 
 SOFT = Configuration(alpha=0.9, temperature=8.0, gate="label", learning_rate=2.0)
-EXAMPLE = Example({"log_rows": 3.0, "overfit": 0.25}, SOFT, 1.5, 0.5, (0.5, math.nan, 1.25), data="letter")
+EXAMPLE = Example({"log_rows": 3.0, "overfit": 0.25}, SOFT, 1.5, 0.5, (0.25, 0.5, math.nan, 1.25), data="letter")
 ABOUT = dict.fromkeys(SCHEMA.names)
 
 
@@ -31,9 +31,9 @@ def test_a_prior_is_read_as_it_was_written(tmp_path: Path) -> None:
     other = dataclasses.replace(EXAMPLE, data="yeast")
     write_prior([prior_row(one, ABOUT) for one in (EXAMPLE, other)], {"runs": 2}, tmp_path / "a" / "prior.parquet")
     found = read_prior(tmp_path / "a" / "prior.parquet", leave_out=["yeast"])
-    assert len(found) == 1 and math.isnan(found[0].early[1])
+    assert len(found) == 1 and math.isnan(found[0].early[2])
     assert dataclasses.replace(found[0], early=()) == dataclasses.replace(EXAMPLE, early=())
-    assert (found[0].early[0], found[0].early[2]) == (0.5, 1.25)
+    assert (found[0].early[1], found[0].early[3]) == (0.5, 1.25)
     assert provenance(tmp_path / "a" / "prior.parquet") == {"runs": 2}
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["prior.parquet"]
 
@@ -53,7 +53,7 @@ def test_the_shipped_prior_is_whole_and_says_where_it_comes_from() -> None:
 
 def test_another_table_is_no_prior(tmp_path: Path) -> None:
     pq.write_table(pa.table({"data": ["x"]}), tmp_path / "other.parquet")
-    with pytest.raises(ValueError, match="must be a prior of format 1"):
+    with pytest.raises(ValueError, match="must be a prior of format 2"):
         read_prior(tmp_path / "other.parquet")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from hf_hpmkd.losses import LEGAL_SCHEDULES
 from hf_hpmkd.meta_features import vector
 
-EARLY = (0.25, 0.5, 0.75)
+EARLY = (0.125, 0.25, 0.5, 0.75)
 """Shares of a training at which an example may know how far ahead it was."""
 
 FEW_EXAMPLES = 50
@@ -90,7 +90,7 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "temperature_schedule": ("constant", "cosine", "learned"),
     "kd_kind": ("forward_kl", "standardized_kl", "dkd", "dist"),
     "gate": ("mixture", "label", "uniform"),
-    "learning_rate": (0.5, 1.0, 2.0),
+    "learning_rate": (0.5, 1.0, 2.0, 4.0),
     "weight_decay": (0.1, 1.0, 10.0),
     "warm_start": (False, True),
 }
