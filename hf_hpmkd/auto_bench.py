@@ -42,12 +42,13 @@ from hf_hpmkd.table_runs import TableRuns, kind_of, num_rows, spare_time, table_
 FIXED = Configuration(alpha=0.9, temperature=4.0)
 GRID = tuple(
     Configuration(alpha=alpha, temperature=temperature, learning_rate=rate)
-    for rate in (1.0, 2.0)
+    for rate in (1.0, 2.0, 4.0)
     for alpha, temperature in ((0.0, 4.0), *((a, t) for a in (0.5, 0.9) for t in (1.0, 2.0, 4.0, 8.0)))
 )
-"""Direct training, alpha and T, at the learning rate of the recipe and at twice that."""
+"""Direct training, alpha and T, at the recipe's learning rate, twice and four times that."""
 
-SHORT_GRID = (*GRID[:9], *(one for one in GRID[9:] if (one.alpha, one.temperature) in {(0, 4), (0.5, 1), (0.9, 4)}))
+_SHORT = {(0.0, 4.0), (0.5, 1.0), (0.5, 4.0), (0.9, 4.0)}
+SHORT_GRID = tuple(one for one in GRID if (one.alpha, one.temperature) in _SHORT)
 """Of these twelve, for images and texts, whose trainings take longer."""
 
 FEW_TEST_ROWS = 200
@@ -63,20 +64,21 @@ _OTHERS = ("faster", "fixed")
 
 @dataclass(frozen=True)
 class _Training:
-    """How long and on how many rows the students of a kind of data are trained. Parts: rows or shares."""
+    """How long and on how many rows the students of a kind of data are trained, at the learning rate that a recipe has
+    where it names none. Parts: rows or shares.
+    """
 
     most_rows: int
     epochs: int
-    learning_rate: float
     guide: float
     validation: float
     grid: tuple[Configuration, ...]
 
 
 _TRAININGS = {
-    "table": _Training(4_000, 15, 0.003, 0.1, 0.2, GRID),
-    "image": _Training(12_500, 4, 0.005, 1_000, 2_500, SHORT_GRID),
-    "text": _Training(12_500, 15, 0.001, 0.1, 0.2, SHORT_GRID),
+    "table": _Training(4_000, 15, 0.1, 0.2, GRID),
+    "image": _Training(12_500, 4, 1_000, 2_500, SHORT_GRID),
+    "text": _Training(12_500, 15, 0.1, 0.2, SHORT_GRID),
 }
 
 
@@ -163,15 +165,14 @@ def _judge(settings: Settings, folder: Path, seed: int) -> dict[str, Any]:
     how = _TRAININGS[kind_of(folder)]
     data: dict[str, Any] = {"max_train_rows": settings.most_rows or how.most_rows, "views": 2}
     data |= {"guide_size": how.guide, "validation_size": how.validation}
-    training = {"epochs": settings.epochs or how.epochs, "batch_size": 64, "learning_rate": how.learning_rate}
-    training["min_steps"] = settings.min_steps
+    training = {"epochs": settings.epochs or how.epochs, "min_steps": settings.min_steps, "batch_size": 64}
     with tempfile.TemporaryDirectory() as place:
         student = {"model": settings.student} if settings.student else {}
         rows = folder
         if (test_rows := num_rows(folder, "test")) < FEW_TEST_ROWS:
             rows, data["test_size"] = _joined(folder, Path(place) / "rows"), test_rows
         runs = TableRuns(rows, Path(place), seed, warm_start=True, data=data, training=training, student=student)
-        test, validation = runs.parts.test, runs.parts.validation
+        test = runs.parts.test
         methods: dict[str, dict[str, Any]] = {}
         direct = torch.empty(0)
 
@@ -181,7 +182,7 @@ def _judge(settings: Settings, folder: Path, seed: int) -> dict[str, Any]:
             one = runs.teach(runs.recipe, configuration, range(len(runs.teachers)), test)
             seconds = time.perf_counter() - started
             if configuration == DIRECT:
-                direct = runs.right(one.trained, validation)
+                direct = runs.deciding(one.trained)
             last = [row["eval_accuracy"] for row in one.trained.curve if "eval_accuracy" in row][-1]
             return {"accuracy": one.accuracy, "validation": last, "seconds": seconds, "chosen": str(configuration)}
 
@@ -199,7 +200,7 @@ def _judge(settings: Settings, folder: Path, seed: int) -> dict[str, Any]:
             "commit": code_commit(),
             "settings": settings.told(),
             "test_rows": len(test),
-            "validation_rows": len(validation),
+            "validation_rows": len(runs.parts.validation),
             "train_rows": len(runs.parts.train),
             "methods": methods,
             "grid": grid,
@@ -228,8 +229,8 @@ def _auto(
     settings: Settings, runs: TableRuns, prior: Path, direct: dict[str, Any], direct_right: torch.Tensor
 ) -> dict[str, Any]:
     """The adaptive configuration as `distill` runs it, and what it cost beside one training. direct_right: which
-    validation rows the directly trained student answers right; it is kept where the other does not prove better there.
-    unproven: test accuracy of the other, kept or not.
+    validation and guide rows the directly trained student answers right; it is kept where the other does not prove
+    better there. unproven: test accuracy of the other, kept or not.
     """
     tree = recipe_tree(runs.recipe)
     tree["auto"] = {"mode": settings.mode, "prior": str(prior), "choose": list(SPACE)}
@@ -266,7 +267,7 @@ def _auto(
             teachers=teachers,
             guide=runs.parts.guide if teachers else None,
         )
-        proof = judge(direct_right, runs.right(trained, runs.parts.validation), proof_needed(run.recipe))
+        proof = judge(direct_right, runs.deciding(trained), proof_needed(run.recipe))
         unproven = float(runs.right(trained, runs.parts.test).float().mean())
         about |= {"lead": proof.gain, "lead_error": proof.standard_error, "lead_needed": proof.needed}
         about |= {"kept": proof.kept, "unproven": unproven}

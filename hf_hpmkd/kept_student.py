@@ -2,8 +2,8 @@
 
 Soft targets can hurt, most of all students that cannot even fit the labels. The direct training is there to compare
 with, so its student may take the place of the other; validation rows decide, and test rows stay closed. Where the
-adaptive configuration has chosen, the burden of proof is the other way round: the best of several tries looks better
-than it is.
+adaptive configuration has chosen, the burden of proof is the other way round, because the best of several tries looks
+better than it is on the rows that chose it; so the guide rows, which had no say in that, are asked too.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from hf_hpmkd.classifier_training import Trained, copy_training, done_file, remove_training
+from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.kept_classifiers import answers_right
 from hf_hpmkd.paired_tests import surely_better
@@ -21,6 +22,14 @@ from hf_hpmkd.run_context import Run
 from hf_hpmkd.run_record import KeptRecord
 
 DISTILLED = "distilled"
+
+
+def rows_right(classifier: Classifier, parts: DataParts, batch_size: int, proof: float | None = None) -> torch.Tensor:
+    """Which of the rows that decide it answers right, bool `(rows,)`: the validation rows, and where a proof is asked
+    for the guide rows after them, on which no student was trained either.
+    """
+    asked = [parts.validation] if proof is None else [parts.validation, parts.guide]
+    return torch.cat([answers_right(classifier, rows, batch_size) for rows in asked])
 
 
 def judge(direct: torch.Tensor, distilled: torch.Tensor, proof: float | None = None) -> KeptRecord:
@@ -54,8 +63,8 @@ def keep_better(run: Run, parts: DataParts, trained: dict[str, Trained], proof: 
     """Keeps the better of `direct` and `student`, as `judge` says; where it is the first, the second becomes
     `distilled`.
     """
-    rows, size = parts.validation, run.recipe.training.eval_batch_size
-    direct, student = (answers_right(trained[name].classifier, rows, size) for name in ("direct", "student"))
+    size = run.recipe.training.eval_batch_size
+    direct, student = (rows_right(trained[name].classifier, parts, size, proof) for name in ("direct", "student"))
     run.record.kept = kept = broadcast_object_list([judge(direct, student, proof)])[0]
     if kept.kept == "distilled":
         return

@@ -66,11 +66,14 @@ from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
 
 FOLDER = "auto"
 MARGIN = 2.0
-"""Standard deviations by which what was chosen must be better than direct training. Where the run trains directly
-anyway, this is asked of the finished student (`proof_needed`), else of its try."""
+"""Standard deviations by which a try must be better than direct training, where the run does not train directly."""
 
 HOPE = 0.0
 """The same for a candidate that has to prove itself at the end of its training: any that promises to be better."""
+
+PROOF = 1.0
+"""Standard errors by which such a student must then be better than the directly trained one: the one-standard-error
+rule (Breiman et al. 1984, section 3.4.3), by which of two that rows can hardly tell apart the simpler is taken."""
 
 _FEATURE_ROWS = 2_000
 _FACTORS = ("learning_rate", "weight_decay")
@@ -113,7 +116,7 @@ def proof_needed(recipe: Recipe) -> float | None:
     """Standard errors by which the student must be better than the directly trained one, to be kept. None where the
     recipe itself asks to distil: then it is kept unless it is surely worse.
     """
-    return MARGIN if recipe.auto.mode != "off" and "alpha" in free_fields(recipe) else None
+    return PROOF if recipe.auto.mode != "off" and "alpha" in free_fields(recipe) else None
 
 
 def with_values(recipe: Recipe, overrides: dict[str, dict[str, Any]]) -> Recipe:

@@ -119,7 +119,8 @@ def kept_told(record: RunRecord) -> str:
     if (kept := record.kept) is None:
         return ""
     other = "chosen" if record.chose_labels_alone else "distilled"
-    gain = f"{kept.gain:+.2f} ± {kept.standard_error:.2f} points for the {other} one on {kept.rows:,} validation rows"
+    rows = f"{kept.rows:,} validation rows" if kept.needed is None else f"{kept.rows:,} validation and guide rows"
+    gain = f"{kept.gain:+.2f} ± {kept.standard_error:.2f} points for the {other} one on {rows}"
     if kept.needed is not None:
         gain += f", {kept.needed:+.2f} asked for"
     if kept.kept == "distilled":

@@ -196,7 +196,8 @@ class AutoRecord:
 
 @dataclass
 class KeptRecord:
-    """Which of two students a run kept, by the validation rows that each answered right.
+    """Which of two students a run kept, by the validation rows that each answered right; with
+    `needed`, by validation and guide rows.
 
     kept: "distilled" or "direct". gain, standard_error: of the distilled one over the direct one, on the same rows, in
     points. rows: how many. needed: the gain that the distilled one had to show; None: not to be surely worse sufficed.

@@ -196,6 +196,10 @@ class TableRuns:
         student = TorchTeacher.of("student", trained.classifier, self.parts.train, device=self.run.device)
         return student.logits(rows, torch.arange(len(rows))).argmax(-1).cpu() == rows.labels
 
+    def deciding(self, trained: Trained) -> Tensor:
+        """Which validation and guide rows, by which `kept_student` decides, a student answers right, bool `(rows,)`."""
+        return torch.cat([self.right(trained, rows) for rows in (self.parts.validation, self.parts.guide)])
+
 
 def table_folders(data: Path) -> list[Path]:
     """The folders of tables in a folder: those that hold Parquet files. Raises FileNotFoundError if there is none."""

@@ -66,6 +66,7 @@ def believe(monkeypatch: pytest.MonkeyPatch, margin: float) -> None:
     """What a candidate must be better by, at its try and at the end: very negative for any, very large for none."""
     monkeypatch.setattr(quick_validation, "HOPE", margin)
     monkeypatch.setattr(quick_validation, "MARGIN", margin)
+    monkeypatch.setattr(quick_validation, "PROOF", margin)
 
 
 @pytest.fixture
@@ -128,8 +129,9 @@ def test_what_promises_is_trained_and_given_up_without_a_proof(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainings: list[tuple[str, int, int]]
 ) -> None:
     believe(monkeypatch, -1e9)
-    monkeypatch.setattr(quick_validation, "MARGIN", 1e9)
+    monkeypatch.setattr(quick_validation, "PROOF", 1e9)
     record = run(tmp_path, tree(tmp_path))
+    assert record.kept.rows == record.num_rows("validation") + record.num_rows("guide")
     assert Configuration(**record.auto.configuration) != DIRECT
     assert STEPS in {last for name, _, last in trainings if name == "student"}
     assert record.kept.kept == "direct" and record.kept.needed > 1e6

@@ -82,7 +82,8 @@ class Configuration:
 DIRECT = Configuration()
 
 FASTER = Configuration(learning_rate=2.0)
-"""Direct training at twice the learning rate: what a student that has not learned enough needs, teachers or not."""
+"""Direct training at twice the learning rate, or more: what a student that has not learned enough needs, teachers or
+not."""
 
 SPACE: dict[str, tuple[Any, ...]] = {
     "alpha": (0.0, 0.25, 0.5, 0.75, 0.9, 1.0),
@@ -331,10 +332,10 @@ def propose(
     """Positions of the candidates for a try: the most promising ones, each unlike those before it.
 
     Promising is the expected gain plus its doubt (an upper confidence bound). Plain direct training is never among
-    them, because it is always tried. FASTER is, where it is possible and not the only one: without it, what a learning
-    rate gains would be put down to the teachers. So is, of three or more, direct training from a teacher's weights,
-    lest what the start gains be put down to their answers. own: position of what the recipe itself says, where its
-    author chose that with care; it is among the candidates too.
+    them, because it is always tried. The best direct training at a higher learning rate is, where one is possible and
+    not the only candidate: without it, what a learning rate gains would be put down to the teachers. So is, of three or
+    more, the best from a teacher's weights, lest what the start gains be put down to their answers. own: position of
+    what the recipe itself says, where its author chose that with care; it is among the candidates too.
     """
     hope = prediction.gain + _BOLDNESS * prediction.doubt
     encoded = np.array([encode(one) for one in configurations])
@@ -342,12 +343,16 @@ def propose(
     encoded[:, _DECAY_COLUMN] *= _DECAY_SHARE
     open_ = np.array([one != DIRECT for one in configurations])
     always = [] if own is None else [own]
-    if FASTER in configurations:
-        always.append(configurations.index(FASTER))
-    warm = [index for index, one in enumerate(configurations) if one.warm_start]
-    if warm and count > 2:
-        plain = encode(replace(DIRECT, warm_start=True))  # of equals, that which changes least
-        always.append(max(warm, key=lambda index: (hope[index], -np.abs(encoded[index] - plain).sum())))
+
+    def add(usual: Configuration, possible: list[bool]) -> None:
+        """The most hopeful one that is possible; of equals that which is most like the usual one."""
+        unlike = np.abs(encoded - encode(usual)).sum(axis=1)
+        always.extend(sorted(np.flatnonzero(possible).tolist(), key=lambda index: (-hope[index], unlike[index]))[:1])
+
+    cold = [not (one.distils or one.warm_start) for one in configurations]
+    add(FASTER, [which and one.learning_rate > 1 for which, one in zip(cold, configurations, strict=True)])
+    if count > 2:
+        add(replace(DIRECT, warm_start=True), [one.warm_start for one in configurations])
     if count > 1:
         hope[always] = np.inf
     chosen: list[int] = []
@@ -388,9 +393,8 @@ class Leads:
         means, spreads = [0.0], [_UNKNOWN_SPREAD]
         for at, (leads, noises, changes) in zip(EARLY, self.known, strict=True):
             if len(leads) < FEW_EXAMPLES:
-                done = (at - EARLY[0]) / (1 - EARLY[0])
-                means.append((0.5 + 0.5 * done) * lead)
-                spreads.append(1.5 * (1 - done))
+                means.append(float(np.interp(at, (0, 0.25, 1), (0, 0.5, 1))) * lead)
+                spreads.append(float(np.interp(at, (0, 0.25, 1), (_UNKNOWN_SPREAD, 1.5, 0))))
                 continue
             unlike = np.abs(leads - lead) + np.abs(noises - noise)
             alike = np.argsort(unlike, kind="stable")[:_LEADS_ALIKE]
