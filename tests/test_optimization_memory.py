@@ -13,7 +13,7 @@ import pytest
 import tiny
 from datasets import load_dataset
 
-from hf_hpmkd import memory_records
+from hf_hpmkd import memory_index, memory_records
 from hf_hpmkd.components.optimization_memory import OptimizationMemory
 from hf_hpmkd.memory_records import SCHEMA, BadRecordError, memory_row, read_row, row_bytes, row_id
 from hf_hpmkd.run_record import ModelRecord, RunRecord, TeacherRecord
@@ -191,6 +191,50 @@ def test_a_record_of_format_1_stays_readable():
     """The file in the repository was written by the first version; it must open for ever."""
     [path] = (Path(__file__).parent / "data").glob("*.parquet")
     assert read_row(path)["seed"] == 0
+
+
+@pytest.fixture
+def many(memory, monkeypatch):
+    """A memory of five records that is indexed, and the names of the records that are read one by one from now on."""
+    monkeypatch.setattr(memory_index, "MOST_APART", 4)
+    for seed in range(5):
+        memory.add_record(row(seed))
+    memory.records()
+    found, read = [], memory_records.read_row
+    monkeypatch.setattr(memory_records, "read_row", lambda path: found.append(path.name) or read(path))
+    return found
+
+
+def test_indexed_records_are_read_at_once_and_new_ones_beside(memory, many):
+    memory.add_record(row(5))
+    rows, faults = memory.records()
+    assert many == [row(5)["id"] + ".parquet"] and not faults
+    assert sorted(map(row_id, rows)) == sorted(row(seed)["id"] for seed in range(6))
+    assert {one["id"]: one for one in rows} == {row(seed)["id"]: row(seed) for seed in range(6)}
+
+
+def test_a_record_that_was_changed_or_removed_is_not_taken_from_the_index(memory, many):
+    first, second = sorted((memory.root / "records").iterdir())[:2]
+    first.write_bytes(first.read_bytes().replace(b"mlp-2", b"mlp-3"))
+    second.unlink()
+    rows, faults = memory.records()
+    assert len(rows) == 3 and len(faults) == 1 and first.name in faults[0] and many == [first.name]
+
+
+@pytest.mark.parametrize("content", [b"", b"no table", None])
+def test_without_a_readable_index_there_are_the_records(memory, many, content):
+    index = memory.root / memory_index.NAME
+    if content is None:
+        pq.write_table(pa.table({"file_name": ["x"]}), index)
+    else:
+        index.write_bytes(content)
+    assert len(memory.records()[0]) == len(many) == 5
+    many.clear()
+    assert len(memory.records()[0]) == 5 and not many  # indexed again
+
+
+def test_a_check_reads_every_record(memory, many):
+    assert memory.faults() == [] and len(many) == 5
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------

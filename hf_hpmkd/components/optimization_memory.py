@@ -1,6 +1,7 @@
 """What is known from earlier runs, as one folder: their records, teacher outputs and models. Knows nothing of training.
 
     README.md                           card; `load_dataset(folder)` reads the records
+    .records.parquet                    all of them in one file, to be read at once; made again where it is gone
     records/<id>.parquet                one file per run, never changed and never evicted: two memories merge by union
     teacher_outputs/<key>.safetensors   see `teacher_output_file`
     models/<key>/                       see `memory_files`; intermediate models by content key, students by record id
@@ -14,7 +15,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
 
-from hf_hpmkd import memory_files, memory_records
+from hf_hpmkd import memory_files, memory_index, memory_records
 from hf_hpmkd.memory_files import MANIFEST, DamagedModelError, Mark, is_key, is_output_name, tolerated
+from hf_hpmkd.memory_index import Indexed
 from hf_hpmkd.memory_records import BadRecordError, Row, is_record_name
 
 CARD = """---
@@ -168,13 +170,30 @@ class OptimizationMemory:
 
     def records(self) -> tuple[list[Row], list[str]]:
         """All runs, the latest finished first, and a line "NAME: why" for each file in `records/` that is no record."""
-        rows, faults = [], []
+        index = self.root / memory_index.NAME
+        known = memory_index.read_index(index)
+        found, faults = self._checked_records(known)
+        if len(found.keys() - known.keys()) > memory_index.MOST_APART:
+            with tolerated("be indexed"), memory_files.staging(self.root) as folder:
+                memory_index.write_index(folder / index.name, found)
+                os.replace(folder / index.name, index)
+        rows = [one.row for one in found.values()]
+        return sorted(rows, key=lambda row: (row["finished"] or "", row["id"]), reverse=True), faults
+
+    def _checked_records(self, known: Mapping[str, Indexed]) -> tuple[dict[str, Indexed], list[str]]:
+        """The records by file name, those that are not known, or changed since, read and checked; and faults."""
+        found: dict[str, Indexed] = {}
+        faults = []
         for path in _files(self.root / "records"):
             try:
-                rows.append(_read_record(path))
+                status = path.lstat()
+                one = known.get(path.name)
+                if one is None or not one.is_of(status):
+                    one = Indexed.of(status, _read_record(path))
+                found[path.name] = one
             except (BadRecordError, FileNotFoundError) as error:
                 faults.append(f"records/{memory_files.shown(path.name)}: {error}")
-        return sorted(rows, key=lambda row: (row["finished"] or "", row["id"]), reverse=True), faults
+        return found, faults
 
     # ---- models ------------------------------------------------------------------------------------------------------
 
@@ -350,7 +369,7 @@ class OptimizationMemory:
 
         Teacher outputs are `TeacherCache.damaged`'s.
         """
-        found = self.records()[1]
+        found = self._checked_records({})[1]
         for path in _files(self.root / "models"):
             try:
                 if not is_key(path.name) or path.is_symlink() or not path.is_dir():
