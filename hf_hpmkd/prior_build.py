@@ -3,8 +3,8 @@
 Per data set and seed the teachers are trained once; per setting (student, teachers, learning rate, steps, start) one
 student directly and some in ways drawn at random, on the same rows in the same order. In most settings those that hear
 teachers begin with the weights of one where they can, as in any run. A row holds what the adaptive configuration would
-have known, what was done and what it gained on validation rows. The test rows are never opened. The same command goes on
-where an interrupted one stood.
+have known, what was done and what it gained on validation rows. The test rows are never opened. The same command goes
+on where an interrupted one stood.
 """
 
 import json
