@@ -142,6 +142,7 @@ def _features_of_run(row: Row, details: dict[str, Any]) -> dict[str, float]:
     known = {
         "log_rows": row["train_rows"] and math.log10(row["train_rows"]),
         "log_classes": row["classes"] and math.log10(row["classes"]),
+        "log_learning_rate": row["learning_rate"] and math.log10(row["learning_rate"]),
         "log_student_params": row["student_params"] and math.log10(row["student_params"]),
         "log_capacity_gap": row["compression"] and math.log10(row["compression"]),
         "teachers": float(len(details["teachers"])),

@@ -24,6 +24,7 @@ FEATURES = (
     "log_student_params",
     "log_capacity_gap",
     "log_steps",
+    "log_learning_rate",
     "teachers",
     "warm_start",
     "teacher_accuracy",

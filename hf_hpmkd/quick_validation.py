@@ -160,13 +160,14 @@ def overrides_of(configuration: Configuration, recipe: Recipe) -> dict[str, dict
 
 def features_before(
     parts: DataParts, student: Classifier, guide_logits: torch.Tensor, teachers: Sequence[Teacher],
-    train_accuracy: float | None, steps: int, warm_start: bool,
+    train_accuracy: float | None, steps: int, learning_rate: float, warm_start: bool,
 ) -> dict[str, float]:  # fmt: skip
     """The meta-features that no training of the student is needed for. guide_logits: `(teachers, rows, classes)`.
-    train_accuracy: of the teachers on the rows that teach, mean; None where unknown. warm_start: whether a student that
-    hears them begins with the weights of one.
+    train_accuracy: of the teachers on the rows that teach, mean; None where unknown. learning_rate: the recipe's.
+    warm_start: whether a student that hears them begins with the weights of one.
     """
     return {
+        "log_learning_rate": math.log10(learning_rate),
         "warm_start": float(warm_start),
         **data_features(parts.train.labels, len(parts.class_names), _inputs(student, parts.train)),
         **size_features([one.num_params for one in teachers], student.num_params, steps),
@@ -285,9 +286,16 @@ class _Search:
         logits = teacher_logits(self.teachers, self.parts.guide, recipe, self.run.memory.cache, self.run.say)
         on_train = [one.accuracy["train"] for one in self.run.record.teachers if "train" in one.accuracy]
         train_accuracy = float(np.mean(on_train)) if on_train else None
-        starts = recipe.chain.warm_start and self._can_start
-        student = self.build_student()
-        features = features_before(self.parts, student, logits, self.teachers, train_accuracy, self.total, starts)
+        features = features_before(
+            self.parts,
+            self.build_student(),
+            logits,
+            self.teachers,
+            train_accuracy,
+            self.total,
+            recipe.training.learning_rate,
+            recipe.chain.warm_start and self._can_start,
+        )
         accuracies = [float(self._answers(self.direct, step).float().mean()) for step in (half, whole)]
         loss, classes = landmark_loss(self.curve, whole), len(self.parts.class_names)
         return features | landmark_features(accuracies, loss, classes, features["mixture_accuracy"])

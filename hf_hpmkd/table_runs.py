@@ -148,9 +148,16 @@ class TableRuns:
         teachers = [self.teachers[index] for index in heard]
         logits = teacher_logits(teachers, self.parts.guide, recipe, self.run.memory.cache, self.run.say)
         known = [self.run.record.teachers[index].accuracy["train"] for index in heard]
-        student = student_builder(recipe, self.parts)()
-        starts = recipe.chain.warm_start and self.can_start(recipe, heard)
-        return features_before(self.parts, student, logits, teachers, sum(known) / len(known), steps, starts)
+        return features_before(
+            self.parts,
+            student_builder(recipe, self.parts)(),
+            logits,
+            teachers,
+            sum(known) / len(known),
+            steps,
+            recipe.training.learning_rate,
+            recipe.chain.warm_start and self.can_start(recipe, heard),
+        )
 
     def can_start(self, recipe: Recipe, heard: Sequence[int]) -> bool:
         """Whether a student of a recipe can begin with the weights of one of these teachers."""
