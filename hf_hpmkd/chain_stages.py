@@ -77,6 +77,11 @@ class WarmBuild:
                 return one
         return None
 
+    @property
+    def can_start(self) -> bool:
+        """Whether the model has one to start from."""
+        return self.source(self.build(meta=True).model) is not None
+
     def describe(self) -> dict[str, Any]:
         """All that decides the initial weights but the seed."""
         model = self.build(meta=True).model

@@ -125,8 +125,9 @@ def _example_of_run(row: Row) -> Example | None:
     if auto is not None:
         if auto["configuration"].keys() - set(_FIELDS):  # of a later version: it says something else
             return None
-        features = {name: value for name, value in auto["features"].items() if name in FEATURES}
         configuration = Configuration(**auto["configuration"])
+        known = {**_start_and_rate(row, details, configuration.distils), **auto["features"]}
+        features = {name: value for name, value in known.items() if name in FEATURES}
     else:
         if row["alpha"] is None or not row["alpha"] > 0:
             return None
@@ -142,10 +143,21 @@ def _features_of_run(row: Row, details: dict[str, Any]) -> dict[str, float]:
     known = {
         "log_rows": row["train_rows"] and math.log10(row["train_rows"]),
         "log_classes": row["classes"] and math.log10(row["classes"]),
-        "log_learning_rate": row["learning_rate"] and math.log10(row["learning_rate"]),
         "log_student_params": row["student_params"] and math.log10(row["student_params"]),
         "log_capacity_gap": row["compression"] and math.log10(row["compression"]),
         "teachers": float(len(details["teachers"])),
         "teacher_accuracy": max(on_guide, default=None),
     }
+    known |= _start_and_rate(row, details, distils=True)
     return {name: value for name, value in known.items() if value is not None}
+
+
+def _start_and_rate(row: Row, details: dict[str, Any], distils: bool) -> dict[str, float]:
+    """What records of before these were meta-features tell of them: where students that hear teachers begin, and the
+    recipe's learning rate (not the row's, which is what was chosen).
+    """
+    rate = json.loads(row["configuration"] or "{}").get("training", {}).get("learning_rate")
+    found = {} if not rate else {"log_learning_rate": math.log10(rate)}
+    if distils:
+        found["warm_start"] = float((details.get("chain") or {}).get("student_warm_start", 0) > 0)
+    return found

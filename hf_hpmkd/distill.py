@@ -7,7 +7,7 @@
     direct   = the student trained on labels alone, to compare      (classifier_training)
     chain    = intermediate models between them, if they pay        (chain, components.progressive_chain)
     student  = the student trained on the outputs of all of them    (trainer, distiller)
-    keep     = the better of direct and distilled, on validation    (kept_student)
+    keep     = the better of direct and distilled, by their answers (kept_student)
     report   = test opened once; record, table, plots, card         (evaluation, report, model_card)
     memory   = teacher outputs found there, the run added at the end (run_memory)
 

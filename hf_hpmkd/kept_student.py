@@ -3,7 +3,8 @@
 Soft targets can hurt, most of all students that cannot even fit the labels. The direct training is there to compare
 with, so its student may take the place of the other; validation rows decide, and test rows stay closed. Where the
 adaptive configuration has chosen, the burden of proof is the other way round, because the best of several tries looks
-better than it is on the rows that chose it; so the guide rows, which had no say in that, are asked too.
+better than it is on the rows that chose it; so the guide rows are asked too, by which no try was judged: they only
+weigh and calibrate the teachers.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ DISTILLED = "distilled"
 
 def rows_right(classifier: Classifier, parts: DataParts, batch_size: int, proof: float | None = None) -> torch.Tensor:
     """Which of the rows that decide it answers right, bool `(rows,)`: the validation rows, and where a proof is asked
-    for the guide rows after them, on which no student was trained either.
+    for the guide rows after them, by which no try was judged.
     """
     asked = [parts.validation] if proof is None else [parts.validation, parts.guide]
     return torch.cat([answers_right(classifier, rows, batch_size) for rows in asked])

@@ -1,23 +1,29 @@
 """All records of a memory side by side in one file, which is read in a small part of the time of thousands of files.
 
-A cache: where it is gone or cannot be read, it is made again. Every row stands beside the size and the time of change
+A cache: where it is gone or damaged, it is made again. Every row stands beside the size and the time of change
 of the file that it was read from, so a record that was changed since is read, and checked, anew.
 """
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hf_hpmkd.memory_files import write_synced
 from hf_hpmkd.memory_records import SCHEMA, Row
 
-NAME = ".records.parquet"
+NAME = ".records.index"
+"""The SHA-256 of what follows, which is a Parquet file."""
+
 MOST_APART = 100
 """Records that may be missing from it before it is written again."""
 
+_DIGEST = hashlib.sha256().digest_size
 _SCHEMA = pa.schema([("file_name", pa.string()), ("file_bytes", pa.int64()), ("file_changed", pa.int64()), *SCHEMA])
 
 
@@ -40,11 +46,14 @@ class Indexed:
 
 
 def read_index(path: Path) -> dict[str, Indexed]:
-    """File name to row; {} where there is no index of this format."""
+    """File name to row; {} where there is no sound index of this format."""
     try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException):
+        content = path.read_bytes()
+    except OSError:
         return {}
+    if hashlib.sha256(content[_DIGEST:]).digest() != content[:_DIGEST]:
+        return {}
+    table = pq.read_table(BytesIO(content[_DIGEST:]))
     if not table.schema.equals(_SCHEMA):
         return {}
     found: dict[str, Indexed] = {}
@@ -55,9 +64,14 @@ def read_index(path: Path) -> dict[str, Indexed]:
 
 
 def write_index(path: Path, rows: Mapping[str, Indexed]) -> None:
-    """The caller writes to a place of its own and moves it."""
+    """In one step. The caller holds a lock, so that no other process writes it."""
     flat = [
         {**one.row, "file_name": name, "file_bytes": one.nbytes, "file_changed": one.changed}
         for name, one in rows.items()
     ]
-    pq.write_table(pa.Table.from_pylist(flat, schema=_SCHEMA), path, compression="zstd")
+    content = BytesIO()
+    table = pa.Table.from_pylist(flat, schema=_SCHEMA)
+    pq.write_table(table, content, compression="zstd")
+    temporary = path.with_suffix(".tmp")
+    write_synced(temporary, hashlib.sha256(content.getvalue()).digest() + content.getvalue())
+    os.replace(temporary, path)

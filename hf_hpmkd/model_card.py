@@ -263,7 +263,8 @@ def _opening(record: RunRecord) -> str:
     lines.append(f"A model{kind}{params}, trained on {source}{start} with `hf_hpmkd`.{classes}")
     if record.kept_direct and record.distils:
         proved = "made it worse" if record.kept and record.kept.needed is None else "did not prove better"
-        lines.append(f"It was also distilled from {teachers}, which {proved} on validation rows.")
+        rows = report.deciding_parts(record)
+        lines.append(f"It was also distilled from {teachers}, which {proved} on {rows} rows.")
     student = record.models["student"]
     best = record.best_teacher()
     retention = report.student_retention(record, student)

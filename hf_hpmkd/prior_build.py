@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_hpmkd.components.adaptive_configuration import DIRECT, EARLY, SPACE, Configuration, Example
 from hf_hpmkd.components.progressive_chain import estimate_gain
-from hf_hpmkd.configuration_examples import prior_row, write_prior
+from hf_hpmkd.configuration_examples import SCHEMA, prior_row, write_prior
 from hf_hpmkd.losses import LEGAL_SCHEDULES
 from hf_hpmkd.meta_features import LANDMARK, landmark_features
 from hf_hpmkd.quick_validation import landmark_loss
@@ -61,7 +61,7 @@ def build_prior(
 
     data: folder with a folder of Parquet files per table or set of images. tables: names of those to use; None takes
     all. output: the Parquet file; beside it, with the suffix .jsonl, lie the rows one by one as they come.
-    Raises ValueError for unknown tables and fewer than one run.
+    Raises ValueError for unknown tables, fewer than one run, and rows of another version in that file.
     """
     folders = table_folders(data)
     if unknown := set(tables or []) - {folder.name for folder in folders}:
@@ -75,6 +75,11 @@ def build_prior(
     log = output.with_suffix(".jsonl")
     log.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    if rows and rows[0].keys() - {"last"} != set(SCHEMA.names):
+        raise ValueError(
+            f"{log} must hold rows of this version, it holds those of another, which tell other things. Choose another "
+            "--output, or remove it."
+        )
     known = {(row["data"], row["seed"]) for row in rows if row.get("last")}
     seed = 0
     while len(rows) < runs:
@@ -105,7 +110,8 @@ def _without_mark(row: dict[str, Any]) -> dict[str, Any]:
 
 def _provenance(rows: list[dict[str, Any]]) -> dict[str, Any]:
     versions, hardware = environment()
-    settings = {(row["data"], row["seed"], row["student"], row["taught_by"], row["steps"]) for row in rows}
+    of_setting = ("data", "seed", "student", "taught_by", "steps", "base_learning_rate", "feature_warm_start")
+    settings = {tuple(row[name] for name in of_setting) for row in rows}
     return {
         "command": "hpmkd prior build",
         "made": time.strftime("%Y-%m-%d", time.gmtime()),

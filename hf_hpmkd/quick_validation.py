@@ -66,13 +66,14 @@ from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
 
 FOLDER = "auto"
 MARGIN = 2.0
-"""Standard deviations by which a try must be better than direct training, where the run does not train directly."""
+"""Standard deviations by which a try must be better than direct training, where nothing is proven later: the run does
+not train directly, or keeps the distilled student anyway."""
 
 HOPE = 0.0
 """The same for a candidate that has to prove itself at the end of its training: any that promises to be better."""
 
 PROOF = 1.0
-"""Standard errors by which such a student must then be better than the directly trained one: the one-standard-error
+"""Standard errors by which its student must then be better than the directly trained one: the one-standard-error
 rule (Breiman et al. 1984, section 3.4.3), by which of two that rows can hardly tell apart the simpler is taken."""
 
 _FEATURE_ROWS = 2_000
@@ -342,8 +343,7 @@ class _Search:
 
     @cached_property
     def _can_start(self) -> bool:
-        start = WarmBuild(self.build_student, self._above(), self.parts.train)
-        return start.source(self.blueprint.model) is not None
+        return WarmBuild(self.build_student, self._above(), self.parts.train).can_start
 
     @cached_property
     def _has_head(self) -> bool:

@@ -143,7 +143,7 @@ class DistillationConfig:
     cache_dir: str | None = Field(None, description="Folder of teacher outputs; null: $HPMKD_CACHE or the memory's.")
     direct: bool = Field(True, description="Also train the student without teachers, for comparison.")
     keep: Literal["better", "distilled"] = Field(
-        "better", description="The student: better keeps the direct one where it surely is, on validation rows."
+        "better", description="The student. better: direct where it surely is; where auto chose, unless the other is."
     )
 
 

@@ -114,12 +114,18 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], left: int) -
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ruler, *escaped])
 
 
+def deciding_parts(record: RunRecord) -> str:
+    """The parts whose rows said which student the run keeps. Records of before a proof took in guide rows have none."""
+    whole = record.kept is None or record.kept.rows == record.num_rows("validation")
+    return "validation" if whole else "validation and guide"
+
+
 def kept_told(record: RunRecord) -> str:
     """Which student the run kept, in a sentence; "" where there was no choice."""
     if (kept := record.kept) is None:
         return ""
     other = "chosen" if record.chose_labels_alone else "distilled"
-    rows = f"{kept.rows:,} validation rows" if kept.needed is None else f"{kept.rows:,} validation and guide rows"
+    rows = f"{kept.rows:,} {deciding_parts(record)} rows"
     gain = f"{kept.gain:+.2f} ± {kept.standard_error:.2f} points for the {other} one on {rows}"
     if kept.needed is not None:
         gain += f", {kept.needed:+.2f} asked for"

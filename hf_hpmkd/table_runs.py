@@ -27,9 +27,9 @@ from hf_hpmkd.recipe_rules import is_sklearn, teacher_names
 from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_memory import RunMemory
 from hf_hpmkd.run_steps import train
-from hf_hpmkd.sklearn_teachers import train_sklearn
 from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
+from hf_hpmkd.teacher_training import fit_sklearn
 
 TEACHERS: tuple[dict[str, Any], ...] = (
     {"model": "mlp-64x64", "epochs": 12, "learning_rate": 0.003, "batch_size": 64},
@@ -136,10 +136,7 @@ class TableRuns:
         if not is_sklearn(config.model):
             teacher = train(self.run, name, config, self.parts)
         else:
-            seed = teacher_schedule(self.recipe, config).seed
-            full, folded = train_sklearn(config.model, config.params, self.parts.train, seed, config.folds or 0)
-            teacher = folded or full
-            teacher.name = name
+            teacher = fit_sklearn(config, name, teacher_schedule(self.recipe, config).seed, self.parts.train)
         self.run.keep_teacher(teacher, config)
         return teacher
 
@@ -161,8 +158,7 @@ class TableRuns:
 
     def can_start(self, recipe: Recipe, heard: Sequence[int]) -> bool:
         """Whether a student of a recipe can begin with the weights of one of these teachers."""
-        start = WarmBuild(student_builder(recipe, self.parts), self._above(heard), self.parts.train)
-        return start.source(start.build(meta=True).model) is not None
+        return WarmBuild(student_builder(recipe, self.parts), self._above(heard), self.parts.train).can_start
 
     def teach(
         self, recipe: Recipe, configuration: Configuration, heard: Sequence[int], judged_on: Rows, name: str = "student"

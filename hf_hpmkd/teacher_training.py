@@ -35,8 +35,7 @@ def train_teacher(
     """The teacher, trained into `folder`, loaded from there or found in the memory, and the seconds its training took,
     folds included."""
     if is_sklearn(config.model):
-        folds = SKLEARN_FOLDS if config.folds is None else config.folds
-        return _sklearn(config, name, folds, schedule.seed, parts.train, folder)
+        return _sklearn(config, name, schedule.seed, parts.train, folder)
     return _network(config, name, config.folds or 0, schedule, memory, parts, folder)
 
 
@@ -49,17 +48,29 @@ def folders_done(config: TeacherConfig, folder: Path) -> bool:
     )
 
 
-def _sklearn(
-    config: TeacherConfig, name: str, folds: int, seed: int, rows: Rows, folder: Path
-) -> tuple[Teacher, float]:
-    done = folder / _DONE
+def fit_sklearn(config: TeacherConfig, name: str, seed: int, rows: Rows) -> Teacher:
+    """A scikit-learn teacher of a recipe, trained and in memory alone. Raises as `train_sklearn` does."""
+    full, folded = train_sklearn(config.model, config.params, rows, seed, _sklearn_folds(config))
+    teacher = folded or full
+    teacher.name = name
+    return teacher
+
+
+def _sklearn_folds(config: TeacherConfig) -> int:
+    return SKLEARN_FOLDS if config.folds is None else config.folds
+
+
+def _sklearn(config: TeacherConfig, name: str, seed: int, rows: Rows, folder: Path) -> tuple[Teacher, float]:
+    done, folds = folder / _DONE, _sklearn_folds(config)
     if not done.is_file():
         started = time.perf_counter()
-        full, folded = train_sklearn(config.model, config.params, rows, seed, folds)
+        fitted = fit_sklearn(config, name, seed, rows)
         seconds = time.perf_counter() - started
-        full.save(folder / "model.skops")
-        for index, fold in enumerate(folded.folds if folded else []):
-            fold.save(folder / f"fold{index}.skops")  # type: ignore[attr-defined]
+        models = {"model": fitted}
+        if isinstance(fitted, FoldedTeacher):
+            models = {"model": fitted.full} | {f"fold{index}": fold for index, fold in enumerate(fitted.folds)}
+        for part, model in models.items():
+            model.save(folder / f"{part}.skops")  # type: ignore[attr-defined]
         write_json(done, {"seconds": seconds, "folds": folds})
     about = json.loads(done.read_text(encoding="utf-8"))
     load = partial(load_skops, rows=rows, name=name, trusted_types=SAVED_TYPES)  # files that this run wrote

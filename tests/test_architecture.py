@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_hpmkd"
 # (tasks, models, metrics, components) is one word; what its files do among themselves is their matter, save components.
 LEVELS = (
     ("losses", "heads", "paired_tests", "meta_features", "run_environment", "progress", "run_record",
-     "memory_records", "memory_index", "memory_files", "hub_client", "tasks", "models", "metrics"),
+     "memory_records", "memory_files", "memory_index", "hub_client", "tasks", "models", "metrics"),
     ("components", "engines", "configuration_examples", "training_args", "dataset_rows", "data_source", "data",
      "model_names", "classifiers", "model_shapes", "intermediate_models", "warm_start",
      "fitted_start", "model_cost"),
@@ -49,7 +49,7 @@ ONLY = {
     "metrics": set(),
     "progress": set(),
     "memory_records": {"run_record"},
-    "memory_index": {"memory_records"},
+    "memory_index": {"memory_records", "memory_files"},
     "memory_files": set(),
     "components": {"losses", "meta_features", "memory_records", "memory_index", "memory_files"},
     "configuration_examples": {"components", "meta_features", "memory_records"},

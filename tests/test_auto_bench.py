@@ -1,19 +1,22 @@
 """The judgement of the adaptive configuration: its sums by hand, and one small real run."""
 
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+import torch
 from datasets import ClassLabel, Dataset
 from PIL import Image
 from sklearn.datasets import load_wine
 
 from hf_hpmkd import auto_bench, prior_build
 from hf_hpmkd.auto_bench import Settings, bench_auto, summary
-from hf_hpmkd.components.adaptive_configuration import DIRECT, Configuration
+from hf_hpmkd.components.adaptive_configuration import DIRECT, SPACE, Configuration
 from hf_hpmkd.configuration_examples import provenance, read_prior
+from hf_hpmkd.distill import student_builder
 from hf_hpmkd.prior_build import build_prior
 from hf_hpmkd.recipe import recipe_from_line
 from hf_hpmkd.recipe_rules import family
@@ -167,7 +170,8 @@ def test_a_prior_is_built_goes_on_and_is_judged_without_the_judged(tables: Path,
     assert len(said) == 2 and [one.data for one in examples] == ["red", "red", "white", "white"]
     assert [one.gain for one in examples[:2]] == [one.gain for one in first]
     for one in examples:
-        assert {"landmark_accuracy", "teacher_accuracy", "log_rows", "overfit"} <= set(one.features)
+        known = {"landmark_accuracy", "teacher_accuracy", "log_rows", "overfit", "warm_start", "log_learning_rate"}
+        assert known <= set(one.features)
         assert one.noise > 0 and all(-100 <= value <= 100 for value in (*one.early, one.gain))
     about = provenance(prior)
     assert about["runs"] == 4 and about["direct_runs_beside"] == 2 and about["data"] == ["red", "white"]
@@ -234,6 +238,33 @@ def test_draws_go_together_and_cover_the_space() -> None:
     assert {one.alpha for one in drawn} == {0.0, 0.25, 0.5, 0.75, 0.9, 1.0}
     assert {one.kd_kind for one in drawn} == {"forward_kl", "standardized_kl", "dkd", "dist"}
     assert Configuration() not in drawn
+    assert {one.learning_rate for one in drawn} == set(SPACE["learning_rate"]) and max(SPACE["learning_rate"]) == 4
+    assert {one.warm_start for one in drawn} == {True, False} and not any(
+        one.warm_start and one.distils for one in drawn
+    )
+    assert not any(prior_build.draw(random, can_start=False).warm_start for _ in range(300))
+
+
+def test_a_student_starts_only_from_teachers_that_it_may_hear(tables: Path, tmp_path: Path) -> None:
+    runs = TableRuns(tables / "red", tmp_path / "place", 0, warm_start=True)
+    recipe = runs.recipe
+    assert runs.can_start(recipe, [0, 1]) and not runs.can_start(recipe, [1])  # mlp-8, and a LogisticRegression
+    taught = Configuration(alpha=0.5)
+    first = {"max_steps": 1, "learning_rate": 1e-9, "evaluations": 1}
+    short = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **first))
+    cold = student_builder(short, runs.parts)().model
+    for heard, starts in (([0, 1], True), ([1], False)):
+        trained = runs.teach(short, taught, heard, runs.parts.validation).trained
+        same = torch.allclose(trained.classifier.model.classifier.weight, cold.classifier.weight, atol=1e-6)
+        assert same != starts
+        assert runs.features(short, heard, 1)["warm_start"] == starts
+    assert runs.features(short, [0], 1)["log_learning_rate"] == pytest.approx(-9)
+
+
+def test_a_prior_of_another_version_is_not_gone_on_with(tables: Path, tmp_path: Path) -> None:
+    (tmp_path / "prior.jsonl").write_text(json.dumps({"data": "red", "seed": 0, "last": True}) + "\n")
+    with pytest.raises(ValueError, match="prior.jsonl must hold rows of this version"):
+        build_prior(tables, 4, tmp_path / "prior.parquet")
 
 
 def test_small_tables_are_split_anew_for_each_seed(tables: Path, tmp_path: Path) -> None:

@@ -268,7 +268,7 @@ def test_one_teacher_seed_for_all(tmp_path):
 @pytest.mark.parametrize(("margin", "kept"), [(1e9, "direct"), (-1e9, "distilled")])
 def test_what_adaptive_chose_proves_itself_as_in_a_run(tmp_path, monkeypatch, margin, kept):
     monkeypatch.setattr(quick_validation, "HOPE", -1e9)
-    monkeypatch.setattr(quick_validation, "MARGIN", margin)
+    monkeypatch.setattr(quick_validation, "PROOF", margin)
     line = ["compare", write_recipe(tmp_path), "--methods", "direct,adaptive", "--seeds", "1"]
     assert main([*line, "--output", str(tmp_path / "out")]) == 0
     folder = tmp_path / "out" / "seed-0"
@@ -276,6 +276,8 @@ def test_what_adaptive_chose_proves_itself_as_in_a_run(tmp_path, monkeypatch, ma
     assert same(mine, weights(folder / "direct")) == (kept == "direct")
     found, plain = result(tmp_path, "adaptive", 0), result(tmp_path, "direct", 0)
     assert (found.scores["validation"] == plain.scores["validation"]) or kept == "distilled"
+    run = RunRecord.load(folder / "adaptive.run" / "run_record.json")
+    assert run.kept.kept == kept and run.kept.rows == run.num_rows("validation") + run.num_rows("guide")
     assert found.seconds > plain.seconds
 
 

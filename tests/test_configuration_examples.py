@@ -20,7 +20,7 @@ from hf_hpmkd.configuration_examples import (
     write_prior,
 )
 from hf_hpmkd.memory_records import memory_row
-from hf_hpmkd.run_record import AutoRecord, ModelRecord, RunRecord, TeacherRecord
+from hf_hpmkd.run_record import AutoRecord, ChainRecord, ModelRecord, RunRecord, TeacherRecord
 
 SOFT = Configuration(alpha=0.9, temperature=8.0, gate="label", learning_rate=2.0)
 EXAMPLE = Example({"log_rows": 3.0, "overfit": 0.25}, SOFT, 1.5, 0.5, (0.25, 0.5, math.nan, 1.25), data="letter")
@@ -46,6 +46,8 @@ def test_the_shipped_prior_is_whole_and_says_where_it_comes_from() -> None:
     assert len(rows) >= 1_000 and len(names) >= 30 and len({row["student"] for row in rows}) >= 4
     assert {row["alpha"] == 0 for row in rows} == {True, False}
     assert all(math.isfinite(row["gain"]) and row["noise"] > 0 for row in rows)
+    assert not any(row[name] is None for row in rows for name in (*dataclasses.asdict(SOFT), "feature_warm_start"))
+    assert all(row["feature_log_learning_rate"] == pytest.approx(math.log10(row["base_learning_rate"])) for row in rows)
     about = provenance()
     assert set(about["data"]) == names and about["runs"] == len(rows)
     assert len(read_prior(leave_out=["letter"])) == len(rows) - sum(row["data"] == "letter" for row in rows)
@@ -99,7 +101,7 @@ def test_a_run_of_the_memory_counts_by_its_validation_rows() -> None:
     assert found.configuration == Configuration(alpha=0.5, temperature=2.0, kd_kind="dkd", gate="uniform")
     assert found.features == pytest.approx({
         "log_rows": 3.0, "log_classes": math.log10(2), "log_student_params": math.log10(50), "log_capacity_gap": 1.0,
-        "teachers": 1.0, "teacher_accuracy": 0.75,
+        "teachers": 1.0, "teacher_accuracy": 0.75, "warm_start": 0.0,
     })  # fmt: skip
 
 
@@ -111,7 +113,27 @@ def test_a_run_that_chose_counts_as_what_it_chose() -> None:
     row = memory_row(finished(auto=auto))
     assert row["alpha"] == 0.9 and row["temperature"] == 2.0
     [found] = memory_examples([row])
-    assert found.configuration == SOFT and found.features == {"log_rows": 2.5}
+    assert found.configuration == SOFT and found.features == {"log_rows": 2.5, "warm_start": 0.0}
+
+
+def test_records_of_before_tell_where_the_student_began_and_the_recipes_learning_rate() -> None:
+    """A regression takes what is not known for less than any value."""
+    recipe = {"distillation": {"alpha": 0.5, "kd_kind": "dkd", "gate": "uniform", "temperature": 2.0,
+                               "temperature_schedule": "constant"}, "training": {"learning_rate": 0.01}}  # fmt: skip
+    chain = ChainRecord(student_warm_start=0.75, student_origin="one")
+    [found] = memory_examples([memory_row(finished(recipe=recipe, chain=chain))])
+    assert (found.features["warm_start"], found.features["log_learning_rate"]) == (1.0, pytest.approx(-2))
+    auto = AutoRecord(
+        "because", "by nothing", [], dataclasses.asdict(SOFT),
+        {"distillation": {}, "training": {"learning_rate": 0.02}}, {"log_rows": 2.5}, [], 10, 5, 3, 1.0, 0.1,
+    )  # fmt: skip
+    row = memory_row(finished(recipe=recipe, chain=chain, auto=auto))
+    assert row["learning_rate"] == 0.02
+    [found] = memory_examples([row])
+    assert found.features == {"log_rows": 2.5, "warm_start": 1.0, "log_learning_rate": pytest.approx(-2)}
+    told = dataclasses.replace(auto, features={"warm_start": 0.0, "log_learning_rate": -3.0})
+    [found] = memory_examples([memory_row(finished(recipe=recipe, chain=chain, auto=told))])
+    assert found.features == {"warm_start": 0.0, "log_learning_rate": -3.0}
 
 
 def test_runs_of_a_later_version_stop_nobody() -> None:
@@ -120,7 +142,7 @@ def test_runs_of_a_later_version_stop_nobody() -> None:
         {"log_rows": 2.5, "shoe_size": 43.0}, [], 10, 5, 3, 1.0, 0.1,
     )  # fmt: skip
     [found] = memory_examples([memory_row(finished(auto=auto))])
-    assert found.features == {"log_rows": 2.5}
+    assert found.features == {"log_rows": 2.5, "warm_start": 0.0}
     later = dataclasses.replace(auto, configuration={**auto.configuration, "mood": "good"})
     assert memory_examples([memory_row(finished(auto=later))]) == []
 

@@ -1,10 +1,12 @@
 """The memory in a folder: append-only and content-named, whole after any stop, small without taking what is in use."""
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 from datasets import load_dataset
+from filelock import Timeout
 
-from hf_hpmkd import memory_index, memory_records
+from hf_hpmkd import memory_files, memory_index, memory_records
 from hf_hpmkd.components.optimization_memory import OptimizationMemory
 from hf_hpmkd.memory_records import SCHEMA, BadRecordError, memory_row, read_row, row_bytes, row_id
 from hf_hpmkd.run_record import ModelRecord, RunRecord, TeacherRecord
@@ -221,16 +224,44 @@ def test_a_record_that_was_changed_or_removed_is_not_taken_from_the_index(memory
     assert len(rows) == 3 and len(faults) == 1 and first.name in faults[0] and many == [first.name]
 
 
-@pytest.mark.parametrize("content", [b"", b"no table", None])
-def test_without_a_readable_index_there_are_the_records(memory, many, content):
+@pytest.mark.parametrize("harm", ["empty", "no table", "another table", "a flipped bit"])
+def test_without_a_sound_index_there_are_the_records(memory, many, harm):
     index = memory.root / memory_index.NAME
-    if content is None:
-        pq.write_table(pa.table({"file_name": ["x"]}), index)
-    else:
-        index.write_bytes(content)
+    content = bytearray(index.read_bytes())
+    content[len(content) // 8] ^= 1
+    other = BytesIO()
+    pq.write_table(pa.table({"file_name": ["x"]}), other)
+    harmed = {
+        "empty": b"",
+        "no table": b"no table",
+        "another table": hashlib.sha256(other.getvalue()).digest() + other.getvalue(),
+        "a flipped bit": content,
+    }
+    index.write_bytes(harmed[harm])
     assert len(memory.records()[0]) == len(many) == 5
     many.clear()
     assert len(memory.records()[0]) == 5 and not many  # indexed again
+
+
+def test_an_index_that_is_out_of_date_is_made_anew(memory, many):
+    for path in (memory.root / "records").iterdir():
+        os.utime(path, (0, 0))
+    for reads in (5, 0):
+        many.clear()
+        assert len(memory.records()[0]) == 5 and len(many) == reads
+
+
+@pytest.mark.parametrize("error", [OSError(30, "read-only"), Timeout("held")])
+def test_where_no_index_can_be_written_there_are_the_records_without_a_word(memory, monkeypatch, error, recwarn):
+    monkeypatch.setattr(memory_index, "MOST_APART", 0)
+    memory.add_record(row(0))
+
+    def locked(root):
+        raise error
+
+    monkeypatch.setattr(memory_files, "lock_all", locked)
+    assert len(memory.records()[0]) == 1 and not list(recwarn)
+    assert not (memory.root / memory_index.NAME).exists()
 
 
 def test_a_check_reads_every_record(memory, many):

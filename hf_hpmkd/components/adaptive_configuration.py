@@ -82,8 +82,7 @@ class Configuration:
 DIRECT = Configuration()
 
 FASTER = Configuration(learning_rate=2.0)
-"""Direct training at twice the learning rate, or more: what a student that has not learned enough needs, teachers or
-not."""
+"""Direct training at twice the learning rate: what a student that has not learned enough needs, teachers or not."""
 
 SPACE: dict[str, tuple[Any, ...]] = {
     "alpha": (0.0, 0.25, 0.5, 0.75, 0.9, 1.0),
@@ -349,8 +348,8 @@ def propose(
         unlike = np.abs(encoded - encode(usual)).sum(axis=1)
         always.extend(sorted(np.flatnonzero(possible).tolist(), key=lambda index: (-hope[index], unlike[index]))[:1])
 
-    cold = [not (one.distils or one.warm_start) for one in configurations]
-    add(FASTER, [which and one.learning_rate > 1 for which, one in zip(cold, configurations, strict=True)])
+    direct = [not (one.distils or one.warm_start) for one in configurations]
+    add(FASTER, [is_direct and one.learning_rate > 1 for is_direct, one in zip(direct, configurations, strict=True)])
     if count > 2:
         add(replace(DIRECT, warm_start=True), [one.warm_start for one in configurations])
     if count > 1:

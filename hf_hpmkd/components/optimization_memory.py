@@ -1,7 +1,7 @@
 """What is known from earlier runs, as one folder: their records, teacher outputs and models. Knows nothing of training.
 
     README.md                           card; `load_dataset(folder)` reads the records
-    .records.parquet                    all of them in one file, to be read at once; made again where it is gone
+    .records.index                      all of them in one file, to be read at once; made again where it is gone
     records/<id>.parquet                one file per run, never changed and never evicted: two memories merge by union
     teacher_outputs/<key>.safetensors   see `teacher_output_file`
     models/<key>/                       see `memory_files`; intermediate models by content key, students by record id
@@ -173,10 +173,10 @@ class OptimizationMemory:
         index = self.root / memory_index.NAME
         known = memory_index.read_index(index)
         found, faults = self._checked_records(known)
-        if len(found.keys() - known.keys()) > memory_index.MOST_APART:
-            with tolerated("be indexed"), memory_files.staging(self.root) as folder:
-                memory_index.write_index(folder / index.name, found)
-                os.replace(folder / index.name, index)
+        if sum(one is not known.get(name) for name, one in found.items()) > memory_index.MOST_APART:
+            # Only a cache: where the disk takes no file, or another process works in the folder, it is left.
+            with suppress(OSError, Timeout), memory_files.lock_all(self.root).acquire(timeout=0):
+                memory_index.write_index(index, found)
         rows = [one.row for one in found.values()]
         return sorted(rows, key=lambda row: (row["finished"] or "", row["id"]), reverse=True), faults
 
