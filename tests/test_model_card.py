@@ -202,7 +202,7 @@ def chosen(**configuration):
         (chosen(), None, "found nothing better than direct training"),
         (chosen(learning_rate=2.0), "distilled", "Kept: the chosen student (+2.00 ± 0.50 points for the chosen one"),
         (chosen(learning_rate=2.0), "direct", "Kept: the directly trained student"),
-        (chosen(alpha=0.5), "direct", "which did not prove better on validation rows"),
+        (chosen(alpha=0.5), "direct", "which did not prove better on validation and guide rows"),
     ],
 )
 def test_a_student_of_labels_alone_is_not_called_distilled(record, tmp_path, student, auto, kept, told):
@@ -214,7 +214,9 @@ def test_a_student_of_labels_alone_is_not_called_distilled(record, tmp_path, stu
     assert card.data.base_model is None
     record.auto, record.kept = chosen(alpha=0.5), KeptRecord("distilled", 2.0, 0.5, 400, needed=1.2)
     text = card_of(record, tmp_path).text
-    assert ", distilled from" in text and "+1.20 asked for" in text
+    assert ", distilled from" in text and "400 validation and guide rows, +1.20 asked for" in text
+    record.parts["parts"] = {"validation": {"rows": 400}}  # a record of before guide rows were asked too
+    assert "400 validation rows, +1.20 asked for" in card_of(record, tmp_path).text
 
 
 def test_a_recipe_that_ignores_its_teachers_is_not_said_to_have_distilled(record, tmp_path, student):
