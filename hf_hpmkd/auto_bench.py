@@ -21,16 +21,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from accelerate import PartialState
 from matplotlib.figure import Figure
 from transformers.utils.logging import disable_progress_bar
 
-from hf_hpmkd.classifier_training import student_schedule, train_or_load, write_json
+from hf_hpmkd.classifier_training import Trained, student_schedule, train_or_load, write_json
 from hf_hpmkd.components.adaptive_configuration import DIRECT, FASTER, SPACE, WARM_WORDS, Configuration
 from hf_hpmkd.configuration_examples import SCHEMA, prior_row, read_prior, shipped_prior, write_prior
 from hf_hpmkd.distill import student_builder
-from hf_hpmkd.kept_student import judge
+from hf_hpmkd.kept_student import judge, rows_right
 from hf_hpmkd.paired_tests import Mean, mean_of
 from hf_hpmkd.quick_validation import configure, is_direct, proof_needed
 from hf_hpmkd.recipe import MIN_STEPS, Recipe, read_recipe, recipe_tree
@@ -113,6 +112,7 @@ class Settings:
         return common | {"prior": hashlib.sha256((self.prior or shipped_prior()).read_bytes()).hexdigest()[:12]}
 
 
+@spare_time()
 def bench_auto(settings: Settings, say: Callable[[str], None] = print) -> str:
     """Trains what is not trained yet and writes `table.md`, `bench.json` and `gains.png`; returns the table.
 
@@ -125,7 +125,6 @@ def bench_auto(settings: Settings, say: Callable[[str], None] = print) -> str:
         raise ValueError(f"There is no table {', '.join(sorted(unknown))} in {settings.data}.")
     PartialState(cpu=True)
     disable_progress_bar()
-    spare_time()
     settings.folder.mkdir(parents=True, exist_ok=True)
     asked = settings.told()
     for file in settings.folder.glob("*-[0-9]*.json"):
@@ -174,7 +173,7 @@ def _judge(settings: Settings, folder: Path, seed: int) -> dict[str, Any]:
         runs = TableRuns(rows, Path(place), seed, warm_start=True, data=data, training=training, student=student)
         test = runs.parts.test
         methods: dict[str, dict[str, Any]] = {}
-        direct = torch.empty(0)
+        direct: Trained | None = None
 
         def taught(configuration: Configuration) -> dict[str, Any]:
             nonlocal direct
@@ -182,7 +181,7 @@ def _judge(settings: Settings, folder: Path, seed: int) -> dict[str, Any]:
             one = runs.teach(runs.recipe, configuration, range(len(runs.teachers)), test)
             seconds = time.perf_counter() - started
             if configuration == DIRECT:
-                direct = runs.deciding(one.trained)
+                direct = one.trained
             last = [row["eval_accuracy"] for row in one.trained.curve if "eval_accuracy" in row][-1]
             return {"accuracy": one.accuracy, "validation": last, "seconds": seconds, "chosen": str(configuration)}
 
@@ -193,6 +192,7 @@ def _judge(settings: Settings, folder: Path, seed: int) -> dict[str, Any]:
             prior = Path(place) / "prior.parquet"
             _write_left_out(settings.prior, folder.name, count, seed, prior)
             name = "auto" if count is None else f"auto-{count}"
+            assert direct is not None
             methods[name] = _auto(settings, runs, prior, methods["direct"], direct)
         return {
             "data": folder.name,
@@ -225,12 +225,10 @@ def _write_left_out(source: Path | None, table: str, count: int | None, seed: in
     write_prior([prior_row(one, empty) for one in examples], {"left_out": table}, target)
 
 
-def _auto(
-    settings: Settings, runs: TableRuns, prior: Path, direct: dict[str, Any], direct_right: torch.Tensor
-) -> dict[str, Any]:
-    """The adaptive configuration as `distill` runs it, and what it cost beside one training. direct_right: which
-    validation and guide rows the directly trained student answers right; it is kept where the other does not prove
-    better there. unproven: test accuracy of the other, kept or not.
+def _auto(settings: Settings, runs: TableRuns, prior: Path, direct: dict[str, Any], plain: Trained) -> dict[str, Any]:
+    """The adaptive configuration as `distill` runs it, and what it cost beside one training. direct, plain: the
+    figures of direct training, and its student, which is kept where the other does not prove better. unproven: test
+    accuracy of the other, kept or not.
     """
     tree = recipe_tree(runs.recipe)
     tree["auto"] = {"mode": settings.mode, "prior": str(prior), "choose": list(SPACE)}
@@ -267,7 +265,9 @@ def _auto(
             teachers=teachers,
             guide=runs.parts.guide if teachers else None,
         )
-        proof = judge(direct_right, runs.deciding(trained), proof_needed(run.recipe))
+        size, needed = run.recipe.training.eval_batch_size, proof_needed(run.recipe)
+        right, other = (rows_right(one.classifier, runs.parts, size, needed) for one in (plain, trained))
+        proof = judge(right, other, needed)
         unproven = float(runs.right(trained, runs.parts.test).float().mean())
         about |= {"lead": proof.gain, "lead_error": proof.standard_error, "lead_needed": proof.needed}
         about |= {"kept": proof.kept, "unproven": unproven}
@@ -347,11 +347,11 @@ def _what_was_chosen(results: Sequence[dict[str, Any]]) -> str:
     alone = [auto["chosen"] for auto in autos if not auto["distils"] and auto["chosen"] != str(DIRECT)]
     warm = sum(WARM_WORDS in one for one in alone)
     back = sum(auto.get("kept") == "direct" for auto in autos)
-    told = f"Auto distilled {len(distilled)} of {len(results)} times"
-    told += f", and gained {100 * np.mean(distilled):+.2f} where it did" if distilled else ""
-    told += f"; {len(alone)} times it trained directly in another way" if alone else ""
-    told += f", {warm} of them from a teacher's weights" if warm else ""
-    told += f"; {back} of its students were given up for the direct one" if back else ""
+    told = f"Auto kept a distilled student in {len(distilled)} of {len(results)} runs"
+    told += f", and gained {100 * np.mean(distilled):+.2f} there" if distilled else ""
+    told += f"; in {len(alone)} it chose direct training of another kind" if alone else ""
+    told += f", in {warm} of them from a teacher's weights" if warm else ""
+    told += f"; {back} students, distilled or not, were given up for the direct one" if back else ""
     return told + "."
 
 

@@ -54,6 +54,7 @@ _DRAWS: dict[str, tuple[tuple[Any, ...], tuple[float, ...] | None]] = {
 _DIRECT_SHARE = 0.25
 
 
+@spare_time()
 def build_prior(
     data: Path, runs: int, output: Path, tables: list[str] | None = None, say: Callable[[str], None] = print
 ) -> int:
@@ -71,7 +72,6 @@ def build_prior(
     folders = [folder for folder in folders if tables is None or folder.name in tables]
     PartialState(cpu=True)
     disable_progress_bar()
-    spare_time()
     log = output.with_suffix(".jsonl")
     log.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []

@@ -196,8 +196,8 @@ class AutoRecord:
 
 @dataclass
 class KeptRecord:
-    """Which of two students a run kept, by the validation rows that each answered right; with
-    `needed`, by validation and guide rows.
+    """Which of two students a run kept, by the validation rows that each answered right, or by those and the guide rows
+    where a gain was needed (in records of before 2026-11-28 by validation rows alone).
 
     kept: "distilled" or "direct". gain, standard_error: of the distilled one over the direct one, on the same rows, in
     points. rows: how many. needed: the gain that the distilled one had to show; None: not to be surely worse sufficed.

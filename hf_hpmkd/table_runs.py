@@ -3,8 +3,8 @@
 For the prior and for judging it. Nothing here opens the test rows unless it is asked to.
 """
 
-import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from hf_hpmkd.chain_stages import Stages, WarmBuild
-from hf_hpmkd.classifier_training import Trained, remove_training, student_schedule, teacher_schedule, train_or_load
+from hf_hpmkd.classifier_training import (
+    Trained,
+    old_garbage_left,
+    remove_training,
+    student_schedule,
+    teacher_schedule,
+    train_or_load,
+)
 from hf_hpmkd.components.adaptive_configuration import Configuration
 from hf_hpmkd.data import TEXT_COLUMNS, DataParts
 from hf_hpmkd.distill import student_builder
@@ -199,10 +206,6 @@ class TableRuns:
         student = TorchTeacher.of("student", trained.classifier, self.parts.train, device=self.run.device)
         return student.logits(rows, torch.arange(len(rows))).argmax(-1).cpu() == rows.labels
 
-    def deciding(self, trained: Trained) -> Tensor:
-        """Which validation and guide rows, by which `kept_student` decides, a student answers right, bool `(rows,)`."""
-        return torch.cat([self.right(trained, rows) for rows in (self.parts.validation, self.parts.guide)])
-
 
 def table_folders(data: Path) -> list[Path]:
     """The folders of tables in a folder: those that hold Parquet files. Raises FileNotFoundError if there is none."""
@@ -227,9 +230,13 @@ def num_rows(folder: Path, split: str = "train") -> int:
     return sum(pq.read_metadata(file).num_rows for file in folder.glob(f"{split}*.parquet"))
 
 
-def spare_time() -> None:
-    """For processes that train many small students: one thread, and no search for garbage among what was imported,
-    which the trainer would do at every start (a third of a second each).
-    """
+@contextmanager
+def spare_time() -> Iterator[None]:
+    """For the training of many small students: one thread, and `old_garbage_left`; both as before afterwards."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.freeze()
+    try:
+        with old_garbage_left():
+            yield
+    finally:
+        torch.set_num_threads(threads)

@@ -52,14 +52,14 @@ def test_gains_and_regrets_are_those_done_by_hand() -> None:
     ]  # fmt: skip
     assert "Mean gain of auto +2.50 (" in text and "2 data sets, 3 runs" in text
     assert "Mean gain of fixed -2.00" in text
-    assert "Auto distilled 2 of 3 times, and gained +5.00 where it did." in text
+    assert "Auto kept a distilled student in 2 of 3 runs, and gained +5.00 there." in text
     assert "(3 runs): direct 10.00, faster 9.00, fixed 12.00, auto 7.50, random 0.00" in text
     assert "On 1 of 1 sets the 95 % interval" in text  # b has one seed, and no interval
 
 
 def test_a_worse_cell_on_validation_rows_is_not_found_by_random_search() -> None:
     text = summary([result("a", 0, 0.80, 0.80, [(0.80, 0.9), (0.90, 0.5)])])
-    assert "random 10.00" in text and "Auto distilled 0 of 1 times." in text
+    assert "random 10.00" in text and "Auto kept a distilled student in 0 of 1 runs." in text
 
 
 def test_a_distilled_student_that_was_given_up_counts_as_none() -> None:
@@ -67,7 +67,8 @@ def test_a_distilled_student_that_was_given_up_counts_as_none() -> None:
     given_up["methods"]["auto"] |= {"distils": True, "kept": "direct"}
     text = summary([result("a", 0, 0.80, 0.84, [(0.80, 0.9), (0.90, 0.5)]), given_up])
     assert "| 1 of 2 |" in text
-    assert "Auto distilled 1 of 2 times, and gained +4.00 where it did; 1 of its students were given up" in text
+    assert "Auto kept a distilled student in 1 of 2 runs, and gained +4.00 there;" in text
+    assert "; 1 students, distilled or not, were given up" in text
 
 
 def test_gains_are_told_for_the_sets_with_enough_rows_alone() -> None:
@@ -103,7 +104,7 @@ def test_regrets_are_of_the_seeds_that_trained_the_grid() -> None:
     faster["methods"]["auto"]["chosen"] = "direct training, learning_rate x2"
     text = summary([result("a", 0, 0.80, 0.88, grid), faster, result("b", 0, 0.50, 0.50, [])])
     assert "(1 runs): direct 10.00, faster 9.00, fixed 12.00, auto 2.00, random 10.00" in text
-    assert "1 times it trained directly in another way" in text
+    assert "in 1 it chose direct training of another kind" in text
     assert next(line for line in text.splitlines() if line.startswith("| b ")).endswith("|  |  |  |  |  |")
 
 

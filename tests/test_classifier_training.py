@@ -21,6 +21,7 @@ from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.recipe import fingerprint, read_recipe, recipe_tree
 from hf_hpmkd.sklearn_teachers import train_sklearn
+from hf_hpmkd.table_runs import spare_time
 from hf_hpmkd.tasks.text import TextRows
 from hf_hpmkd.tasks.word_dropout import WordDropout
 from hf_hpmkd.teacher_cache import TeacherCache
@@ -133,3 +134,15 @@ def test_old_garbage_is_left_for_a_while_and_no_longer() -> None:
             pass
         assert gc.get_freeze_count() > 1000  # the outer one still holds
     assert gc.get_freeze_count() == 0
+
+
+def test_time_is_spared_for_a_while_and_everything_is_then_as_before() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyError), spare_time():
+            assert (torch.get_num_threads(), gc.get_freeze_count() > 1000) == (1, True)
+            raise KeyError
+        assert (torch.get_num_threads(), gc.get_freeze_count()) == (2, 0)
+    finally:
+        torch.set_num_threads(threads)
