@@ -216,7 +216,8 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="full trainings that each method spends on choosing alpha, temperature and learning rate (default: 0)",
+        help="full trainings that each method spends on choosing alpha, temperature and learning rate; of 6 and more a "
+        "third tries the best again with other seeds (default: 0)",
     )
     _add_comparison(parser, "-compare")
     add(

@@ -1,7 +1,7 @@
 """`hpmkd compare`: several methods on equal terms over several seeds; resumable, and it counts looks at the test part.
 
 setting  = one recipe, methods that change its losses, seeds       (methods)
-tuning   = if asked for, the same number of trials for each method (tuning)
+tuning   = if asked for, the same number of trainings for each method (tuning)
 teachers = per seed, the same for all methods; outputs cached      (distill, evaluation)
 students = one per method and seed                                 (compare_jobs)
 scores   = validation rows; test rows only with `final`, each look at them recorded
@@ -10,9 +10,10 @@ summary  = comparison.json, table.md, plots/                       (comparison_r
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from filelock import FileLock, Timeout
@@ -27,7 +28,7 @@ from hf_hpmkd.evaluation import evaluate_teachers, teacher_logits
 from hf_hpmkd.methods import Method, method_recipe, with_overrides
 from hf_hpmkd.recipe import Recipe, fingerprint, read_recipe, recipe_tree
 from hf_hpmkd.run_environment import code_commit, environment
-from hf_hpmkd.tuning import TUNING_SEED, trials
+from hf_hpmkd.tuning import TUNING_SEED, again, num_versions, trials
 
 _LOCK = ".lock"
 
@@ -183,36 +184,59 @@ def _tuned(place: Workplace, settings: Settings, record: ComparisonRecord, say: 
     # With the teachers of the first seed, which are needed anyway.
     seed = settings.seeds[0] if settings.teacher_seed is None else settings.teacher_seed
     place = Workplace(place.recipe, place.folder, seed)
-    versions = {method: trials(place.recipe, method, settings.tune) for method in settings.methods}
-    folder = place.folder / "tuning"
-    jobs = {
-        method: [Job(one, TUNING_SEED, folder) for one in of_method]
-        for method, of_method in versions.items()
-        if len(of_method) > 1
+    versions = {method: trials(place.recipe, method, num_versions(settings.tune)) for method in settings.methods}
+    versions = {method: several for method, several in versions.items() if len(several) > 1}
+    jobs: dict[Method, list[list[Job]]] = {
+        method: [[Job(one, TUNING_SEED, place.folder / "tuning")] for one in several]
+        for method, several in versions.items()
     }
-    failures = _train(place, [job for of_method in jobs.values() for job in of_method], settings.processes, record, say)
-    if failures:
-        raise ValueError(
-            f"{len(failures)} trainings of the tuning failed, and budgets must be equal; the same command tries them "
-            "again:\n" + "\n".join(f"  - {line}" for line in failures)
-        )
+    _train_trials(place, jobs, settings.processes, record, say)
+    for of_method in jobs.values():
+        accuracies = [_accuracy(of_version) for of_version in of_method]
+        for version, times in again(accuracies, settings.tune - len(of_method)).items():
+            of_method[version] += [
+                replace(of_method[version][0], seed=TUNING_SEED + number) for number in range(1, 1 + times)
+            ]
+    _train_trials(place, jobs, settings.processes, record, say)
     record.trials, tuned = [], []
     for method in settings.methods:
         if method not in jobs:  # there is nothing to choose from
             tuned.append(method)
             continue
-        of_method = jobs[method]
-        results = [_result(job) for job in of_method]
-        accuracies = [result.scores["validation"].accuracy for result in results]
-        best = accuracies.index(max(accuracies))
-        words = [list(job.method.overrides[len(method.overrides) :]) for job in of_method]
-        record.trials += [
-            Trial(method.name, words[place], accuracies[place], result.seconds or 0.0, place == best)
-            for place, result in enumerate(results)
-        ]
-        tuned.append(with_overrides(method, words[best]))
-        say(f"{method.name}: {' '.join(words[best]) or 'its own values'} of {len(words)} tried.")
+        tried = jobs[method]
+        best = max(tried, key=lambda of_version: (len(of_version), _accuracy(of_version)))
+        for of_version in tried:
+            words = list(of_version[0].method.overrides[len(method.overrides) :])
+            seconds = sum(_result(job).seconds or 0.0 for job in of_version)
+            chosen = of_version is best
+            record.trials.append(
+                Trial(method.name, words, _accuracy(of_version), seconds, chosen, trainings=len(of_version))
+            )
+            if chosen:
+                tuned.append(with_overrides(method, words))
+                say(f"{method.name}: {' '.join(words) or 'its own values'} of {len(tried)} tried.")
     return tuned
+
+
+def _train_trials(
+    place: Workplace,
+    jobs: dict[Method, list[list[Job]]],
+    processes: int,
+    record: ComparisonRecord,
+    say: Callable[[str], None],
+) -> None:
+    """Trains what is not trained yet of each method's versions. Raises ValueError if one fails."""
+    everything = [job for of_method in jobs.values() for of_version in of_method for job in of_version]
+    if failures := _train(place, everything, processes, record, say):
+        raise ValueError(
+            f"{len(failures)} trainings of the tuning failed, and budgets must be equal; the same command tries them "
+            "again:\n" + "\n".join(f"  - {line}" for line in failures)
+        )
+
+
+def _accuracy(jobs: Sequence[Job]) -> float:
+    """Mean accuracy of finished students on validation rows."""
+    return float(np.mean([_result(job).scores["validation"].accuracy for job in jobs]))
 
 
 def _train(

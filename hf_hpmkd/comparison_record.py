@@ -145,8 +145,8 @@ class MethodRecord:
 
 @dataclass
 class Trial:
-    """One training of a method's tuning. overrides: what it changed in the method. accuracy: share of validation rows.
-    chosen: that the method goes into the comparison with these values.
+    """One version that a method's tuning tried. overrides: what it changed in the method. accuracy: share of validation
+    rows, mean over its trainings. seconds: of all of them. chosen: that the method goes into the comparison so.
     """
 
     __pydantic_config__ = _STRICT
@@ -156,6 +156,7 @@ class Trial:
     accuracy: Number
     seconds: Number
     chosen: bool = False
+    trainings: int = 1
 
 
 @dataclass

@@ -301,10 +301,9 @@ def notes(record: ComparisonRecord) -> list[str]:
     )
     if record.trials:
         chosen = [f"{one.method} {' '.join(one.overrides) or 'as it is'}" for one in record.trials if one.chosen]
-        seconds = sum(one.seconds for one in record.trials)
+        seconds, trainings = (sum(getattr(one, what) for one in record.trials) for what in ("seconds", "trainings"))
         said.append(
-            f"Tuned on validation rows with {len(record.trials)} trainings, {seconds:,.0f} s. Chosen: "
-            f"{'; '.join(chosen)}."
+            f"Tuned on validation rows with {trainings} trainings, {seconds:,.0f} s. Chosen: {'; '.join(chosen)}."
         )
         said += [
             f"Of the learning rates tried the {word} was chosen for {', '.join(names)}, which may do better beyond it: "

@@ -1,9 +1,13 @@
 """Gives every method of a comparison the same tuning budget: so many full trainings, judged on validation rows.
 
-Pure choice of what to try; `compare` trains it.
+One training each tells little where validation rows are few and trainings end apart by chance, and the more versions
+there are, the more the best of them owes to luck. So a third of the budget trains the best of them again, with other
+seeds. Pure choice of what to try; `compare` trains it.
 """
 
 import hashlib
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -13,12 +17,34 @@ from hf_hpmkd.methods import Method, method_recipe, with_overrides
 from hf_hpmkd.recipe import Recipe, RecipeError
 from hf_hpmkd.recipe_rules import uses_teachers
 
-TUNING_SEED = 2_000_003  # of the students that are tried, so that no compared one is chosen by its own luck
+TUNING_SEED = 2_000_003
+"""Seed of the students that are tried, and from which those of further trainings count, so that no compared one is
+chosen by its own luck."""
+
+_REPEAT_FROM = 6  # trainings; with fewer all go to different versions
 
 _ALPHAS = (0.0, 0.5, 0.9, 1.0)  # 0: the labels alone, from where the method's student starts
 _ALONE = "distillation.alpha=0"
 _TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 _LEARNING_RATES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the recipe's; with fewer the best was often the largest
+
+
+def num_versions(budget: int) -> int:
+    """How many of a method's trainings go to different versions; the others are `again`'s."""
+    return budget if budget < _REPEAT_FROM else math.ceil(2 * budget / 3)
+
+
+def again(accuracies: Sequence[float], budget: int) -> dict[int, int]:
+    """Which versions are trained again, and how often: those that were best in their first training. Position ->
+    further trainings.
+
+    budget: trainings that are left; half as many versions get them, but at least two. {} where that is not possible.
+    """
+    if budget < 2 or len(accuracies) < 2:
+        return {}
+    count = min(max(2, budget // 2), len(accuracies))
+    best = sorted(range(len(accuracies)), key=lambda place: -accuracies[place])[:count]
+    return dict.fromkeys(best, budget // count)
 
 
 def trials(recipe: Recipe, method: Method, count: int) -> list[Method]:

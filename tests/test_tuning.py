@@ -4,10 +4,10 @@ import pytest
 import yaml
 
 from hf_hpmkd.cli import main
-from hf_hpmkd.comparison_record import ComparisonRecord
+from hf_hpmkd.comparison_record import ComparisonRecord, Result
 from hf_hpmkd.methods import known_methods, method_recipe
 from hf_hpmkd.recipe import load_recipe
-from hf_hpmkd.tuning import TUNING_SEED, trials
+from hf_hpmkd.tuning import TUNING_SEED, again, num_versions, trials
 
 
 def values(recipe, method):
@@ -46,15 +46,59 @@ def test_what_configures_itself_is_taken_as_it_is():
     assert len(trials(recipe, known_methods()["hpmkd"], 8)) == 8
 
 
-def test_the_best_trial_is_what_is_compared_and_nothing_is_tried_twice(tmp_path, capsys):
+@pytest.mark.parametrize("budget", [1, 2, 5, 6, 8, 24, 99])
+def test_a_third_of_a_budget_is_left_for_the_best_and_no_training_too_many(budget):
+    versions = num_versions(budget)
+    assert versions == budget if budget < 6 else 2 * budget / 3 <= versions < 2 * budget / 3 + 1
+    accuracies = [0.5 + 0.001 * (7 * place % versions) for place in range(versions)]
+    further = again(accuracies, budget - versions)
+    assert (not further) == (budget < 6)
+    assert sum(further.values()) <= budget - versions
+    others = [accuracies[place] for place in range(versions) if place not in further]
+    assert all(accuracies[place] >= max(others, default=0) for place in further)
+
+
+def test_few_versions_share_all_that_is_left():
+    assert again([0.3, 0.1, 0.2, 0.5, 0.4], 19) == {3: 3, 4: 3, 0: 3, 2: 3, 1: 3}
+    assert again([0.3, 0.1, 0.2, 0.5, 0.4], 8) == {3: 2, 4: 2, 0: 2, 2: 2}
+    assert again([0.3, 0.1, 0.2], 3) == {0: 1, 2: 1}
+    assert again([0.3], 9) == {} and again([0.3, 0.1], 1) == {}
+
+
+def wine(folder):
     recipe = {
         "data": {"path": "sklearn:wine"},
         "teachers": [{"model": "sklearn:LogisticRegression", "folds": 0}],
         "student": {"model": "mlp-4"},
         "training": {"epochs": 2, "batch_size": 16, "learning_rate": 0.01, "evaluations": 1},
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    words = ["compare", str(tmp_path / "recipe.yaml"), "--methods", "direct,kd-mean,adaptive", "--seeds", "5,"]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return str(folder / "recipe.yaml")
+
+
+def test_of_the_versions_trained_again_the_best_on_the_mean_is_compared(tmp_path):
+    words = ["compare", wine(tmp_path), "--methods", "direct,kd-mean", "--seeds", "5,", "--tune", "6"]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0
+    record = ComparisonRecord.load(tmp_path / "out" / "comparison.json")
+    tuning = tmp_path / "out" / "tuning"
+    for method in record.methods:
+        tried = [trial for trial in record.trials if trial.method == method.name]
+        assert sorted(trial.trainings for trial in tried) == [1, 1, 2, 2]
+        means = {}
+        for place, trial in enumerate(tried):
+            files = [tuning / f"seed-{TUNING_SEED + n}" / f"{method.name}--{place}.result.json" for n in (0, 1)]
+            results = [Result.load(file) for file in files if file.is_file()]
+            means[place] = sum(one.scores["validation"].accuracy for one in results) / len(results)
+            assert (trial.trainings, trial.accuracy) == (len(results), pytest.approx(means[place]))
+            assert trial.seconds == pytest.approx(sum(one.seconds for one in results))
+        repeated = [place for place, trial in enumerate(tried) if trial.trainings == 2]
+        assert [trial.chosen for trial in tried].index(True) == max(repeated, key=lambda place: means[place])
+        assert sum(trial.chosen for trial in tried) == 1
+    assert "Tuned on validation rows with 12 trainings" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_the_best_trial_is_what_is_compared_and_nothing_is_tried_twice(tmp_path, capsys):
+    words = ["compare", wine(tmp_path), "--methods", "direct,kd-mean,adaptive", "--seeds", "5,"]
     words += ["--tune", "2", "--output", str(tmp_path / "out")]
     assert main(words) == 0
     record = ComparisonRecord.load(tmp_path / "out" / "comparison.json")
