@@ -77,11 +77,13 @@ def compare(
         methods = _tuned(place, settings, record, say)
         _write_methods(record, methods)
         jobs = [Job(method, seed, settings.folder) for seed in settings.seeds for method in methods]
-        failures = _train(place, jobs, settings.processes, record, say)
-        if settings.final:
-            _open_test(place, jobs, record, say)
-        _gather(record, settings.folder)
-        record.save(settings.folder / COMPARISON_FILE)
+        try:
+            failures = _train(place, jobs, settings.processes, record, say)
+            if settings.final:
+                _open_test(place, jobs, record, say)
+        finally:  # stopped, the record holds what is finished: `--table` shows it
+            _gather(record, settings.folder)
+            record.save(settings.folder / COMPARISON_FILE)
         text = summary(record)
         (settings.folder / "table.md").write_text(text + "\n", encoding="utf-8")
         draw_plots(record, settings.folder / "plots")

@@ -76,6 +76,11 @@ METHODS = (
         _DIRECT,
         fresh_views=True,
     ),
+    Method(
+        "direct-warm",
+        "the labels alone, from a teacher's weights: the recipe's start without any teacher's answers",
+        (*_DIRECT, "chain.warm_start=true"),
+    ),
     Method("kd-best", "plain KD (Hinton) from the single teacher that is best on guide rows", PLAIN, "best"),
     Method("kd-mean", "plain KD from the plain mean of all teachers", PLAIN),
     Method("hpmkd", "the recipe as it is"),

@@ -195,6 +195,7 @@ def test_a_stopped_comparison_goes_on_and_ends_the_same(finished, tmp_path, monk
     assert any((tmp_path / "out" / "seed-0" / "hpmkd" / "checkpoints").glob("checkpoint-*"))
     done = result(tmp_path, "kd-mean", 0)
     assert done.status == "completed" and result(tmp_path, "hpmkd", 0).status == "running"
+    assert "kd-mean" in {one.method for one in record(tmp_path).results if one.seed == 0}
     monkeypatch.setattr(classifier_training._Curve, "on_evaluate", keep_curve)
     assert main(command(tmp_path)) == 0
     assert result(tmp_path, "kd-mean", 0) == done

@@ -69,6 +69,12 @@ def test_direct_hears_no_teacher(recipe):
     assert made.alpha == 0 and made.feature_weight == 0
 
 
+def test_direct_warm_is_direct_with_the_recipes_start(recipe):
+    direct, warm = (method_recipe(recipe, known_methods()[name], 0) for name in ("direct", "direct-warm"))
+    assert warm.chain.warm_start and not direct.chain.warm_start
+    assert dataclasses.replace(warm, chain=direct.chain) == direct
+
+
 def test_hpmkd_is_the_recipe(recipe):
     assert method_recipe(recipe, known_methods()["hpmkd"], recipe.training.seed) == recipe
 
