@@ -18,7 +18,7 @@ HEADER = (
     "gain, points",
     "student kept",
     "retention",
-    "seeds",
+    "seed numbers",
 )
 
 
