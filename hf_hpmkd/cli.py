@@ -217,7 +217,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="full trainings that each method spends on choosing alpha, temperature and learning rate; of 6 and more a "
-        "third tries the best again with other seeds (default: 0)",
+        "third or more tries the best again with other seeds (default: 0)",
     )
     _add_comparison(parser, "-compare")
     add(

@@ -74,14 +74,15 @@ def compare(
             named_stages(one, place.parts.train)
         record.parts = place.parts.provenance
         record.save(settings.folder / COMPARISON_FILE)
-        methods = _tuned(place, settings, record, say)
-        _write_methods(record, methods)
+        methods, tried = _tuned(place, settings, record, say)
         jobs = [Job(method, seed, settings.folder) for seed in settings.seeds for method in methods]
+        _check_jobs(place, jobs)
+        _write_methods(record, methods, tried)
         try:
             failures = _train(place, jobs, settings.processes, record, say)
             if settings.final:
                 _open_test(place, jobs, record, say)
-        finally:  # stopped, the record holds what is finished: `--table` shows it
+        finally:  # interrupted, the record holds what is finished: `--table` shows it
             _gather(record, settings.folder)
             record.save(settings.folder / COMPARISON_FILE)
         text = summary(record)
@@ -172,17 +173,23 @@ def _open_record(recipe: Recipe, settings: Settings, source: str) -> ComparisonR
     return record
 
 
-def _write_methods(record: ComparisonRecord, methods: Sequence[Method]) -> None:
-    """These methods, as they are compared, before those that were compared here earlier."""
+def _write_methods(record: ComparisonRecord, methods: Sequence[Method], tried: Sequence[Trial]) -> None:
+    """These methods, as they are compared, and what their tuning tried, before what was compared here earlier."""
     new = [MethodRecord(m.name, m.description, list(m.overrides), m.teachers, m.loss, m.fresh_views) for m in methods]
     names = {method.name for method in methods}
     record.methods = new + [method for method in record.methods if method.name not in names]
+    if tried:
+        record.trials = [*tried, *(trial for trial in record.trials if trial.method not in names)]
 
 
-def _tuned(place: Workplace, settings: Settings, record: ComparisonRecord, say: Callable[[str], None]) -> list[Method]:
-    """The methods with the values that were best on validation rows, each after as many trainings as the others."""
+def _tuned(
+    place: Workplace, settings: Settings, record: ComparisonRecord, say: Callable[[str], None]
+) -> tuple[list[Method], list[Trial]]:
+    """The methods with the values that were best on validation rows, each after as many trainings as the others, and
+    what was tried. record: gets the teachers.
+    """
     if not settings.tune:
-        return list(settings.methods)
+        return list(settings.methods), []
     # With the teachers of the first seed, which are needed anyway.
     seed = settings.seeds[0] if settings.teacher_seed is None else settings.teacher_seed
     place = Workplace(place.recipe, place.folder, seed)
@@ -200,24 +207,25 @@ def _tuned(place: Workplace, settings: Settings, record: ComparisonRecord, say: 
                 replace(of_method[version][0], seed=TUNING_SEED + number) for number in range(1, 1 + times)
             ]
     _train_trials(place, jobs, settings.processes, record, say)
-    record.trials, tuned = [], []
+    tuned: list[Method] = []
+    trials_made: list[Trial] = []
     for method in settings.methods:
         if method not in jobs:  # there is nothing to choose from
             tuned.append(method)
             continue
         tried = jobs[method]
-        best = max(tried, key=lambda of_version: (len(of_version), _accuracy(of_version)))
+        best = max(tried, key=lambda of_version: (len(of_version) > 1, _accuracy(of_version)))
         for of_version in tried:
             words = list(of_version[0].method.overrides[len(method.overrides) :])
             seconds = sum(_result(job).seconds or 0.0 for job in of_version)
             chosen = of_version is best
-            record.trials.append(
+            trials_made.append(
                 Trial(method.name, words, _accuracy(of_version), seconds, chosen, trainings=len(of_version))
             )
             if chosen:
                 tuned.append(with_overrides(method, words))
                 say(f"{method.name}: {' '.join(words) or 'its own values'} of {len(tried)} tried.")
-    return tuned
+    return tuned, trials_made
 
 
 def _train_trials(
@@ -229,6 +237,7 @@ def _train_trials(
 ) -> None:
     """Trains what is not trained yet of each method's versions. Raises ValueError if one fails."""
     everything = [job for of_method in jobs.values() for of_version in of_method for job in of_version]
+    _check_jobs(place, everything)
     if failures := _train(place, everything, processes, record, say):
         raise ValueError(
             f"{len(failures)} trainings of the tuning failed, and budgets must be equal; the same command tries them "
@@ -245,7 +254,6 @@ def _train(
     place: Workplace, jobs: Sequence[Job], processes: int, record: ComparisonRecord, say: Callable[[str], None]
 ) -> list[str]:
     """Trains the students that are not finished, after their teachers; returns a line per student that failed."""
-    _check_jobs(place, jobs)
     unfinished = [job for job in jobs if (result := job.result()) is None or result.status != "completed"]
     for key in dict.fromkeys(place.teacher_key(job.seed) for job in unfinished):
         _prepare_teachers(place, key, record, say)

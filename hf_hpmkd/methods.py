@@ -78,7 +78,7 @@ METHODS = (
     ),
     Method(
         "direct-warm",
-        "the labels alone, from a teacher's weights: the recipe's start without any teacher's answers",
+        "the labels alone, from a teacher's weights where the student can begin with them",
         (*_DIRECT, "chain.warm_start=true"),
     ),
     Method("kd-best", "plain KD (Hinton) from the single teacher that is best on guide rows", PLAIN, "best"),

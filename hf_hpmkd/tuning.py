@@ -38,13 +38,15 @@ def again(accuracies: Sequence[float], budget: int) -> dict[int, int]:
     """Which versions are trained again, and how often: those that were best in their first training. Position ->
     further trainings.
 
-    budget: trainings that are left; half as many versions get them, but at least two. {} where that is not possible.
+    budget: trainings that are left; half as many versions share all of them, but at least two. {} where that is not
+    possible.
     """
     if budget < 2 or len(accuracies) < 2:
         return {}
     count = min(max(2, budget // 2), len(accuracies))
     best = sorted(range(len(accuracies)), key=lambda place: -accuracies[place])[:count]
-    return dict.fromkeys(best, budget // count)
+    each, more = divmod(budget, count)
+    return {place: each + (rank < more) for rank, place in enumerate(best)}
 
 
 def trials(recipe: Recipe, method: Method, count: int) -> list[Method]:
@@ -52,7 +54,7 @@ def trials(recipe: Recipe, method: Method, count: int) -> list[Method]:
 
     The grid is alpha x temperature x learning rate for what listens to teachers, the learning rate for what does not;
     values that do not go together are left out, and at alpha 0, which is drawn as often as any other, the temperature,
-    which then means nothing. A grid that is smaller than the budget is tried whole. A method that configures itself
+    which then means nothing. A grid with no more than `count` is tried whole. A method that configures itself
     (`auto`) has its own tries, which its seconds count, and gets no others: there is one version of it. The same recipe
     and method give the same trials.
     """

@@ -343,8 +343,10 @@ def test_what_cannot_be_used_is_told_before_any_training(finished, capsys, words
 
 def test_another_method_of_the_same_name_is_refused(finished, capsys):
     line = ["compare", write_recipe(finished), "--seeds", "2", "--output", str(finished / "out"), "--methods", "direct"]
+    known = record(finished).methods
     assert main([*line, "--method", "again: kd-mean distillation.temperature=2"]) == 2
     assert "holds a student of again, seed 0 that was trained with other values" in capsys.readouterr().err
+    assert record(finished).methods == known  # it still says how its students were trained
 
 
 def test_a_folder_with_other_things_is_refused(tmp_path, capsys):

@@ -69,8 +69,9 @@ def test_direct_hears_no_teacher(recipe):
     assert made.alpha == 0 and made.feature_weight == 0
 
 
-def test_direct_warm_is_direct_with_the_recipes_start(recipe):
-    direct, warm = (method_recipe(recipe, known_methods()[name], 0) for name in ("direct", "direct-warm"))
+def test_direct_warm_is_direct_from_a_teachers_weights(recipe):
+    cold = read_recipe(recipe_tree(recipe), "a test", ["chain.warm_start=false"])
+    direct, warm = (method_recipe(cold, known_methods()[name], 0) for name in ("direct", "direct-warm"))
     assert warm.chain.warm_start and not direct.chain.warm_start
     assert dataclasses.replace(warm, chain=direct.chain) == direct
 
