@@ -344,14 +344,18 @@ def _mean_gains(sets: Sequence[list[dict[str, Any]]]) -> list[str]:
 def _what_was_chosen(results: Sequence[dict[str, Any]]) -> str:
     distilled = [_gain(one, "auto") for one in results if _distils(one)]
     autos = [one["methods"]["auto"] for one in results]
-    alone = [auto["chosen"] for auto in autos if not auto["distils"] and auto["chosen"] != str(DIRECT)]
-    warm = sum(WARM_WORDS in one for one in alone)
+    plain = sum(auto["chosen"] == str(DIRECT) for auto in autos)
     back = sum(auto.get("kept") == "direct" for auto in autos)
-    told = f"Auto kept a distilled student in {len(distilled)} of {len(results)} runs"
+    kept = [auto["chosen"] for auto in autos if auto.get("kept") != "direct" and auto["chosen"] != str(DIRECT)]
+    warm = sum(WARM_WORDS in one for one in kept)
+    told = f"Of {len(results)} runs {len(distilled)} kept a distilled student"
     told += f", and gained {100 * np.mean(distilled):+.2f} there" if distilled else ""
-    told += f"; in {len(alone)} it chose direct training of another kind" if alone else ""
-    told += f", in {warm} of them from a teacher's weights" if warm else ""
-    told += f"; {back} students, distilled or not, were given up for the direct one" if back else ""
+    told += f"; {len(kept) - len(distilled)} kept direct training of another kind" if len(kept) > len(distilled) else ""
+    told += f", {warm} of them from a teacher's weights" if warm else ""
+    told += f"; {back} chose something else and gave it up for plain direct training" if back else ""
+    told += (
+        f"; {plain} chose that at once" if plain and back else f"; {plain} chose plain direct training" if plain else ""
+    )
     return told + "."
 
 

@@ -27,6 +27,7 @@ COMPARISONS = sorted((ROOT / "model_cards" / "comparisons").glob("*.json"))
 CHAINS = sorted((ROOT / "model_cards" / "chains").glob("*.json"))
 ABLATIONS = sorted((ROOT / "model_cards" / "ablations").glob("*.json"))
 TRIED = sorted((ROOT / "model_cards" / "tried").glob("*.json"))
+FULL_SCHEDULE = ROOT / "model_cards" / "full_schedule" / "cifar10.json"
 MEMORY_RUNS = sorted((ROOT / "model_cards" / "memory").glob("*.json"))
 # What the README shows of the comparisons, against hpmkd and against cold.
 COMPARED = ("hpmkd", "adaptive", "direct", "kd-best", "kd-mean", "takd", "ca-mkd", "dkd", "dist", "standardized-kd",
@@ -69,6 +70,10 @@ def test_the_comparisons_are_those_of_their_records():
     assert block("comparisons") == overview(records, common_part(records), COMPARED)
 
 
+def test_the_full_schedule_is_that_of_its_record():
+    assert block("full-schedule") == table(against(ComparisonRecord.load(FULL_SCHEDULE), "hpmkd"), "test")
+
+
 def test_the_chains_are_those_of_their_records():
     records = [against(ComparisonRecord.load(path), "cold") for path in CHAINS]
     assert block("chain") == overview(records, common_part(records), CHAINED)
@@ -93,7 +98,11 @@ def test_what_the_memory_spared_is_what_its_runs_recorded():
     assert block("memory") == memory_table([RunRecord.load(path) for path in MEMORY_RUNS])
 
 
-@pytest.mark.parametrize("path", [*COMPARISONS, *CHAINS, *ABLATIONS, *TRIED], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [*COMPARISONS, *CHAINS, *ABLATIONS, *TRIED, FULL_SCHEDULE],
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
 def test_published_comparisons_tell_no_paths_and_their_commit(path):
     assert not LOCAL_PATH.search(path.read_text(encoding="utf-8"))
     results = ComparisonRecord.load(path).results
@@ -107,9 +116,14 @@ def test_published_records_tell_no_paths(path):
     assert RunRecord.load(path).commits["hf_hpmkd"]
 
 
-def test_links_lead_to_files():
+def test_links_lead_to_files_and_headings():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+    headings = {
+        re.sub(r"[^\w -]", "", line).replace(" ", "-").lower() for line in re.findall(r"^#+ (.+)$", README, re.M)
+    }
+    targets = re.findall(r"\]\(#([^)]+)\)", README)
+    assert targets and set(targets) <= headings
 
 
 def test_commands_parse_and_name_recipes_that_exist():
