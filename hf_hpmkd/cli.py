@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     one = command(commands, "distill", "Run a recipe, or one line of teachers, student and data set.", _distill)
     one.usage = (
-        "hpmkd distill RECIPE [section.key=value ...] [--output DIR] [--overwrite]\n"
+        "hpmkd distill RECIPE [section.key=value ...] [--output DIR] [--overwrite] [--memory WHERE | --no-memory]\n"
         "       hpmkd distill --teacher A --teacher B --student S --dataset D [--output DIR] [section.key=value ...]"
     )
     one.add_argument("words", nargs="*", metavar="RECIPE | section.key=value", help="recipe file or name; overrides")
@@ -190,8 +190,8 @@ def _add_line(parser: argparse.ArgumentParser, required: bool = False) -> None:
 def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         "hpmkd compare RECIPE [section.key=value ...] [--methods A,B,C] [--method 'NAME: section.key=value ...'] "
-        "[--seeds N]\n                     [--output DIR] [--jobs N] [--final]\n"
-        "       hpmkd compare --table DIR\n"
+        "[--seeds N]\n                     [--tune N] [--output DIR] [--jobs N] [--final]\n"
+        "       hpmkd compare --table DIR [--plot FILE]\n"
         "       hpmkd compare --list"
     )
     add = parser.add_argument
