@@ -353,10 +353,7 @@ def _what_was_chosen(results: Sequence[dict[str, Any]]) -> str:
     told += f"; {len(kept) - len(distilled)} kept direct training of another kind" if len(kept) > len(distilled) else ""
     told += f", {warm} of them from a teacher's weights" if warm else ""
     told += f"; {back} chose something else and gave it up for plain direct training" if back else ""
-    told += (
-        f"; {plain} chose that at once" if plain and back else f"; {plain} chose plain direct training" if plain else ""
-    )
-    return told + "."
+    return told + (f"; {plain} chose plain direct training at once." if plain else ".")
 
 
 def _cost_of_proof(sets: Sequence[list[dict[str, Any]]]) -> str:

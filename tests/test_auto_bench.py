@@ -52,14 +52,19 @@ def test_gains_and_regrets_are_those_done_by_hand() -> None:
     ]  # fmt: skip
     assert "Mean gain of auto +2.50 (" in text and "2 data sets, 3 runs" in text
     assert "Mean gain of fixed -2.00" in text
-    assert "Of 3 runs 2 kept a distilled student, and gained +5.00 there; 1 chose plain direct training." in text
+    assert (
+        "Of 3 runs 2 kept a distilled student, and gained +5.00 there; 1 chose plain direct training at once." in text
+    )
     assert "(3 runs): direct 10.00, faster 9.00, fixed 12.00, auto 7.50, random 0.00" in text
     assert "On 1 of 1 sets the 95 % interval" in text  # b has one seed, and no interval
 
 
 def test_a_worse_cell_on_validation_rows_is_not_found_by_random_search() -> None:
     text = summary([result("a", 0, 0.80, 0.80, [(0.80, 0.9), (0.90, 0.5)])])
-    assert "random 10.00" in text and "Of 1 runs 0 kept a distilled student; 1 chose plain direct training." in text
+    assert (
+        "random 10.00" in text
+        and "Of 1 runs 0 kept a distilled student; 1 chose plain direct training at once." in text
+    )
 
 
 def test_a_distilled_student_that_was_given_up_counts_as_none() -> None:
