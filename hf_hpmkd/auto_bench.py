@@ -29,7 +29,7 @@ from hf_hpmkd.classifier_training import Trained, student_schedule, train_or_loa
 from hf_hpmkd.components.adaptive_configuration import DIRECT, FASTER, SPACE, WARM_WORDS, Configuration
 from hf_hpmkd.configuration_examples import SCHEMA, prior_row, read_prior, shipped_prior, write_prior
 from hf_hpmkd.distill import student_builder
-from hf_hpmkd.kept_student import judge, rows_right
+from hf_hpmkd.kept_student import judge_students
 from hf_hpmkd.paired_tests import Mean, mean_of
 from hf_hpmkd.quick_validation import configure, is_direct, proof_needed
 from hf_hpmkd.recipe import MIN_STEPS, Recipe, read_recipe, recipe_tree
@@ -266,8 +266,7 @@ def _auto(settings: Settings, runs: TableRuns, prior: Path, direct: dict[str, An
             guide=runs.parts.guide if teachers else None,
         )
         size, needed = run.recipe.training.eval_batch_size, proof_needed(run.recipe)
-        right, other = (rows_right(one.classifier, runs.parts, size, needed) for one in (plain, trained))
-        proof = judge(right, other, needed)
+        proof = judge_students(plain.classifier, trained.classifier, runs.parts, size, needed)
         unproven = float(runs.right(trained, runs.parts.test).float().mean())
         about |= {"lead": proof.gain, "lead_error": proof.standard_error, "lead_needed": proof.needed}
         about |= {"kept": proof.kept, "unproven": unproven}

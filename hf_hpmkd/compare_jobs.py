@@ -41,7 +41,7 @@ from hf_hpmkd.control_teachers import CONTROLS, ControlTeacher
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.distill import get_teachers, student_builder
 from hf_hpmkd.evaluation import student_logits
-from hf_hpmkd.kept_student import judge, rows_right
+from hf_hpmkd.kept_student import judge_students
 from hf_hpmkd.methods import Method, method_recipe
 from hf_hpmkd.quick_validation import configure, is_direct, proof_needed
 from hf_hpmkd.recipe import Recipe, fingerprint, read_recipe, recipe_parts, recipe_tree
@@ -248,8 +248,7 @@ class Workplace:
         if direct is not None and plain is not None and not is_direct(asked, recipe):
             result.seconds += plain.seconds
             size, proof = recipe.training.eval_batch_size, proof_needed(asked)
-            right, other = (rows_right(one.classifier, self.parts, size, proof) for one in (plain, trained))
-            run.record.kept = judge(right, other, proof)
+            run.record.kept = judge_students(plain.classifier, trained.classifier, self.parts, size, proof)
             if run.record.kept.kept == "direct":
                 remove_training(job.student)
                 copy_training(direct, job.student)

@@ -65,8 +65,8 @@ def keep_better(run: Run, parts: DataParts, trained: dict[str, Trained], proof: 
     `distilled`.
     """
     size = run.recipe.training.eval_batch_size
-    direct, student = (rows_right(trained[name].classifier, parts, size, proof) for name in ("direct", "student"))
-    run.record.kept = kept = broadcast_object_list([judge(direct, student, proof)])[0]
+    found = judge_students(trained["direct"].classifier, trained["student"].classifier, parts, size, proof)
+    run.record.kept = kept = broadcast_object_list([found])[0]
     if kept.kept == "distilled":
         return
     if run.is_main:
@@ -76,6 +76,14 @@ def keep_better(run: Run, parts: DataParts, trained: dict[str, Trained], proof: 
     models = run.record.models
     models[DISTILLED] = dataclasses.replace(models["student"], name=DISTILLED)
     models["student"] = dataclasses.replace(models["direct"], name="student")
+
+
+def judge_students(
+    direct: Classifier, distilled: Classifier, parts: DataParts, batch_size: int, proof: float | None = None
+) -> KeptRecord:
+    """`judge` by the rows that decide it."""
+    right, other = (rows_right(one, parts, batch_size, proof) for one in (direct, distilled))
+    return judge(right, other, proof)
 
 
 def _exchange(folder: Path) -> None:
