@@ -1,16 +1,18 @@
 """`hpmkd prior build`: short real runs over tables, images or texts, a row each, for the adaptive configuration.
 
 Per data set and seed the teachers are trained once; per setting (student, teachers, learning rate, steps, start) one
-student directly and some in ways drawn at random, on the same rows in the same order. In most settings those that hear
+student directly and some in other ways, on the same rows in the same order. First each data set gets one setting as a
+line without a recipe has it, in which every contender is run; then come settings and ways that are drawn at random. In most settings those that hear
 teachers begin with the weights of one where they can, as in any run. A row holds what the adaptive configuration would
 have known, what was done and what it gained on validation rows. The test rows are never opened. The same command goes
 on where an interrupted one stood.
 """
 
+import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,14 @@ import numpy as np
 from accelerate import PartialState
 from transformers.utils.logging import disable_progress_bar
 
-from hf_hpmkd.components.adaptive_configuration import DIRECT, EARLY, SPACE, Configuration, Example
+from hf_hpmkd.components.adaptive_configuration import CONTENDERS, DIRECT, EARLY, SPACE, Configuration, Example
 from hf_hpmkd.components.progressive_chain import estimate_gain
 from hf_hpmkd.configuration_examples import SCHEMA, prior_row, write_prior
 from hf_hpmkd.losses import LEGAL_SCHEDULES
 from hf_hpmkd.meta_features import LANDMARK, landmark_features
 from hf_hpmkd.quick_validation import landmark_loss
-from hf_hpmkd.recipe import read_recipe, recipe_tree
+from hf_hpmkd.recipe import Recipe, read_recipe, recipe_tree
+from hf_hpmkd.recipe_rules import usual_learning_rate
 from hf_hpmkd.run_environment import code_commit, environment
 from hf_hpmkd.table_runs import TableRuns, num_rows, spare_time, table_folders
 
@@ -39,6 +42,8 @@ RUNS_PER_SETTING = 6
 _ROWS = (300, 1_000, 3_000, 6_000)  # the most training rows that a table keeps
 _STEPS = (160, 320, 1_000)
 _LEARNING_RATES = {"table": (0.003, 0.01, 0.03), "image": (0.001, 0.003, 0.01), "text": (0.0005, 0.001, 0.002)}
+_CONTENDER_ROWS = 4_000
+_CONTENDER_STEPS = {"table": 1_000, "image": 320, "text": 320}
 _WARM_SHARE = 0.8  # of the settings; in the others students begin from nothing
 _BATCH = 64
 _EVALUATIONS = 8  # so that the landmark, its half, and EARLY fall on one
@@ -75,37 +80,40 @@ def build_prior(
     log = output.with_suffix(".jsonl")
     log.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    if rows and rows[0].keys() - {"last"} != set(SCHEMA.names):
+    if rows and set(_without_mark(rows[0])) != set(SCHEMA.names):
         raise ValueError(
             f"{log} must hold rows of this version, it holds those of another, which tell other things. Choose another "
             "--output, or remove it."
         )
-    known = {(row["data"], row["seed"]) for row in rows if row.get("last")}
-    seed = 0
-    while len(rows) < runs:
+    known = {_part(row) for row in rows if row.get("last")}
+    rows = [row for row in rows if _part(row) in known]  # half done: anew
+    for seed in itertools.count(-1):
         for folder in folders:
             if len(rows) >= runs:
-                break
-            if (folder.name, seed) in known:
+                return len(rows)
+            if (folder.name, max(seed, 0), seed < 0) in known:
                 continue
             started = time.perf_counter()
-            rows = [row for row in rows if (row["data"], row["seed"]) != (folder.name, seed)]  # half done: anew
-            new = list(_rows_of_table(folder, seed))
-            new[-1]["last"] = True
-            rows += new
+            new = list(_contenders_on_table(folder) if seed < 0 else _rows_of_table(folder, seed))
+            rows += [{**row, "contender": seed < 0, "last": row is new[-1]} for row in new]
             log.write_text("".join(json.dumps(row) + "\n" for row in rows))
             write_prior([_without_mark(row) for row in rows], _provenance(rows), output)
             gains = np.array([row["gain"] for row in new])
+            what = "contenders" if seed < 0 else f"seed {seed}"
             say(
-                f"{folder.name}, seed {seed}: {len(new)} runs, gain {gains.mean():+.2f}, best {gains.max():+.2f} "
+                f"{folder.name}, {what}: {len(new)} runs, gain {gains.mean():+.2f}, best {gains.max():+.2f} "
                 f"points, {time.perf_counter() - started:.0f} s; {len(rows)} of {runs}"
             )
-        seed += 1
-    return len(rows)
+    raise AssertionError("the seeds never end")
+
+
+def _part(row: dict[str, Any]) -> tuple[str, int, bool]:
+    """What a row was run together with: data set, seed, and whether the contenders ran or what was drawn."""
+    return row["data"], row["seed"], bool(row.get("contender"))
 
 
 def _without_mark(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name != "last"}
+    return {name: value for name, value in row.items() if name not in ("contender", "last")}
 
 
 def _provenance(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -126,24 +134,48 @@ def _provenance(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _contenders_on_table(folder: Path) -> Iterator[dict[str, Any]]:
+    """One setting of a table, as a line without a recipe has it, and every contender in it."""
+    with tempfile.TemporaryDirectory() as place:
+        runs = TableRuns(folder, Path(place), 0, data={"max_train_rows": _CONTENDER_ROWS, **_held_out(folder)})
+        tree = recipe_tree(runs.recipe)
+        rate, steps = usual_learning_rate(runs.recipe.student.model), _CONTENDER_STEPS[runs.kind]
+        heard = list(range(len(runs.recipe.teachers)))
+        recipe = _recipe_of_setting(tree, runs.recipe.student.model, steps, rate, warm=True)
+        ways = [one for one in CONTENDERS if not one.warm_start or runs.can_start(recipe, heard)]
+        yield from _rows_of_setting(runs, recipe, heard, ways)
+
+
 def _rows_of_table(folder: Path, seed: int) -> Iterator[dict[str, Any]]:
-    """All rows of one table and seed."""
+    """Settings and ways drawn at random, on one table and seed."""
     random = np.random.default_rng([seed, *folder.name.encode()])
     with tempfile.TemporaryDirectory() as place:
-        guide, validation = (min(most, num_rows(folder) // share) for most, share in ((500, 10), (2_000, 4)))
-        data = {"max_train_rows": int(random.choice(_ROWS)), "guide_size": guide, "validation_size": validation}
+        data = {"max_train_rows": int(random.choice(_ROWS)), **_held_out(folder)}
         runs = TableRuns(folder, Path(place), seed, folds=int(random.choice([0, 3])), data=data)
         for _ in range(SETTINGS_PER_TABLE):
-            yield from _rows_of_setting(runs, folder.name, seed, random)
+            yield from _rows_of_drawn_setting(runs, random)
 
 
-def _rows_of_setting(runs: TableRuns, name: str, seed: int, random: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """One direct training, and some drawn at random to compare with it."""
+def _held_out(folder: Path) -> dict[str, int]:
+    """Rows that weigh the teachers, and rows that judge."""
+    guide, validation = (min(most, num_rows(folder) // share) for most, share in ((500, 10), (2_000, 4)))
+    return {"guide_size": guide, "validation_size": validation}
+
+
+def _rows_of_drawn_setting(runs: TableRuns, random: np.random.Generator) -> Iterator[dict[str, Any]]:
+    """One setting drawn at random, and some ways to compare with direct training in it."""
     steps, rate = int(random.choice(_STEPS)), float(random.choice(_LEARNING_RATES[runs.kind]))
-    teachers = [one.model for one in runs.recipe.teachers]
-    heard = sorted(random.choice(len(teachers), size=random.integers(1, len(teachers) + 1), replace=False).tolist())
-    tree = recipe_tree(runs.recipe)
-    tree["student"]["model"] = str(random.choice(STUDENTS[runs.kind]))
+    teachers = len(runs.recipe.teachers)
+    heard = sorted(random.choice(teachers, size=random.integers(1, teachers + 1), replace=False).tolist())
+    student = str(random.choice(STUDENTS[runs.kind]))
+    warm = bool(random.random() < _WARM_SHARE)
+    recipe = _recipe_of_setting(recipe_tree(runs.recipe), student, steps, rate, warm)
+    can_start = runs.can_start(recipe, heard)
+    yield from _rows_of_setting(runs, recipe, heard, [draw(random, can_start) for _ in range(RUNS_PER_SETTING)])
+
+
+def _recipe_of_setting(tree: dict[str, Any], student: str, steps: int, rate: float, warm: bool) -> Recipe:
+    tree["student"]["model"] = student
     tree["training"] |= {
         "max_steps": steps,
         "batch_size": _BATCH,
@@ -152,11 +184,16 @@ def _rows_of_setting(runs: TableRuns, name: str, seed: int, random: np.random.Ge
         "log_every": max(1, steps // 32),
         "save_total_limit": 1,
     }
-    tree["chain"]["warm_start"] = bool(random.random() < _WARM_SHARE)
-    recipe = read_recipe(tree, "a run of the prior")
-    validation = runs.parts.validation
+    tree["chain"]["warm_start"] = warm
+    return read_recipe(tree, "a run of the prior")
+
+
+def _rows_of_setting(
+    runs: TableRuns, recipe: Recipe, heard: Sequence[int], ways: Sequence[Configuration]
+) -> Iterator[dict[str, Any]]:
+    """A row per way. heard: positions of the teachers."""
+    validation, steps = runs.parts.validation, recipe.training.max_steps
     direct = runs.teach(recipe, DIRECT, heard, validation)
-    can_start = runs.can_start(recipe, heard)
     features = runs.features(recipe, heard, steps)
     landmark = round(LANDMARK * steps)
     accuracies = [direct.accuracy_at(landmark // 2), direct.accuracy_at(landmark)]
@@ -164,22 +201,21 @@ def _rows_of_setting(runs: TableRuns, name: str, seed: int, random: np.random.Ge
     features |= landmark_features(accuracies, loss, len(runs.parts.class_names), features["mixture_accuracy"])
     about = {
         "student": recipe.student.model,
-        "taught_by": ", ".join(teachers[index] for index in heard),
-        "seed": seed,
+        "taught_by": ", ".join(recipe.teachers[index].model for index in heard),
+        "seed": recipe.data.seed,
         "steps": steps,
         "judged_rows": len(validation),
-        "base_learning_rate": rate,
+        "base_learning_rate": recipe.training.learning_rate,
         "direct_accuracy": direct.accuracy,
     }
-    for _ in range(RUNS_PER_SETTING):
-        configuration = draw(random, can_start)
-        taught = runs.teach(recipe, configuration, heard, validation)
+    for way in ways:
+        taught = runs.teach(recipe, way, heard, validation)
         gain = estimate_gain(taught.right[None], direct.right[None])
         early = tuple(
             100 * (taught.accuracy_at(round(at * steps)) - direct.accuracy_at(round(at * steps))) for at in EARLY
         )
         noise = max(gain.standard_error, 100 / len(validation))
-        example = Example(features, configuration, gain.gain, noise, early, data=name)
+        example = Example(features, way, gain.gain, noise, early, data=Path(recipe.data.path or "").name)
         yield prior_row(example, {**about, "accuracy": taught.accuracy})
 
 

@@ -41,18 +41,16 @@ from hf_hpmkd.components.adaptive_configuration import (
     Example,
     Judged,
     Leads,
-    Predictor,
     choose,
     configurations,
     judge,
-    most_alike,
-    predictor,
     propose,
 )
 from hf_hpmkd.components.progressive_chain import estimate_gain, from_bits, to_bits
 from hf_hpmkd.configuration_examples import memory_examples, read_prior
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.evaluation import student_logits, teacher_logits
+from hf_hpmkd.expected_gain import Predictor, most_alike, predictor
 from hf_hpmkd.heads import find_classifier_head
 from hf_hpmkd.meta_features import LANDMARK, data_features, landmark_features, size_features, teacher_features
 from hf_hpmkd.model_cost import training_flops

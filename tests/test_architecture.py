@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_hpmkd"
 LEVELS = (
     ("losses", "heads", "paired_tests", "meta_features", "run_environment", "progress", "run_record",
      "memory_records", "memory_files", "memory_index", "hub_client", "tasks", "models", "metrics"),
-    ("components", "engines", "configuration_examples", "training_args", "dataset_rows", "data_source", "data",
+    ("components", "engines", "expected_gain", "configuration_examples", "training_args", "dataset_rows", "data_source", "data",
      "model_names", "classifiers", "model_shapes", "intermediate_models", "warm_start",
      "fitted_start", "model_cost"),
     (
@@ -52,6 +52,7 @@ ONLY = {
     "memory_index": {"memory_records", "memory_files"},
     "memory_files": set(),
     "components": {"losses", "meta_features", "memory_records", "memory_index", "memory_files"},
+    "expected_gain": {"components", "meta_features"},
     "configuration_examples": {"components", "meta_features", "memory_records"},
     "engines": {"components"},
     "gantt": set(),

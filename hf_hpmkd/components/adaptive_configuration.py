@@ -10,12 +10,11 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from hf_hpmkd.losses import LEGAL_SCHEDULES
-from hf_hpmkd.meta_features import vector
 
 EARLY = (0.125, 0.25, 0.5, 0.75)
 """Shares of a training at which an example may know how far ahead it was."""
@@ -23,12 +22,9 @@ EARLY = (0.125, 0.25, 0.5, 0.75)
 FEW_EXAMPLES = 50
 """Below so many, the nearest runs are asked instead of a regression (the paper's rule)."""
 
-_NEAREST = 5
-_MEMBERS = 5
-_MOST_ROWS = 2_000  # of a member, so that many examples cost no more time
-_UNKNOWN = -100.0
-_UNKNOWN_SPREAD = 2.0  # points; how far gains lie apart where nothing is known
-_OWN_WEIGHT = 3.0  # of a run of the user's own memory, against one of the shipped prior
+UNKNOWN_SPREAD = 2.0
+"""Points; how far gains lie apart where nothing is known."""
+
 TRAINING_NOISE = 0.3
 """Points by which two trainings that differ in nothing but chance end apart, whatever rows they are judged on. A guess:
 with one seed a run cannot measure it."""
@@ -42,7 +38,8 @@ _GATE_SHARE = 0.5  # of the distance between two gates
 _DECAY_SHARE = 0.5  # of that between two weight decays
 _START = 2.0  # how far apart two starts lie
 WARM_WORDS = "from a teacher's weights"
-_BOLDNESS = 1.0  # standard deviations that a candidate is credited with before it is tried
+_ALPHA_SHARE = 2.0  # of the distance between two alphas: a fifth and nine tenths are two ways to teach
+_UNUSUAL = 0.1  # points by which an unusual value has to promise more, each: the best of thousands owes most to chance
 
 
 @dataclass(frozen=True)
@@ -96,6 +93,21 @@ SPACE: dict[str, tuple[Any, ...]] = {
 }
 """The values that are considered. Every field of a Configuration has its line."""
 
+CONTENDERS = (
+    *(Configuration(learning_rate=rate) for rate in (2.0, 4.0)),
+    *(Configuration(learning_rate=rate, warm_start=True) for rate in (1.0, 2.0, 4.0)),
+    *(Configuration(alpha=0.5, temperature=1.0, learning_rate=rate) for rate in (1.0, 2.0, 4.0)),
+    *(Configuration(alpha=0.9, temperature=1.0, learning_rate=rate) for rate in (1.0, 4.0)),
+    Configuration(alpha=0.25, temperature=1.0, learning_rate=4.0),
+    *(Configuration(alpha=alpha, temperature=2.0, learning_rate=4.0) for alpha in (0.5, 0.9)),
+    *(Configuration(alpha=0.9, temperature=4.0, learning_rate=rate) for rate in (1.0, 4.0)),
+    Configuration(alpha=0.9, temperature=8.0, learning_rate=2.0),
+    Configuration(alpha=0.5, temperature=2.0, kd_kind="dist", learning_rate=2.0),
+    Configuration(alpha=0.5, temperature=2.0, kd_kind="dkd", learning_rate=2.0),
+)
+"""Configurations of which every data set of a prior tells what each gains, so that it is known which of them together
+leave no data set behind (`expected_gain.portfolio`)."""
+
 # Tried first where nothing is known: what the literature and small probes recommend, the boldest first.
 _USUAL = (
     Configuration(alpha=0.9, temperature=4.0),
@@ -106,7 +118,8 @@ _USUAL = (
 )
 _KINDS, _GATES = tuple(LEGAL_SCHEDULES), ("mixture", "joint", "label", "uniform")
 _GATE_COLUMNS = slice(4 + len(_KINDS), 4 + len(_KINDS) + len(_GATES))  # of an encoded configuration
-_DECAY_COLUMN = -2
+_DECAY_COLUMN, _ALPHA_COLUMN = -2, 0
+_FEW = 5  # tries of which none is spared for direct training from a teacher's weights
 
 
 @dataclass(frozen=True)
@@ -136,16 +149,6 @@ class Prediction:
     gain: np.ndarray
     spread: np.ndarray
     doubt: np.ndarray
-
-
-class Predictor(Protocol):
-    """Says what to expect."""
-
-    def predict(self, features: Mapping[str, float], configurations: Sequence[Configuration]) -> Prediction: ...
-
-    def words(self) -> str:
-        """What it knows, to end a sentence on where expectations come from."""
-        ...
 
 
 def configurations(free: Collection[str], kept: Configuration) -> list[Configuration]:
@@ -193,133 +196,10 @@ def encode(configuration: Configuration) -> np.ndarray:
     return np.array([*taught, *kinds, *gates, *rates], dtype=np.float64)
 
 
-# ---- what to expect --------------------------------------------------------------------------------------------------
-
-
-def predictor(examples: Sequence[Example], seed: int = 0) -> Predictor:
-    """A regression over enough examples, the nearest ones of a few, or nothing known."""
-    return Surrogate(examples, seed) if len(examples) >= FEW_EXAMPLES else Nearest(examples)
-
-
-class Nearest:
-    """What the most similar runs gave: mean over the five nearest by cosine of standardised features, weighted by that
-    and by the likeness of the configurations, with one imagined run of gain 0. Without examples nothing is expected.
-    """
-
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = list(examples)
-
-    def predict(self, features: Mapping[str, float], configurations: Sequence[Configuration]) -> Prediction:
-        encoded = np.array([encode(one) for one in configurations])
-        weights = np.zeros((len(configurations), 1))
-        gains = np.zeros(1)
-        if self.examples:
-            alike = likeness(features, self.examples)
-            nearest = np.argsort(-alike, kind="stable")[:_NEAREST]
-            known = np.array([encode(self.examples[index].configuration) for index in nearest])
-            distance = ((encoded[:, None] - known[None]) ** 2).sum(-1)
-            weights = np.exp(-0.5 * distance) * np.clip(alike[nearest], 0, None)
-            gains = np.array([self.examples[index].gain for index in nearest])
-        total = weights.sum(1)
-        spread = _UNKNOWN_SPREAD / np.sqrt(1 + total)
-        return Prediction((weights * gains).sum(1) / (1 + total), spread, spread)
-
-    def words(self) -> str:
-        if not self.examples:
-            return "no earlier run, so the usual settings were tried"
-        return f"the nearest of {_counted(self.examples)}"
-
-
-class Surrogate:
-    """Gradient-boosted trees over features and configuration, an ensemble over resampled *data sets*.
-
-    How the members differ is what more data sets would settle; how far they miss data sets that they have not seen is
-    added to it. Rows of the user's own memory weigh more than those of the shipped prior.
-    """
-
-    def __init__(self, examples: Sequence[Example], seed: int = 0) -> None:
-        from sklearn.ensemble import HistGradientBoostingRegressor
-
-        self.examples = list(examples)
-        inputs = _inputs([one.features for one in examples], [one.configuration for one in examples])
-        gains = np.array([one.gain for one in examples])
-        noise = np.array([one.noise for one in examples])
-        weights = np.array([_OWN_WEIGHT if one.own else 1.0 for one in examples]) / (1.0 + noise**2)
-        names, of_row = np.unique([one.data for one in examples], return_inverse=True)
-        random = np.random.default_rng(seed)
-        self.members = []
-        missed: list[np.ndarray] = []
-        for member in range(_MEMBERS):
-            times = np.bincount(random.integers(len(names), size=len(names)), minlength=len(names))[of_row]
-            if len(names) < 3:  # too few to leave any out
-                times = np.bincount(random.integers(len(gains), size=len(gains)), minlength=len(gains))
-            model = HistGradientBoostingRegressor(
-                max_iter=50,
-                learning_rate=0.1,
-                max_leaf_nodes=8,
-                min_samples_leaf=10,
-                max_bins=32,  # with the usual 255 ten thousand examples take eight times as long
-                random_state=member,
-            )
-            rows = np.flatnonzero(times)
-            if len(rows) > _MOST_ROWS:
-                rows = random.choice(rows, _MOST_ROWS, replace=False)
-            model.fit(inputs[rows], gains[rows], sample_weight=(weights * times)[rows])
-            self.members.append(model)
-            unseen = times == 0
-            if unseen.any():
-                missed.append((gains[unseen] - model.predict(inputs[unseen])) ** 2 - noise[unseen] ** 2)
-        # A tenth of a point at least: no regression knows a gain better.
-        self.residual = math.sqrt(max(float(np.concatenate(missed).mean()), 0.01)) if missed else _UNKNOWN_SPREAD
-
-    def predict(self, features: Mapping[str, float], configurations: Sequence[Configuration]) -> Prediction:
-        inputs = _inputs([features], configurations)
-        answers = np.array([model.predict(inputs) for model in self.members])
-        doubt = answers.std(axis=0)
-        return Prediction(answers.mean(axis=0), np.sqrt(doubt**2 + self.residual**2), doubt)
-
-    def words(self) -> str:
-        return f"a regression over {_counted(self.examples)}"
-
-
-def _inputs(features: Sequence[Mapping[str, float]], configurations: Sequence[Configuration]) -> np.ndarray:
-    """`(configurations, columns)`. features: one per configuration, or one for all."""
-    # scikit-learn 1.9 fails on a column without a single value, so what is unknown lies far below all else.
-    known = np.nan_to_num(np.array([vector(one) for one in features]), nan=_UNKNOWN)
-    encoded = np.array([encode(one) for one in configurations])
-    return np.hstack([np.broadcast_to(known, (len(encoded), known.shape[1])), encoded])
-
-
-def _counted(examples: Sequence[Example]) -> str:
-    own = sum(one.own for one in examples)
-    parts = [f"{own:,} runs of the memory"] if own else []
-    parts += [f"{len(examples) - own:,} runs of a prior"] if own < len(examples) else []
-    return " and ".join(parts)
-
-
-def likeness(features: Mapping[str, float], examples: Sequence[Example]) -> np.ndarray:
-    """Cosine, -1 to 1, of each example's features with these, all standardised over the examples; unknown ones count as
-    average. `(examples,)`.
-    """
-    known = np.array([vector(one.features) for one in examples])
-    with np.errstate(invalid="ignore"):
-        there = ~np.isnan(known)
-        count = np.maximum(there.sum(0), 1)
-        mean = np.where(there, known, 0).sum(0) / count
-        deviation = np.sqrt((np.where(there, known - mean, 0) ** 2).sum(0) / count)
-    scale = np.where(deviation > 1e-9, deviation, 1.0)
-    rows = np.nan_to_num((known - mean) / scale)
-    here = np.nan_to_num((vector(features) - mean) / scale)
-    norms = np.linalg.norm(rows, axis=1) * np.linalg.norm(here)
-    return np.divide(rows @ here, norms, out=np.zeros(len(rows)), where=norms > 0)
-
-
-def most_alike(features: Mapping[str, float], examples: Sequence[Example], count: int = 3) -> list[str]:
-    """Names of the data sets whose runs were most alike, the nearest first."""
-    if not examples:
-        return []
-    order = np.argsort(-likeness(features, examples), kind="stable")
-    return list(dict.fromkeys(examples[index].data for index in order if examples[index].data))[:count]
+def encoded_columns(encoded: np.ndarray) -> dict[str, np.ndarray]:
+    """The columns of encoded configurations, `(rows, columns)`, by name; temperature, learning_rate: to base 2."""
+    names = ("alpha", "temperature", "moves", "learned", *_KINDS, *_GATES, "learning_rate", "weight_decay", "warm_start")
+    return dict(zip(names, encoded.T, strict=True))
 
 
 # ---- what to try -----------------------------------------------------------------------------------------------------
@@ -330,14 +210,16 @@ def propose(
 ) -> list[int]:
     """Positions of the candidates for a try: the most promising ones, each unlike those before it.
 
-    Promising is the expected gain plus its doubt (an upper confidence bound). Plain direct training is never among
-    them, because it is always tried. The best direct training at a higher learning rate is, where one is possible and
-    not the only candidate: without it, what a learning rate gains would be put down to the teachers. So is, of three or
-    more, the best from a teacher's weights, lest what the start gains be put down to their answers. own: position of
-    what the recipe itself says, where its author chose that with care; it is among the candidates too.
+    Promising is the expected gain, less a little for every unusual value. (An upper confidence bound, the usual rule
+    where there are many tries, chose worse of the prior's own runs: there are few.) Plain direct training is never
+    among them, because it is always tried. The best direct training at a higher learning rate is, where one is possible
+    and not the only candidate: without it, what a learning rate gains would be put down to the teachers. So is, of six
+    or more, the best from a teacher's weights, for the same reason. own: position of what the recipe itself says, where
+    its author chose that with care; it is among the candidates too.
     """
-    hope = prediction.gain + _BOLDNESS * prediction.doubt
+    hope = prediction.gain - _UNUSUAL * np.array([_unusual(one) for one in configurations])
     encoded = np.array([encode(one) for one in configurations])
+    encoded[:, _ALPHA_COLUMN] *= _ALPHA_SHARE
     encoded[:, _GATE_COLUMNS] *= _GATE_SHARE
     encoded[:, _DECAY_COLUMN] *= _DECAY_SHARE
     open_ = np.array([one != DIRECT for one in configurations])
@@ -350,7 +232,7 @@ def propose(
 
     direct = [not (one.distils or one.warm_start) for one in configurations]
     add(FASTER, [is_direct and one.learning_rate > 1 for is_direct, one in zip(direct, configurations, strict=True)])
-    if count > 2:
+    if count > _FEW:
         add(replace(DIRECT, warm_start=True), [one.warm_start for one in configurations])
     if count > 1:
         hope[always] = np.inf
@@ -360,6 +242,12 @@ def propose(
         chosen.append(best)
         open_ &= np.linalg.norm(encoded - encoded[best], axis=1) > _UNLIKE
     return chosen
+
+
+def _unusual(one: Configuration) -> int:
+    """How many of the values that seldom matter differ from the usual ones."""
+    kept = ("temperature_schedule", "kd_kind", "gate", "weight_decay")
+    return sum(getattr(one, name) != getattr(DIRECT, name) for name in kept)
 
 
 # ---- what a try proves -----------------------------------------------------------------------------------------------
@@ -389,11 +277,11 @@ class Leads:
 
         With fewer than FEW_EXAMPLES half of a lead at a quarter of the training remains, give or take 1.5 points.
         """
-        means, spreads = [0.0], [_UNKNOWN_SPREAD]
+        means, spreads = [0.0], [UNKNOWN_SPREAD]
         for at, (leads, noises, changes) in zip(EARLY, self.known, strict=True):
             if len(leads) < FEW_EXAMPLES:
                 means.append(float(np.interp(at, (0, 0.25, 1), (0, 0.5, 1))) * lead)
-                spreads.append(float(np.interp(at, (0, 0.25, 1), (_UNKNOWN_SPREAD, 1.5, 0))))
+                spreads.append(float(np.interp(at, (0, 0.25, 1), (UNKNOWN_SPREAD, 1.5, 0))))
                 continue
             unlike = np.abs(leads - lead) + np.abs(noises - noise)
             alike = np.argsort(unlike, kind="stable")[:_LEADS_ALIKE]

@@ -16,18 +16,14 @@ from hf_hpmkd.components.adaptive_configuration import (
     Configuration,
     Example,
     Leads,
-    Nearest,
     Prediction,
-    Surrogate,
     choose,
     configurations,
     encode,
     judge,
-    likeness,
-    most_alike,
-    predictor,
     propose,
 )
+from hf_hpmkd.expected_gain import Nearest, Surrogate, likeness, most_alike, predictor
 from hf_hpmkd.losses import LEGAL_SCHEDULES
 
 SOFT, HARD = Configuration(alpha=0.9, temperature=4.0), Configuration(alpha=0.5, temperature=1.0)

@@ -1,0 +1,258 @@
+"""What earlier runs lead to expect: how much a configuration gains over direct training, and how surely.
+
+The surrogate of the adaptive configuration, fitted to the examples of a memory and of a prior. Pure: no training, no
+files.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from hf_hpmkd.components.adaptive_configuration import (
+    FEW_EXAMPLES,
+    UNKNOWN_SPREAD,
+    Configuration,
+    Example,
+    Prediction,
+    encode,
+    encoded_columns,
+)
+from hf_hpmkd.meta_features import FEATURES, vector
+
+_NEAREST = 5
+_MEMBERS = 5
+_MOST_ROWS = 2_000  # of a member, so that many examples cost no more time
+_MOST_GAIN = 10.0  # points that a gain counts for; what gains more has compared with a student that had hardly begun
+_PENALTY = 30.0  # of the linear part
+_UNKNOWN = -100.0
+_OWN_WEIGHT = 3.0  # of a run of the user's own memory, against one of the shipped prior
+_ALIKE = 80  # examples that are asked how far they ended from what was expected of them
+_TIE = 1e-3  # keeps in order what is expected to gain the same
+_LEAST_SPREAD = 0.5  # points; no regression knows a gain better
+
+
+class Predictor(Protocol):
+    """Says what to expect."""
+
+    def predict(self, features: Mapping[str, float], configurations: Sequence[Configuration]) -> Prediction: ...
+
+    def words(self) -> str:
+        """What it knows, to end a sentence on where expectations come from."""
+        ...
+
+
+def predictor(examples: Sequence[Example], seed: int = 0) -> Predictor:
+    """A regression over enough examples, the nearest ones of a few, or nothing known."""
+    return Surrogate(examples, seed) if len(examples) >= FEW_EXAMPLES else Nearest(examples)
+
+
+class Nearest:
+    """What the most similar runs gave: mean over the five nearest by cosine of standardised features, weighted by that
+    and by the likeness of the configurations, with one imagined run of gain 0. Without examples nothing is expected.
+    """
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = list(examples)
+
+    def predict(self, features: Mapping[str, float], configurations: Sequence[Configuration]) -> Prediction:
+        encoded = np.array([encode(one) for one in configurations])
+        weights = np.zeros((len(configurations), 1))
+        gains = np.zeros(1)
+        if self.examples:
+            alike = likeness(features, self.examples)
+            nearest = np.argsort(-alike, kind="stable")[:_NEAREST]
+            known = np.array([encode(self.examples[index].configuration) for index in nearest])
+            distance = ((encoded[:, None] - known[None]) ** 2).sum(-1)
+            weights = np.exp(-0.5 * distance) * np.clip(alike[nearest], 0, None)
+            gains = np.array([self.examples[index].gain for index in nearest])
+        total = weights.sum(1)
+        spread = UNKNOWN_SPREAD / np.sqrt(1 + total)
+        return Prediction((weights * gains).sum(1) / (1 + total), spread, spread)
+
+    def words(self) -> str:
+        if not self.examples:
+            return "no earlier run, so the usual settings were tried"
+        return f"the nearest of {_counted(self.examples)}"
+
+
+class Surrogate:
+    """A linear model of what configurations gain anywhere, and gradient-boosted trees over features and configuration
+    for what it leaves; an ensemble over resampled *data sets*.
+
+    Runs are noisy, and most of what they have in common is simple: the rate, the start, how much and how softly the
+    teachers are heard. Trees alone need many runs to see that. How the members differ is what more data sets would
+    settle. How far a gain may lie from what is expected is told by the examples of which as much was expected, on about
+    as many rows, by members that had not seen their data set: by percentiles, less the noise of their own measurement.
+    Rows of the user's own memory weigh more than those of the shipped prior.
+    """
+
+    def __init__(self, examples: Sequence[Example], seed: int = 0) -> None:
+        from sklearn.isotonic import IsotonicRegression
+
+        self.examples = list(examples)
+        features = np.array([vector(one.features) for one in examples])
+        encoded = np.array([encode(one.configuration) for one in examples])
+        gains = np.clip([one.gain for one in examples], -_MOST_GAIN, _MOST_GAIN)
+        noise = np.array([one.noise for one in examples])
+        weights = np.array([_OWN_WEIGHT if one.own else 1.0 for one in examples]) / (1.0 + noise**2)
+        names, of_row = np.unique([one.data for one in examples], return_inverse=True)
+        random = np.random.default_rng(seed)
+        self.members: list[_Member] = []
+        unseen = np.full((_MEMBERS, len(gains)), math.nan)
+        for number in range(_MEMBERS):
+            times = np.bincount(random.integers(len(names), size=len(names)), minlength=len(names))[of_row]
+            if len(names) < 3:  # too few to leave any out
+                times = np.bincount(random.integers(len(gains), size=len(gains)), minlength=len(gains))
+            rows = np.flatnonzero(times)
+            if len(rows) > _MOST_ROWS:
+                rows = random.choice(rows, _MOST_ROWS, replace=False)
+            member = _Member(features[rows], encoded[rows], gains[rows], (weights * times)[rows], number)
+            self.members.append(member)
+            if not times.all():
+                unseen[number, times == 0] = member.predict(features[times == 0], encoded[times == 0])
+        known = ~np.isnan(unseen).all(axis=0)
+        promised = np.nanmean(unseen[:, known], axis=0) if known.any() else np.zeros(0)
+        self._honest = IsotonicRegression(out_of_bounds="clip") if len(promised) >= FEW_EXAMPLES else None
+        if self._honest is not None:
+            self._honest.fit(promised, gains[known], sample_weight=weights[known])
+        self._expected = self._kept(promised)
+        self._missed = gains[known] - self._expected
+        self._noise = noise[known]
+        self._rows = np.nan_to_num(features[known, _LOG_ROWS])
+
+    def _kept(self, promised: np.ndarray) -> np.ndarray:
+        """What gains the members promise have come to on data sets that they had not seen, in the same order."""
+        return promised if self._honest is None else self._honest.predict(promised) + _TIE * promised
+
+    def predict(self, features: Mapping[str, float], configurations: Sequence[Configuration]) -> Prediction:
+        here = vector(features)
+        encoded = np.array([encode(one) for one in configurations])
+        answers = np.array([one.predict(np.broadcast_to(here, (len(encoded), len(here))), encoded)
+                            for one in self.members])  # fmt: skip
+        gain, doubt = self._kept(answers.mean(axis=0)), answers.std(axis=0)
+        return Prediction(gain, self._spread(gain, np.nan_to_num(here[_LOG_ROWS])), doubt)
+
+    def _spread(self, expected: np.ndarray, log_rows: float) -> np.ndarray:
+        """One standard deviation of the gain where as much was expected, of the shape of `expected`, in points."""
+        if len(self._missed) < FEW_EXAMPLES:
+            return np.full_like(expected, UNKNOWN_SPREAD)
+        # What was expected is asked in steps of a tenth, or thousands of configurations would each search for theirs.
+        steps, place = np.unique(np.round(expected, 1), return_inverse=True)
+        found = np.empty(len(steps))
+        for index, step in enumerate(steps):
+            unlike = np.abs(self._expected - step) + 2 * np.abs(self._rows - log_rows)
+            alike = np.argsort(unlike, kind="stable")[:_ALIKE]
+            missed = self._missed[alike] - np.median(self._missed[alike])
+            low, high = np.percentile(missed, [15.87, 84.13])
+            variance = ((high - low) / 2) ** 2 - float(np.median(self._noise[alike])) ** 2
+            found[index] = math.sqrt(max(variance, _LEAST_SPREAD**2))
+        return found[place]
+
+    def words(self) -> str:
+        return f"a regression over {_counted(self.examples)}"
+
+
+_LOG_ROWS = FEATURES.index("log_rows")
+
+
+class _Member:
+    """One of the ensemble: ridge regression on `_terms`, then boosted trees on what that leaves."""
+
+    def __init__(
+        self, features: np.ndarray, encoded: np.ndarray, gains: np.ndarray, weights: np.ndarray, seed: int
+    ) -> None:
+        from sklearn.ensemble import HistGradientBoostingRegressor
+        from sklearn.linear_model import Ridge
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        self.linear = make_pipeline(StandardScaler(), Ridge(alpha=_PENALTY))
+        terms = _terms(features, encoded)
+        self.linear.fit(terms, gains, ridge__sample_weight=weights)
+        self.trees = HistGradientBoostingRegressor(
+            max_iter=50,
+            learning_rate=0.1,
+            max_leaf_nodes=8,
+            min_samples_leaf=10,
+            max_bins=32,  # with the usual 255 ten thousand examples take eight times as long
+            random_state=seed,
+        )
+        left = gains - self.linear.predict(terms)
+        self.trees.fit(_with_features(features, encoded), left, sample_weight=weights)
+
+    def predict(self, features: np.ndarray, encoded: np.ndarray) -> np.ndarray:
+        """`(rows,)`, in points. features: `(rows, features)`; encoded: `(rows, columns)`."""
+        return self.linear.predict(_terms(features, encoded)) + self.trees.predict(_with_features(features, encoded))
+
+
+def _with_features(features: np.ndarray, encoded: np.ndarray) -> np.ndarray:
+    # scikit-learn 1.9 fails on a column without a single value, so what is unknown lies far below all else.
+    return np.hstack([np.nan_to_num(features, nan=_UNKNOWN), encoded])
+
+
+def _terms(features: np.ndarray, encoded: np.ndarray) -> np.ndarray:
+    """`(rows, terms)`: what a configuration changes, and how that depends on steps, learning rate, size and start."""
+    one = encoded_columns(encoded)
+    known = {name: np.nan_to_num(features[:, FEATURES.index(name)]) for name in _LINEAR_FEATURES}
+    heard, rate = (one["alpha"] > 0).astype(float), one["learning_rate"]
+    start = np.maximum(one["warm_start"] > 0, heard * known["warm_start"])
+    alone = [
+        heard,
+        one["alpha"],
+        one["temperature"],
+        one["alpha"] * one["temperature"],
+        one["temperature"] * one["forward_kl"],
+        one["moves"],
+        one["standardized_kl"],
+        one["dkd"],
+        one["dist"],
+        one["label"],
+        one["uniform"],
+        rate,
+        rate**2,
+        one["weight_decay"],
+        start,
+        rate * heard,
+        rate * start,
+    ]
+    base, steps, size = (known[name] for name in _LINEAR_FEATURES[1:])
+    depends = [base, steps, base * rate, steps * rate, size * rate, base * heard, size * heard]
+    depends += [base * start, steps * start, size * start]
+    return np.column_stack([*alone, *depends])
+
+
+_LINEAR_FEATURES = ("warm_start", "log_learning_rate", "log_steps", "log_student_params")
+
+
+def _counted(examples: Sequence[Example]) -> str:
+    own = sum(one.own for one in examples)
+    parts = [f"{own:,} runs of the memory"] if own else []
+    parts += [f"{len(examples) - own:,} runs of a prior"] if own < len(examples) else []
+    return " and ".join(parts)
+
+
+def likeness(features: Mapping[str, float], examples: Sequence[Example]) -> np.ndarray:
+    """Cosine, -1 to 1, of each example's features with these, all standardised over the examples; unknown ones count as
+    average. `(examples,)`.
+    """
+    known = np.array([vector(one.features) for one in examples])
+    with np.errstate(invalid="ignore"):
+        there = ~np.isnan(known)
+        count = np.maximum(there.sum(0), 1)
+        mean = np.where(there, known, 0).sum(0) / count
+        deviation = np.sqrt((np.where(there, known - mean, 0) ** 2).sum(0) / count)
+    scale = np.where(deviation > 1e-9, deviation, 1.0)
+    rows = np.nan_to_num((known - mean) / scale)
+    here = np.nan_to_num((vector(features) - mean) / scale)
+    norms = np.linalg.norm(rows, axis=1) * np.linalg.norm(here)
+    return np.divide(rows @ here, norms, out=np.zeros(len(rows)), where=norms > 0)
+
+
+def most_alike(features: Mapping[str, float], examples: Sequence[Example], count: int = 3) -> list[str]:
+    """Names of the data sets whose runs were most alike, the nearest first."""
+    if not examples:
+        return []
+    order = np.argsort(-likeness(features, examples), kind="stable")
+    return list(dict.fromkeys(examples[index].data for index in order if examples[index].data))[:count]
