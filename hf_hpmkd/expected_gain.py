@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from hf_hpmkd.components.adaptive_configuration import (
+    CONTENDERS,
     FEW_EXAMPLES,
     UNKNOWN_SPREAD,
     Configuration,
@@ -31,6 +32,7 @@ _OWN_WEIGHT = 3.0  # of a run of the user's own memory, against one of the shipp
 _ALIKE = 80  # examples that are asked how far they ended from what was expected of them
 _TIE = 1e-3  # keeps in order what is expected to gain the same
 _LEAST_SPREAD = 0.5  # points; no regression knows a gain better
+_LEAST_WEIGHT = 0.1  # of a setting that is nothing like the one at hand
 
 
 class Predictor(Protocol):
@@ -69,7 +71,7 @@ class Nearest:
             gains = np.array([self.examples[index].gain for index in nearest])
         total = weights.sum(1)
         spread = UNKNOWN_SPREAD / np.sqrt(1 + total)
-        return Prediction((weights * gains).sum(1) / (1 + total), spread, spread)
+        return Prediction((weights * gains).sum(1) / (1 + total), spread)
 
     def words(self) -> str:
         if not self.examples:
@@ -82,10 +84,10 @@ class Surrogate:
     for what it leaves; an ensemble over resampled *data sets*.
 
     Runs are noisy, and most of what they have in common is simple: the rate, the start, how much and how softly the
-    teachers are heard. Trees alone need many runs to see that. How the members differ is what more data sets would
-    settle. How far a gain may lie from what is expected is told by the examples of which as much was expected, on about
-    as many rows, by members that had not seen their data set: by percentiles, less the noise of their own measurement.
-    Rows of the user's own memory weigh more than those of the shipped prior.
+    teachers are heard. Trees alone need many runs to see that. What members promise is set right by what it came to on
+    data sets that they had not seen (isotonic regression). How far a gain may lie from it is told by the examples of
+    which as much was expected, on about as many rows: mean square, less the noise of their own measurement. Rows of
+    the user's own memory weigh more than those of the shipped prior.
     """
 
     def __init__(self, examples: Sequence[Example], seed: int = 0) -> None:
@@ -129,10 +131,9 @@ class Surrogate:
     def predict(self, features: Mapping[str, float], configurations: Sequence[Configuration]) -> Prediction:
         here = vector(features)
         encoded = np.array([encode(one) for one in configurations])
-        answers = np.array([one.predict(np.broadcast_to(here, (len(encoded), len(here))), encoded)
-                            for one in self.members])  # fmt: skip
-        gain, doubt = self._kept(answers.mean(axis=0)), answers.std(axis=0)
-        return Prediction(gain, self._spread(gain, np.nan_to_num(here[_LOG_ROWS])), doubt)
+        rows = np.broadcast_to(here, (len(encoded), len(here)))
+        gain = self._kept(np.mean([one.predict(rows, encoded) for one in self.members], axis=0))
+        return Prediction(gain, self._spread(gain, np.nan_to_num(here[_LOG_ROWS])))
 
     def _spread(self, expected: np.ndarray, log_rows: float) -> np.ndarray:
         """One standard deviation of the gain where as much was expected, of the shape of `expected`, in points."""
@@ -144,9 +145,7 @@ class Surrogate:
         for index, step in enumerate(steps):
             unlike = np.abs(self._expected - step) + 2 * np.abs(self._rows - log_rows)
             alike = np.argsort(unlike, kind="stable")[:_ALIKE]
-            missed = self._missed[alike] - np.median(self._missed[alike])
-            low, high = np.percentile(missed, [15.87, 84.13])
-            variance = ((high - low) / 2) ** 2 - float(np.median(self._noise[alike])) ** 2
+            variance = float((self._missed[alike] ** 2 - self._noise[alike] ** 2).mean())
             found[index] = math.sqrt(max(variance, _LEAST_SPREAD**2))
         return found[place]
 
@@ -224,6 +223,46 @@ def _terms(features: np.ndarray, encoded: np.ndarray) -> np.ndarray:
 
 
 _LINEAR_FEATURES = ("warm_start", "log_learning_rate", "log_steps", "log_student_params")
+
+
+def portfolio(features: Mapping[str, float], examples: Sequence[Example]) -> list[Configuration]:
+    """The contenders, in the order in which each adds most to what the best of those before it gains.
+
+    Which configuration suits a data set can hardly be foretold, but tries tell; so what is tried should leave no data
+    set behind. Asked are the settings of a prior in which every contender was run, the more the likelier they are;
+    gains that few rows show count for less; direct training, which is always tried, gains 0. Greedy, as for algorithm
+    portfolios (Feurer et al. 2022, Auto-Sklearn 2.0, sec. 4.1). [] where no setting is complete.
+    """
+    settings: dict[tuple[str, float], dict[Configuration, Example]] = {}
+    for one in examples:
+        if one.configuration in _CONTENDERS:
+            key = (one.data, hash(frozenset(one.features.items())))
+            settings.setdefault(key, {})[one.configuration] = one
+    possible = [one for one in CONTENDERS if not one.warm_start]  # those from a teacher's weights may be missing
+    complete = [of for of in settings.values() if all(one in of for one in possible)]
+    if not complete:
+        return []
+    weights = np.clip(likeness(features, [of[possible[0]] for of in complete]), _LEAST_WEIGHT, None)
+    gains = np.array([[_certain(of.get(one)) for one in CONTENDERS] for of in complete])
+    order: list[int] = []
+    best = np.zeros(len(complete))
+    while len(order) < len(CONTENDERS):
+        adds = weights @ np.maximum(gains - best[:, None], 0.0)
+        adds[order] = -1.0
+        order.append(int(np.argmax(adds)))
+        best = np.maximum(best, gains[:, order[-1]])
+    return [CONTENDERS[index] for index in order]
+
+
+_CONTENDERS = frozenset(CONTENDERS)
+
+
+def _certain(one: Example | None) -> float:
+    """A gain, the nearer to 0 the less its measurement tells (the mean of a normal posterior)."""
+    if one is None:
+        return 0.0
+    gain = min(max(one.gain, -_MOST_GAIN), _MOST_GAIN)
+    return gain * UNKNOWN_SPREAD**2 / (UNKNOWN_SPREAD**2 + one.noise**2)
 
 
 def _counted(examples: Sequence[Example]) -> str:

@@ -2,10 +2,10 @@
 
 Per data set and seed the teachers are trained once; per setting (student, teachers, learning rate, steps, start) one
 student directly and some in other ways, on the same rows in the same order. First each data set gets one setting as a
-line without a recipe has it, in which every contender is run; then come settings and ways that are drawn at random. In most settings those that hear
-teachers begin with the weights of one where they can, as in any run. A row holds what the adaptive configuration would
-have known, what was done and what it gained on validation rows. The test rows are never opened. The same command goes
-on where an interrupted one stood.
+line without a recipe has it, in which every contender is run; then come settings and ways that are drawn at random.
+Students that hear teachers mostly begin with the weights of one where they can, as in any run. A row holds what the
+adaptive configuration would have known, what was done and what it gained on validation rows. The test rows are never
+opened. The same command goes on where an interrupted one stood.
 """
 
 import itertools

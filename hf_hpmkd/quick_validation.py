@@ -50,7 +50,7 @@ from hf_hpmkd.components.progressive_chain import estimate_gain, from_bits, to_b
 from hf_hpmkd.configuration_examples import memory_examples, read_prior
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.evaluation import student_logits, teacher_logits
-from hf_hpmkd.expected_gain import Predictor, most_alike, predictor
+from hf_hpmkd.expected_gain import Predictor, most_alike, portfolio, predictor
 from hf_hpmkd.heads import find_classifier_head
 from hf_hpmkd.meta_features import LANDMARK, data_features, landmark_features, size_features, teacher_features
 from hf_hpmkd.model_cost import training_flops
@@ -237,7 +237,7 @@ class _Search:
         features = self._features()
         examples = self._examples()
         knowledge, leads = predictor(examples), Leads(examples)
-        trials = self._candidates(features, knowledge)
+        trials = self._candidates(features, knowledge, examples)
         judged: list[tuple[_Trial, Judged, TrialRecord]] = []
         records: list[TrialRecord] = []
         for rung in self.rungs:
@@ -307,11 +307,13 @@ class _Search:
             examples += memory_examples(self.run.memory.store.records()[0])
         return broadcast_object_list([examples])[0]
 
-    def _candidates(self, features: dict[str, float], knowledge: Predictor) -> list[_Trial]:
+    def _candidates(
+        self, features: dict[str, float], knowledge: Predictor, examples: Sequence[Example]
+    ) -> list[_Trial]:
         """Written down when first chosen: what a memory has learned meanwhile may not turn a try into another one's."""
         file = self.folder / "candidates.json"
         if self.run.is_main and not file.is_file():
-            write_json(file, self._promising(features, knowledge))
+            write_json(file, self._promising(features, knowledge, examples))
         PartialState().wait_for_everyone()
         self.tried = [
             _Trial(f"candidate-{number}", Configuration(**one["configuration"]), tuple(one["expected"]))
@@ -319,7 +321,9 @@ class _Search:
         ]
         return self.tried
 
-    def _promising(self, features: dict[str, float], knowledge: Predictor) -> list[dict[str, Any]]:
+    def _promising(
+        self, features: dict[str, float], knowledge: Predictor, examples: Sequence[Example]
+    ) -> list[dict[str, Any]]:
         own = configuration_of(self.recipe)
         possible = configurations(free_fields(self.recipe), own)
         # What is not left at its default, the recipe's author has thought about.
@@ -327,7 +331,8 @@ class _Search:
         found = [one for one in dict.fromkeys([*possible, own] if careful else possible) if self._can_train(one)]
         place = found.index(own) if careful and own in found else None
         prediction = knowledge.predict(features, found)
-        chosen = propose(prediction, found, self.rungs[0].candidates, place) if self.rungs else []
+        together, most = portfolio(features, examples), self.rungs[0].candidates if self.rungs else 0
+        chosen = propose(prediction, found, most, place, together)
         expected = list(zip(prediction.gain.tolist(), prediction.spread.tolist(), strict=True))
         return [{"configuration": dataclasses.asdict(found[one]), "expected": expected[one]} for one in chosen]
 

@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "hf_hpmkd"
 LEVELS = (
     ("losses", "heads", "paired_tests", "meta_features", "run_environment", "progress", "run_record",
      "memory_records", "memory_files", "memory_index", "hub_client", "tasks", "models", "metrics"),
-    ("components", "engines", "expected_gain", "configuration_examples", "training_args", "dataset_rows", "data_source", "data",
-     "model_names", "classifiers", "model_shapes", "intermediate_models", "warm_start",
+    ("components", "engines", "expected_gain", "configuration_examples", "training_args", "dataset_rows",
+     "data_source", "data", "model_names", "classifiers", "model_shapes", "intermediate_models", "warm_start",
      "fitted_start", "model_cost"),
     (
         "teacher_kinds", "sklearn_teachers", "teachers", "teacher_output_file", "foreign_outputs", "teacher_outputs",

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,13 +29,13 @@ from hf_hpmkd.run_record import AutoRecord, RunRecord
 STEPS = 28  # 109 rows in batches of 16, four epochs
 
 
-def tree(folder: Path, steps: float = 10, **training: object) -> dict:
+def tree(folder: Path, steps: float = 12, **training: object) -> dict:
     """Wine: 178 rows of 13 numbers, bundled with scikit-learn. steps: that the tries may add."""
     return {
         "data": {"path": "sklearn:wine"},
         "teachers": [{"model": "mlp-16", "epochs": 3}, {"model": "sklearn:LogisticRegression", "folds": 0}],
         "student": {"model": "mlp-3"},
-        "auto": {"mode": steps * 0.01501 / 60},
+        "auto": {"mode": steps * 0.01001 / 60},
         "training": {"epochs": 4, "batch_size": 16, "learning_rate": 0.02, "evaluations": 2, **training},
         "memory": {"use": False},
         "output": {"dir": str(folder / "run")},
@@ -100,11 +101,11 @@ def test_the_winner_goes_on_and_ends_as_if_it_had_been_asked_for(
     )
     record = run(tmp_path, tree(tmp_path))
     auto = record.auto
-    assert [(trial.steps, count) for trial, count in zip(auto.trials, (1, 1, 1, 1), strict=False)] == [(1, 1)] * 4
-    assert [trial.steps for trial in auto.trials] == [1] * 4 + [2] * 2 + [4]
-    assert auto.total_steps == STEPS and auto.extra_steps <= auto.budget_steps == 10
+    assert [(trial.steps, count) for trial, count in zip(auto.trials, (1,) * 5, strict=False)] == [(1, 1)] * 5
+    assert [trial.steps for trial in auto.trials] == [1] * 5 + [2] * 3 + [4] * 2
+    assert auto.total_steps == STEPS and auto.extra_steps <= auto.budget_steps == 12
     assert 0 < auto.extra_seconds < auto.seconds and auto.configuration["warm_start"]
-    assert auto.extra_steps == 4 * 1 + 2 * 1 + 2 - 4  # direct training, and the winner's four steps, go on
+    assert auto.extra_steps == 5 * 1 + 3 * 1 + 2 * 2 - 4  # direct training, and the winner's four steps, go on
     assert ("student", 4, STEPS) in trainings and max(first for name, first, _ in trainings if name == "direct") == 7
     assert str(Configuration(**auto.configuration)) == auto.trials[-1].name
     assert not (tmp_path / "run" / "auto").exists()
@@ -186,9 +187,9 @@ def test_what_a_careful_recipe_says_is_offered_and_a_start_only_where_a_teacher_
     seen: list[tuple[list[Configuration], int | None]] = []
     original = quick_validation.propose
 
-    def propose(prediction: object, found: list[Configuration], count: int, own: int | None) -> list[int]:
+    def propose(prediction: object, found: list[Configuration], count: int, own: int | None, *rest: Any) -> list[int]:
         seen.append((found, own))
-        return original(prediction, found, count, own)
+        return original(prediction, found, count, own, *rest)
 
     monkeypatch.setattr(quick_validation, "propose", propose)
     careful = tree(tmp_path / "careful")

@@ -17,10 +17,10 @@ TREE = {
 
 def test_fast_is_a_share_of_a_long_training_and_seconds_of_a_short_one() -> None:
     assert budget_steps("fast", 100_000, 0.0) == 35_000
-    assert budget_steps("fast", 100, 0.0) == 1_333  # 20 s of steps of 15 ms
-    assert budget_steps("fast", 100, 1e10) == 38  # half a second more each
+    assert budget_steps("fast", 100, 0.0) == 2_000  # 20 s of steps of 10 ms
+    assert budget_steps("fast", 100, 1e10) == 39  # half a second more each
     assert budget_steps("thorough", 100_000, 0.0) == 200_000
-    assert budget_steps(1.5, 10, 0.0) == 6_000
+    assert budget_steps(1.5, 10, 0.0) == 9_000
     assert most_candidates("fast") < most_candidates("thorough")
     with pytest.raises(ValueError, match="off has no budget"):
         budget_steps("off", 100, 0.0)
@@ -79,5 +79,6 @@ def test_halving_stays_within_its_budget(total: int, share: float, most: int) ->
 
 def test_a_budget_for_everything_tries_everything_to_the_end() -> None:
     assert [(rung.step, rung.candidates) for rung in halving(100, 400, 4)] == [(100, 4)]
-    assert [(rung.step, rung.candidates) for rung in halving(1000, 350, 4)] == [(43, 4), (86, 2), (172, 1)]
+    assert [(rung.step, rung.candidates) for rung in halving(1000, 350, 4)] == [(70, 3), (140, 2)]
+    assert [(rung.step, rung.candidates) for rung in halving(1000, 2000, 8)] == [(125, 8), (250, 4), (500, 2)]
     assert halving(100, 0, 4) == []

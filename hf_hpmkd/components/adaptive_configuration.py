@@ -112,6 +112,7 @@ leave no data set behind (`expected_gain.portfolio`)."""
 _USUAL = (
     Configuration(alpha=0.9, temperature=4.0),
     Configuration(alpha=0.5, temperature=1.0),
+    Configuration(warm_start=True),
     Configuration(alpha=0.5, temperature=2.0),
     Configuration(alpha=0.9, temperature=8.0),
     Configuration(alpha=0.25, temperature=1.0, gate="label"),
@@ -119,7 +120,7 @@ _USUAL = (
 _KINDS, _GATES = tuple(LEGAL_SCHEDULES), ("mixture", "joint", "label", "uniform")
 _GATE_COLUMNS = slice(4 + len(_KINDS), 4 + len(_KINDS) + len(_GATES))  # of an encoded configuration
 _DECAY_COLUMN, _ALPHA_COLUMN = -2, 0
-_FEW = 5  # tries of which none is spared for direct training from a teacher's weights
+_FEW = 4  # candidates; of fewer, none is spared for what the regression expects most of
 
 
 @dataclass(frozen=True)
@@ -141,14 +142,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Expected gain of each configuration, `(configurations,)`, in points; spread: one standard deviation of it.
-
-    doubt: the part of the spread that more examples would take away, which is what makes a try worth while.
-    """
+    """Expected gain of each configuration, `(configurations,)`, in points; spread: one standard deviation of it."""
 
     gain: np.ndarray
     spread: np.ndarray
-    doubt: np.ndarray
 
 
 def configurations(free: Collection[str], kept: Configuration) -> list[Configuration]:
@@ -159,7 +156,7 @@ def configurations(free: Collection[str], kept: Configuration) -> list[Configura
         raise ValueError(f"Unknown fields {', '.join(sorted(unknown))}. Known: {', '.join(SPACE)}.")
     values = [SPACE[name] if name in free else (getattr(kept, name),) for name in SPACE]
     found = [Configuration(**{n: v for n, v in asdict(one).items() if n in free} | _kept(kept, free)) for one in _USUAL]
-    found = [one for one in found if _is_legal(one)]
+    found = [one for one in found if _is_legal(one) and not (one.distils and one.warm_start)]
     for combination in itertools.product(*values):
         one = Configuration(**dict(zip(SPACE, combination, strict=True)))
         if not one.distils:
@@ -198,7 +195,8 @@ def encode(configuration: Configuration) -> np.ndarray:
 
 def encoded_columns(encoded: np.ndarray) -> dict[str, np.ndarray]:
     """The columns of encoded configurations, `(rows, columns)`, by name; temperature, learning_rate: to base 2."""
-    names = ("alpha", "temperature", "moves", "learned", *_KINDS, *_GATES, "learning_rate", "weight_decay", "warm_start")
+    taught = ("alpha", "temperature", "moves", "learned", *_KINDS, *_GATES)
+    names = (*taught, "learning_rate", "weight_decay", "warm_start")
     return dict(zip(names, encoded.T, strict=True))
 
 
@@ -206,42 +204,54 @@ def encoded_columns(encoded: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def propose(
-    prediction: Prediction, configurations: Sequence[Configuration], count: int, own: int | None = None
+    prediction: Prediction,
+    configurations: Sequence[Configuration],
+    count: int,
+    own: int | None = None,
+    portfolio: Sequence[Configuration] = (),
 ) -> list[int]:
-    """Positions of the candidates for a try: the most promising ones, each unlike those before it.
+    """Positions of the candidates for a try.
 
-    Promising is the expected gain, less a little for every unusual value. (An upper confidence bound, the usual rule
-    where there are many tries, chose worse of the prior's own runs: there are few.) Plain direct training is never
-    among them, because it is always tried. The best direct training at a higher learning rate is, where one is possible
-    and not the only candidate: without it, what a learning rate gains would be put down to the teachers. So is, of six
-    or more, the best from a teacher's weights, for the same reason. own: position of what the recipe itself says, where
-    its author chose that with care; it is among the candidates too.
+    First come those of a portfolio, in its order, which together leave few data sets behind; of _FEW candidates or more
+    the last is the most promising one, of others all that remain: by the expected gain, less a little for every unusual
+    value, and each unlike those before it. (An upper confidence bound, the usual rule where there are many tries, chose
+    worse of the prior's own runs.) Plain direct training is never among them, because it is always tried. Direct
+    training at a higher learning rate is, where it is possible and not the only candidate: without it, what a learning
+    rate gains would be put down to the teachers. own: position of what the recipe itself says, where its author chose
+    that with care; it is among the candidates too.
     """
     hope = prediction.gain - _UNUSUAL * np.array([_unusual(one) for one in configurations])
     encoded = np.array([encode(one) for one in configurations])
     encoded[:, _ALPHA_COLUMN] *= _ALPHA_SHARE
     encoded[:, _GATE_COLUMNS] *= _GATE_SHARE
     encoded[:, _DECAY_COLUMN] *= _DECAY_SHARE
-    open_ = np.array([one != DIRECT for one in configurations])
-    always = [] if own is None else [own]
-
-    def add(usual: Configuration, possible: list[bool]) -> None:
-        """The most hopeful one that is possible; of equals that which is most like the usual one."""
-        unlike = np.abs(encoded - encode(usual)).sum(axis=1)
-        always.extend(sorted(np.flatnonzero(possible).tolist(), key=lambda index: (-hope[index], unlike[index]))[:1])
-
-    direct = [not (one.distils or one.warm_start) for one in configurations]
-    add(FASTER, [is_direct and one.learning_rate > 1 for is_direct, one in zip(direct, configurations, strict=True)])
-    if count > _FEW:
-        add(replace(DIRECT, warm_start=True), [one.warm_start for one in configurations])
-    if count > 1:
-        hope[always] = np.inf
+    place = {one: index for index, one in enumerate(configurations)}
+    together = [place[one] for one in portfolio if one in place]
+    faster = _fastest(configurations, hope, together)
     chosen: list[int] = []
+    if count > 1:
+        chosen = [index for index in dict.fromkeys((own, faster)) if index not in (None, place.get(DIRECT))][:count]
+    room = count - (count >= _FEW)
+    chosen += [index for index in together if index not in chosen][: max(room - len(chosen), 0)]
+    open_ = np.array([one != DIRECT for one in configurations])
+    for index in chosen:
+        open_ &= np.linalg.norm(encoded - encoded[index], axis=1) > _UNLIKE
     while open_.any() and len(chosen) < count:
-        best = int(np.argmax(np.where(open_, hope, -np.inf)))
-        chosen.append(best)
-        open_ &= np.linalg.norm(encoded - encoded[best], axis=1) > _UNLIKE
+        chosen.append(int(np.argmax(np.where(open_, hope, -np.inf))))
+        open_ &= np.linalg.norm(encoded - encoded[chosen[-1]], axis=1) > _UNLIKE
     return chosen
+
+
+def _fastest(configurations: Sequence[Configuration], hope: np.ndarray, portfolio: Sequence[int]) -> int | None:
+    """Direct training at a higher learning rate: the portfolio's, else the most hopeful; of equals that which is most
+    like twice the rate.
+    """
+    faster = [i for i, one in enumerate(configurations) if replace(one, learning_rate=1.0, weight_decay=1.0) == DIRECT]
+    faster = [index for index in faster if configurations[index].learning_rate > 1]
+    unlike = [np.abs(encode(configurations[index]) - encode(FASTER)).sum() for index in faster]
+    ranked = sorted(zip(faster, unlike, strict=True), key=lambda one: (-hope[one[0]], one[1]))
+    known = [index for index in portfolio if index in faster]
+    return next(iter([*known, *(index for index, _ in ranked)]), None)
 
 
 def _unusual(one: Configuration) -> int:

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from hf_hpmkd.components.adaptive_configuration import (
+    CONTENDERS,
     DIRECT,
     EARLY,
     FASTER,
@@ -23,7 +24,7 @@ from hf_hpmkd.components.adaptive_configuration import (
     judge,
     propose,
 )
-from hf_hpmkd.expected_gain import Nearest, Surrogate, likeness, most_alike, predictor
+from hf_hpmkd.expected_gain import Nearest, Surrogate, likeness, most_alike, portfolio, predictor
 from hf_hpmkd.losses import LEGAL_SCHEDULES
 
 SOFT, HARD = Configuration(alpha=0.9, temperature=4.0), Configuration(alpha=0.5, temperature=1.0)
@@ -86,7 +87,7 @@ def test_the_surrogate_learns_who_is_hurt() -> None:
         found = surrogate.predict({"log_student_params": size, "log_rows": 3.0}, [SOFT, Configuration(alpha=0.25)])
         truth = np.array([2.0 * 0.9 * (size - 3), 2.0 * 0.25 * (size - 3)])
         assert np.abs(found.gain - truth).max() < 0.6
-        assert (found.spread >= found.doubt).all()
+        assert (found.spread < 1.0).all()
 
 
 def test_data_sets_that_differ_by_themselves_make_the_surrogate_unsure() -> None:
@@ -130,6 +131,44 @@ def test_nothing_known_expects_nothing_and_tries_the_usual() -> None:
     assert sorted(map(str, tried)) == sorted(map(str, [FASTER, WARM, SOFT, HARD]))
 
 
+def contended(name: str, size: float, gains: dict[Configuration, float], noise: float = 0.1) -> list[Example]:
+    """A data set on which every contender was run; those that are not named lose."""
+    return [Example({"log_rows": size}, one, gains.get(one, -1.0), noise, data=name) for one in CONTENDERS]
+
+
+def test_a_portfolio_leaves_no_data_set_behind() -> None:
+    """Not the best ones on the mean: the second is that which helps where the first does not."""
+    first, second, third, fourth = CONTENDERS[5], CONTENDERS[6], CONTENDERS[9], CONTENDERS[0]
+    examples = [
+        *contended("a", 3.0, {first: 4.0, second: 3.9}),
+        *contended("b", 3.0, {first: 4.0, second: 3.9}),
+        *contended("c", 3.0, {third: 2.0}),
+        *contended("d", 3.0, {fourth: 9.0}, noise=20.0),  # on a handful of rows
+    ]
+    assert portfolio({"log_rows": 3.0}, examples)[:3] == [first, third, fourth]
+    assert sorted(map(str, portfolio({}, examples))) == sorted(map(str, CONTENDERS))
+    assert portfolio({}, examples[:-1])[:2] == [first, third]  # a setting with a gap does not count
+    assert portfolio({}, world(100)) == []
+
+
+def test_settings_alike_weigh_more_in_a_portfolio() -> None:
+    small, large = CONTENDERS[5], CONTENDERS[9]
+    examples = [*contended("s", 2.0, {small: 2.0}), *contended("m", 3.5, {}), *contended("l", 5.0, {large: 2.0})]
+    assert portfolio({"log_rows": 2.1}, examples)[0] == small
+    assert portfolio({"log_rows": 4.9}, examples)[0] == large
+
+
+def test_what_members_promise_is_set_right_by_data_sets_they_had_not_seen() -> None:
+    """Where nothing can be told of an unseen data set, nothing is promised, however well the seen ones are fitted."""
+    random = np.random.default_rng(1)
+    examples = []
+    for index in range(30):
+        gain, place = random.normal(scale=3.0), random.uniform(2, 4)
+        examples += [Example({"log_rows": place}, SOFT, gain, 0.1, data=f"set {index}") for _ in range(10)]
+    found = Surrogate(examples).predict({"log_rows": examples[0].features["log_rows"]}, [SOFT])
+    assert abs(found.gain[0]) < 1.5 and 2.0 < found.spread[0] < 4.5
+
+
 def test_likeness_is_the_cosine_of_standardised_features() -> None:
     random = np.random.default_rng(0)
     values = random.normal(size=(30, 2))
@@ -143,54 +182,60 @@ def test_likeness_is_the_cosine_of_standardised_features() -> None:
 # ---- what to try -----------------------------------------------------------------------------------------------------
 
 
+def expected(*gains: float) -> Prediction:
+    return Prediction(np.array(gains), np.zeros(len(gains)))
+
+
 def test_candidates_are_hopeful_and_unlike() -> None:
     found = [DIRECT, SOFT, Configuration(alpha=0.9, temperature=4.0, weight_decay=1.0001), HARD]
-    gain, doubt = np.array([9.0, 1.0, 0.9, 0.0]), np.array([0.0, 0.1, 0.1, 0.1])
-    assert propose(Prediction(gain, doubt, doubt), found, 3) == [1, 3]
-    doubt = np.array([0.0, 0.1, 0.1, 5.0])  # doubt is a reason to try
-    assert propose(Prediction(gain, doubt, doubt), found, 1) == [3]
+    assert propose(expected(9.0, 1.0, 0.9, 0.0), found, 3) == [1, 3]
 
 
 def test_candidates_differ_by_more_than_a_try_can_tell() -> None:
-    """Another kind or quite another temperature is another candidate; another gate, alpha or weight decay is none."""
+    """Another kind, quite another alpha or temperature is another candidate; another gate or weight decay is none."""
     first = replace(HARD, weight_decay=0.1)
-    near = [replace(first, gate="label"), replace(first, alpha=0.9), replace(first, weight_decay=10.0)]
-    far = [replace(first, kd_kind="dist"), replace(first, temperature=4.0)]
+    near = [replace(first, gate="label"), replace(first, alpha=0.75), replace(first, weight_decay=10.0)]
+    far = [replace(first, kd_kind="dist"), replace(first, temperature=4.0), replace(first, alpha=0.9, temperature=2.0)]
     found = [first, *near, *far]
-    gain = np.linspace(1.0, 0.5, len(found))
-    assert propose(Prediction(gain, 0 * gain, 0 * gain), found, len(found)) == [0, 4, 5]
+    assert propose(expected(9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0), found, len(found)) == [0, 4, 5, 6]
+
+
+def test_of_two_that_promise_nearly_the_same_the_usual_one_is_tried() -> None:
+    odd = replace(HARD, gate="label", weight_decay=10.0)
+    assert propose(expected(1.15, 1.0), [odd, HARD], 1) == [1]
+    assert propose(expected(1.25, 1.0), [odd, HARD], 1) == [0]
 
 
 def test_a_faster_direct_training_is_always_tried_beside_the_others() -> None:
     """So that what a learning rate gains is not put down to the teachers."""
     found = [DIRECT, SOFT, HARD, FASTER]
-    prediction = Prediction(np.array([0.0, 2.0, 1.0, -9.0]), np.zeros(4), np.zeros(4))
-    assert sorted(propose(prediction, found, 2)) == [1, 3]
-    assert propose(prediction, found, 1) == [1]  # the only try is for what promises most
-    others = Prediction(prediction.gain[:3], np.zeros(3), np.zeros(3))
-    assert propose(others, found[:3], 2) == [1, 2]
+    assert sorted(propose(expected(0.0, 2.0, 1.0, -9.0), found, 2)) == [1, 3]
+    assert propose(expected(0.0, 2.0, 1.0, -9.0), found, 1) == [1]  # the only try is for what promises most
+    assert propose(expected(0.0, 2.0, 1.0), found[:3], 2) == [1, 2]
 
 
 def test_the_faster_one_is_that_which_promises_most() -> None:
     found = [DIRECT, SOFT, FASTER, replace(FASTER, learning_rate=4.0), replace(FASTER, weight_decay=10.0)]
-    prediction = Prediction(np.array([0.0, 2.0, -3.0, -2.0, -3.0]), np.zeros(5), np.zeros(5))
-    assert propose(prediction, found, 2) == [3, 1]
-    equal = Prediction(np.array([0.0, 2.0, -3.0, -3.0, -3.0]), np.zeros(5), np.zeros(5))
-    assert propose(equal, found, 2) == [2, 1]
+    assert propose(expected(0.0, 2.0, -3.0, -2.0, -3.0), found, 2) == [3, 1]
+    assert propose(expected(0.0, 2.0, -3.0, -3.0, -3.0), found, 2) == [2, 1]
 
 
-def test_so_is_the_best_training_from_a_teachers_weights_where_there_are_more() -> None:
-    fast = replace(WARM, learning_rate=2.0)
-    found = [DIRECT, SOFT, HARD, FASTER, WARM, fast]
-    prediction = Prediction(np.array([0.0, 2.0, 1.0, -9.0, -8.0, -7.0]), np.zeros(6), np.zeros(6))
-    assert sorted(propose(prediction, found, 3)) == [1, 3, 5]
-    assert sorted(propose(prediction, found, 2)) == [1, 3]
-    assert sorted(propose(prediction, found, 5)) == [1, 2, 3, 5]  # the other one is too much like it
+def test_a_portfolio_comes_first_and_the_most_promising_one_last() -> None:
+    faster = replace(FASTER, learning_rate=4.0)
+    soft = replace(SOFT, learning_rate=2.0)
+    found = [DIRECT, SOFT, HARD, FASTER, faster, WARM, soft]
+    hopes = expected(0.0, 3.0, 1.0, 0.5, -9.0, -8.0, 2.0)
+    apart = replace(HARD, alpha=0.25)  # the user has set alpha: it cannot be tried
+    together = [HARD, apart, WARM, faster, soft]
+    assert propose(hopes, found, 4, portfolio=together) == [4, 2, 5, 1]
+    assert propose(hopes, found, 3, portfolio=together) == [4, 2, 5]  # of three, none is spared for it
+    assert propose(hopes, found, 1, portfolio=together) == [2]
+    assert propose(hopes, found, 3, portfolio=[HARD]) == [3, 2, 1]  # where it ends, what promises most goes on
 
 
 def test_what_the_recipe_says_with_care_is_tried() -> None:
     found = [DIRECT, SOFT, HARD, FASTER]
-    prediction = Prediction(np.array([0.0, 2.0, -5.0, -9.0]), np.zeros(4), np.zeros(4))
+    prediction = expected(0.0, 2.0, -5.0, -9.0)
     assert sorted(propose(prediction, found, 2, own=2)) == [2, 3]
     assert sorted(propose(prediction, found, 3, own=2)) == [1, 2, 3]
     assert propose(prediction, found, 1, own=2) == [1]
