@@ -14,7 +14,7 @@ from sklearn.datasets import load_wine
 
 from hf_hpmkd import auto_bench, prior_build
 from hf_hpmkd.auto_bench import Settings, bench_auto, summary
-from hf_hpmkd.components.adaptive_configuration import DIRECT, SPACE, Configuration
+from hf_hpmkd.components.adaptive_configuration import DIRECT, FASTER, SPACE, Configuration
 from hf_hpmkd.configuration_examples import provenance, read_prior
 from hf_hpmkd.distill import student_builder
 from hf_hpmkd.prior_build import build_prior
@@ -162,6 +162,8 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(prior_build, "SETTINGS_PER_TABLE", 1)
     monkeypatch.setattr(prior_build, "RUNS_PER_SETTING", 2)
     monkeypatch.setattr(prior_build, "_STEPS", (16,))
+    monkeypatch.setattr(prior_build, "CONTENDERS", (FASTER, Configuration(alpha=0.5, temperature=1.0)))
+    monkeypatch.setitem(prior_build._CONTENDER_STEPS, "table", 16)
     return tmp_path / "data"
 
 
@@ -170,11 +172,14 @@ def test_a_prior_is_built_goes_on_and_is_judged_without_the_judged(tables: Path,
     prior, said = tmp_path / "prior.parquet", []
     assert build_prior(tables, 2, prior, say=said.append) == 2
     first = read_prior(prior)
-    assert len(said) == 1 and {one.data for one in first} == {"red"}
+    assert len(said) == 1 and "contenders" in said[0] and {one.data for one in first} == {"red"}
     assert build_prior(tables, 4, prior, say=said.append) == 4  # only what is missing is run
     examples = read_prior(prior)
     assert len(said) == 2 and [one.data for one in examples] == ["red", "red", "white", "white"]
     assert [one.gain for one in examples[:2]] == [one.gain for one in first]
+    assert [one.configuration for one in examples] == [*prior_build.CONTENDERS] * 2  # each has them before all else
+    assert build_prior(tables, 6, tmp_path / "more.parquet", say=said.append) == 6
+    assert [one.data for one in read_prior(tmp_path / "more.parquet")][4:] == ["red", "red"]
     for one in examples:
         known = {"landmark_accuracy", "teacher_accuracy", "log_rows", "overfit", "warm_start", "log_learning_rate"}
         assert known <= set(one.features)

@@ -104,13 +104,14 @@ def test_the_winner_goes_on_and_ends_as_if_it_had_been_asked_for(
     assert [(trial.steps, count) for trial, count in zip(auto.trials, (1,) * 5, strict=False)] == [(1, 1)] * 5
     assert [trial.steps for trial in auto.trials] == [1] * 5 + [2] * 3 + [4] * 2
     assert auto.total_steps == STEPS and auto.extra_steps <= auto.budget_steps == 12
-    assert 0 < auto.extra_seconds < auto.seconds and auto.configuration["warm_start"]
+    assert 0 < auto.extra_seconds < auto.seconds and auto.configuration["alpha"]
     assert auto.extra_steps == 5 * 1 + 3 * 1 + 2 * 2 - 4  # direct training, and the winner's four steps, go on
     assert ("student", 4, STEPS) in trainings and max(first for name, first, _ in trainings if name == "direct") == 7
-    assert str(Configuration(**auto.configuration)) == auto.trials[-1].name
+    chosen = str(Configuration(**auto.configuration))
+    assert chosen in {trial.name for trial in auto.trials[-2:]}  # the better of the last two
     assert not (tmp_path / "run" / "auto").exists()
     for text in ((tmp_path / "run" / "README.md").read_text(), auto.reason):
-        assert auto.trials[-1].name in text and "over direct training" in text.replace("Gains are over", "over")
+        assert chosen in text and "over direct training" in text.replace("Gains are over", "over")
     assert record.seconds["auto"] > auto.seconds > 0
     assert record.kept.kept == "distilled" and record.kept.needed < -1e6  # as the margin says
     asked = tree(tmp_path / "asked")
