@@ -32,6 +32,7 @@ _OWN_WEIGHT = 3.0  # of a run of the user's own memory, against one of the shipp
 _ALIKE = 80  # examples that are asked how far they ended from what was expected of them
 _TIE = 1e-3  # keeps in order what is expected to gain the same
 _LEAST_SPREAD = 0.5  # points; no regression knows a gain better
+_CLEAR_GAIN = 5.0  # points that a contender's gain counts for at most, and a noise that halves it
 _LEAST_WEIGHT = 0.1  # of a setting that is nothing like the one at hand
 
 
@@ -261,8 +262,7 @@ def _certain(one: Example | None) -> float:
     """A gain, the nearer to 0 the less its measurement tells (the mean of a normal posterior)."""
     if one is None:
         return 0.0
-    gain = min(max(one.gain, -_MOST_GAIN), _MOST_GAIN)
-    return gain * UNKNOWN_SPREAD**2 / (UNKNOWN_SPREAD**2 + one.noise**2)
+    return min(max(one.gain, -_CLEAR_GAIN), _CLEAR_GAIN) * _CLEAR_GAIN**2 / (_CLEAR_GAIN**2 + one.noise**2)
 
 
 def _counted(examples: Sequence[Example]) -> str:
