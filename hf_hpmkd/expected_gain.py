@@ -33,7 +33,7 @@ _ALIKE = 80  # examples that are asked how far they ended from what was expected
 _TIE = 1e-3  # keeps in order what is expected to gain the same
 _LEAST_SPREAD = 0.5  # points; no regression knows a gain better
 _CLEAR_GAIN = 5.0  # points that a contender's gain counts for at most, and a noise that halves it
-_LEAST_WEIGHT = 0.1  # of a setting that is nothing like the one at hand
+_LEAST_WEIGHT = 0.5  # of a setting that is nothing like the one at hand
 
 
 class Predictor(Protocol):

@@ -120,7 +120,7 @@ _USUAL = (
 _KINDS, _GATES = tuple(LEGAL_SCHEDULES), ("mixture", "joint", "label", "uniform")
 _GATE_COLUMNS = slice(4 + len(_KINDS), 4 + len(_KINDS) + len(_GATES))  # of an encoded configuration
 _DECAY_COLUMN, _ALPHA_COLUMN = -2, 0
-_FEW = 4  # candidates; of fewer, none is spared for what the regression expects most of
+_ROOM = 5  # candidates; of fewer, none is spared for what the regression expects most of
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def propose(
 ) -> list[int]:
     """Positions of the candidates for a try.
 
-    First come those of a portfolio, in its order, which together leave few data sets behind; of _FEW candidates or more
+    First come those of a portfolio, in its order, which together leave few data sets behind; of _ROOM candidates or more
     the last is the most promising one, of others all that remain: by the expected gain, less a little for every unusual
     value, and each unlike those before it. (An upper confidence bound, the usual rule where there are many tries, chose
     worse of the prior's own runs.) Plain direct training is never among them, because it is always tried. Direct
@@ -231,7 +231,7 @@ def propose(
     chosen: list[int] = []
     if count > 1:
         chosen = [index for index in dict.fromkeys((own, faster)) if index not in (None, place.get(DIRECT))][:count]
-    room = count - (count >= _FEW)
+    room = count - (count >= _ROOM)
     chosen += [index for index in together if index not in chosen][: max(room - len(chosen), 0)]
     open_ = np.array([one != DIRECT for one in configurations])
     for index in chosen:

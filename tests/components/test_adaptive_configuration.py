@@ -224,13 +224,15 @@ def test_a_portfolio_comes_first_and_the_most_promising_one_last() -> None:
     faster = replace(FASTER, learning_rate=4.0)
     soft = replace(SOFT, learning_rate=2.0)
     found = [DIRECT, SOFT, HARD, FASTER, faster, WARM, soft]
-    hopes = expected(0.0, 3.0, 1.0, 0.5, -9.0, -8.0, 2.0)
+    odd = replace(SOFT, kd_kind="dist")
+    found.append(odd)
+    hopes = expected(0.0, 3.0, 1.0, 0.5, -9.0, -8.0, 2.0, 4.0)
     apart = replace(HARD, alpha=0.25)  # the user has set alpha: it cannot be tried
     together = [HARD, apart, WARM, faster, soft]
-    assert propose(hopes, found, 4, portfolio=together) == [4, 2, 5, 1]
-    assert propose(hopes, found, 3, portfolio=together) == [4, 2, 5]  # of three, none is spared for it
+    assert propose(hopes, found, 5, portfolio=together) == [4, 2, 5, 6, 7]
+    assert propose(hopes, found, 4, portfolio=together) == [4, 2, 5, 6]  # of four, none is spared for it
     assert propose(hopes, found, 1, portfolio=together) == [2]
-    assert propose(hopes, found, 3, portfolio=[HARD]) == [3, 2, 1]  # where it ends, what promises most goes on
+    assert propose(hopes, found, 3, portfolio=[HARD]) == [3, 2, 7]  # where it ends, what promises most goes on
 
 
 def test_what_the_recipe_says_with_care_is_tried() -> None:
