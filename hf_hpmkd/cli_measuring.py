@@ -39,7 +39,13 @@ def add_measuring_commands(commands: argparse._SubParsersAction, command: Comman
     group = prior.add_subparsers(title="prior commands", required=True, metavar="COMMAND")
     one = command(group, "build", "Make a prior by short real runs over tables, images or texts.", _prior_build)
     _add_tables(one)
-    one.add_argument("--runs", type=int, default=1_600, metavar="N", help="runs to have at the end (default: 1600)")
+    one.add_argument(
+        "--runs",
+        type=int,
+        default=1_600,
+        metavar="N",
+        help="runs to have at the end, up to 18 of every table first (default: 1600)",
+    )
     one.add_argument("--output", type=Path, required=True, metavar="FILE", help="Parquet file; goes on if it is there")
     one.set_defaults(after_stop="The same command goes on where this one stood.")
     one = command(group, "show", "Where a prior comes from.", _prior_show)

@@ -12,6 +12,7 @@ import numpy as np
 
 from hf_hpmkd.components.adaptive_configuration import (
     CONTENDERS,
+    DIRECT,
     FEW_EXAMPLES,
     UNKNOWN_SPREAD,
     Configuration,
@@ -24,6 +25,7 @@ from hf_hpmkd.meta_features import FEATURES, vector
 
 _NEAREST = 5
 _MEMBERS = 5
+_FEW_SETS = 3  # data sets; with fewer, none is left out, and nothing is known of those not seen
 _MOST_ROWS = 2_000  # of a member, so that many examples cost no more time
 _MOST_GAIN = 10.0  # points that a gain counts for; what gains more has compared with a student that had hardly begun
 _PENALTY = 30.0  # of the linear part
@@ -32,7 +34,9 @@ _OWN_WEIGHT = 3.0  # of a run of the user's own memory, against one of the shipp
 _ALIKE = 80  # examples that are asked how far they ended from what was expected of them
 _TIE = 1e-3  # keeps in order what is expected to gain the same
 _LEAST_SPREAD = 0.5  # points; no regression knows a gain better
-_CLEAR_GAIN = 5.0  # points that a contender's gain counts for at most, and a noise that halves it
+_CLEAR_GAIN = 5.0  # points that a contender's gain counts for at most
+_GAIN_SPREAD = 5.0  # points; how far contenders' gains lie apart: with as much noise, half of a gain counts
+_ROWS_SHARE = 2.0  # of the distance between two examples that their rows make, a factor of ten being one
 _LEAST_WEIGHT = 0.5  # of a setting that is nothing like the one at hand
 
 
@@ -106,7 +110,7 @@ class Surrogate:
         unseen = np.full((_MEMBERS, len(gains)), math.nan)
         for number in range(_MEMBERS):
             times = np.bincount(random.integers(len(names), size=len(names)), minlength=len(names))[of_row]
-            if len(names) < 3:  # too few to leave any out
+            if len(names) < _FEW_SETS:  # to leave any out
                 times = np.bincount(random.integers(len(gains), size=len(gains)), minlength=len(gains))
             rows = np.flatnonzero(times)
             if len(rows) > _MOST_ROWS:
@@ -115,26 +119,29 @@ class Surrogate:
             self.members.append(member)
             if not times.all():
                 unseen[number, times == 0] = member.predict(features[times == 0], encoded[times == 0])
-        known = ~np.isnan(unseen).all(axis=0)
+        known = ~np.isnan(unseen).all(axis=0) & (len(names) >= _FEW_SETS)
         promised = np.nanmean(unseen[:, known], axis=0) if known.any() else np.zeros(0)
-        self._honest = IsotonicRegression(out_of_bounds="clip") if len(promised) >= FEW_EXAMPLES else None
-        if self._honest is not None:
-            self._honest.fit(promised, gains[known], sample_weight=weights[known])
-        self._expected = self._kept(promised)
+        self._calibration = IsotonicRegression(out_of_bounds="clip") if len(promised) >= FEW_EXAMPLES else None
+        if self._calibration is not None:
+            self._calibration.fit(promised, gains[known], sample_weight=weights[known])
+        # The residuals are those of the fit itself, so spreads come out a little small; there are hundreds of rows.
+        self._expected = self._calibrated(promised)
         self._missed = gains[known] - self._expected
         self._noise = noise[known]
-        self._rows = np.nan_to_num(features[known, _LOG_ROWS])
+        log_rows = features[:, _LOG_ROWS]
+        self._usual_rows = float(np.nanmean(log_rows)) if not np.isnan(log_rows).all() else 0.0
+        self._log_rows = np.nan_to_num(log_rows[known], nan=self._usual_rows)
 
-    def _kept(self, promised: np.ndarray) -> np.ndarray:
+    def _calibrated(self, promised: np.ndarray) -> np.ndarray:
         """What gains the members promise have come to on data sets that they had not seen, in the same order."""
-        return promised if self._honest is None else self._honest.predict(promised) + _TIE * promised
+        return promised if self._calibration is None else self._calibration.predict(promised) + _TIE * promised
 
     def predict(self, features: Mapping[str, float], configurations: Sequence[Configuration]) -> Prediction:
         here = vector(features)
         encoded = np.array([encode(one) for one in configurations])
         rows = np.broadcast_to(here, (len(encoded), len(here)))
-        gain = self._kept(np.mean([one.predict(rows, encoded) for one in self.members], axis=0))
-        return Prediction(gain, self._spread(gain, np.nan_to_num(here[_LOG_ROWS])))
+        gain = self._calibrated(np.mean([one.predict(rows, encoded) for one in self.members], axis=0))
+        return Prediction(gain, self._spread(gain, float(np.nan_to_num(here[_LOG_ROWS], nan=self._usual_rows))))
 
     def _spread(self, expected: np.ndarray, log_rows: float) -> np.ndarray:
         """One standard deviation of the gain where as much was expected, of the shape of `expected`, in points."""
@@ -144,7 +151,7 @@ class Surrogate:
         steps, place = np.unique(np.round(expected, 1), return_inverse=True)
         found = np.empty(len(steps))
         for index, step in enumerate(steps):
-            unlike = np.abs(self._expected - step) + 2 * np.abs(self._rows - log_rows)
+            unlike = np.abs(self._expected - step) + _ROWS_SHARE * np.abs(self._log_rows - log_rows)
             alike = np.argsort(unlike, kind="stable")[:_ALIKE]
             variance = float((self._missed[alike] ** 2 - self._noise[alike] ** 2).mean())
             found[index] = math.sqrt(max(variance, _LEAST_SPREAD**2))
@@ -155,6 +162,8 @@ class Surrogate:
 
 
 _LOG_ROWS = FEATURES.index("log_rows")
+_LINEAR_FEATURES = ("warm_start", "log_learning_rate", "log_steps", "log_student_params")
+_LINEAR_COLUMNS = [FEATURES.index(name) for name in _LINEAR_FEATURES]
 
 
 class _Member:
@@ -169,7 +178,10 @@ class _Member:
         from sklearn.preprocessing import StandardScaler
 
         self.linear = make_pipeline(StandardScaler(), Ridge(alpha=_PENALTY))
-        terms = _terms(features, encoded)
+        linear = features[:, _LINEAR_COLUMNS]
+        known = ~np.isnan(linear)
+        self.usual = np.where(known, linear, 0.0).sum(0) / np.maximum(known.sum(0), 1)
+        terms = self._terms(features, encoded)
         self.linear.fit(terms, gains, ridge__sample_weight=weights)
         self.trees = HistGradientBoostingRegressor(
             max_iter=50,
@@ -184,7 +196,13 @@ class _Member:
 
     def predict(self, features: np.ndarray, encoded: np.ndarray) -> np.ndarray:
         """`(rows,)`, in points. features: `(rows, features)`; encoded: `(rows, columns)`."""
-        return self.linear.predict(_terms(features, encoded)) + self.trees.predict(_with_features(features, encoded))
+        left = self.trees.predict(_with_features(features, encoded))
+        return self.linear.predict(self._terms(features, encoded)) + left
+
+    def _terms(self, features: np.ndarray, encoded: np.ndarray) -> np.ndarray:
+        """`_terms`, where what is not known is as it usually is."""
+        linear = features[:, _LINEAR_COLUMNS]
+        return _terms(np.where(np.isnan(linear), self.usual, linear), encoded)
 
 
 def _with_features(features: np.ndarray, encoded: np.ndarray) -> np.ndarray:
@@ -193,9 +211,12 @@ def _with_features(features: np.ndarray, encoded: np.ndarray) -> np.ndarray:
 
 
 def _terms(features: np.ndarray, encoded: np.ndarray) -> np.ndarray:
-    """`(rows, terms)`: what a configuration changes, and how that depends on steps, learning rate, size and start."""
+    """`(rows, terms)`: what a configuration changes, and how that depends on steps, learning rate, size and start.
+
+    features: `(rows, features)`, the columns of _LINEAR_FEATURES.
+    """
     one = encoded_columns(encoded)
-    known = {name: np.nan_to_num(features[:, FEATURES.index(name)]) for name in _LINEAR_FEATURES}
+    known = dict(zip(_LINEAR_FEATURES, features.T, strict=True))
     heard, rate = (one["alpha"] > 0).astype(float), one["learning_rate"]
     start = np.maximum(one["warm_start"] > 0, heard * known["warm_start"])
     alone = [
@@ -223,36 +244,57 @@ def _terms(features: np.ndarray, encoded: np.ndarray) -> np.ndarray:
     return np.column_stack([*alone, *depends])
 
 
-_LINEAR_FEATURES = ("warm_start", "log_learning_rate", "log_steps", "log_student_params")
-
-
-def portfolio(features: Mapping[str, float], examples: Sequence[Example]) -> list[Configuration]:
-    """The contenders, in the order in which each adds most to what the best of those before it gains.
+def portfolio(
+    features: Mapping[str, float], examples: Sequence[Example], possible: Sequence[Configuration]
+) -> list[Configuration]:
+    """What to try, in the order in which each adds most to what the best of those before it gains.
 
     Which configuration suits a data set can hardly be foretold, but tries tell; so what is tried should leave no data
-    set behind. Asked are the settings of a prior in which every contender was run, the more the likelier they are;
-    gains that few rows show count for less; direct training, which is always tried, gains 0. Greedy, as for algorithm
-    portfolios (Feurer et al. 2022, Auto-Sklearn 2.0, sec. 4.1). [] where no setting is complete.
+    set behind. Asked are the contenders in the settings of a prior in which all of them were run, the more the more
+    alike they are to the one at hand; gains that few rows show count for less; direct training, which is always tried,
+    gains 0. Greedy, as for algorithm portfolios (Feurer et al. 2022, Auto-Sklearn 2.0, sec. 4.1), until none adds.
+    possible: what may be tried here; what is most like a contender stands in for it. [] where no setting is complete.
     """
-    settings: dict[tuple[str, float], dict[Configuration, Example]] = {}
+    complete, ways = contended(examples), _stand_ins(possible)
+    if not complete or not ways:
+        return []
+    weights = np.clip(likeness(features, [next(iter(of.values())) for of in complete]), _LEAST_WEIGHT, None)
+    gains = np.array([[_certain(of.get(one)) for one in ways] for of in complete])
+    names, best = list(ways.values()), np.zeros(len(complete))
+    order: list[Configuration] = []
+    while True:
+        adds = weights @ np.maximum(gains - best[:, None], 0.0)
+        adds[[name in order for name in names]] = 0.0
+        first = int(np.argmax(adds))
+        if adds[first] <= 0:
+            return order
+        order.append(names[first])
+        best = np.maximum(best, gains[:, first])
+
+
+def contended(examples: Sequence[Example]) -> list[dict[Configuration, Example]]:
+    """The settings in which every contender was run, but for those from a teacher's weights where there was none."""
+    settings: dict[tuple[str, frozenset[tuple[str, float]]], dict[Configuration, Example]] = {}
     for one in examples:
         if one.configuration in _CONTENDERS:
-            key = (one.data, hash(frozenset(one.features.items())))
-            settings.setdefault(key, {})[one.configuration] = one
-    possible = [one for one in CONTENDERS if not one.warm_start]  # those from a teacher's weights may be missing
-    complete = [of for of in settings.values() if all(one in of for one in possible)]
-    if not complete:
-        return []
-    weights = np.clip(likeness(features, [of[possible[0]] for of in complete]), _LEAST_WEIGHT, None)
-    gains = np.array([[_certain(of.get(one)) for one in CONTENDERS] for of in complete])
-    order: list[int] = []
-    best = np.zeros(len(complete))
-    while len(order) < len(CONTENDERS):
-        adds = weights @ np.maximum(gains - best[:, None], 0.0)
-        adds[order] = -1.0
-        order.append(int(np.argmax(adds)))
-        best = np.maximum(best, gains[:, order[-1]])
-    return [CONTENDERS[index] for index in order]
+            settings.setdefault((one.data, frozenset(one.features.items())), {})[one.configuration] = one
+    needed = [one for one in CONTENDERS if not one.warm_start]
+    return [of for of in settings.values() if all(one in of for one in needed)]
+
+
+def _stand_ins(possible: Sequence[Configuration]) -> dict[Configuration, Configuration]:
+    """Contender -> itself, or what is most like it of what is possible: direct training for direct training, what
+    distils for what distils. Without those that nothing stands in for.
+    """
+    kinds = [(one.distils, one.warm_start) for one in possible]
+    found = {}
+    for one in CONTENDERS:
+        alike = [other for other, kind in zip(possible, kinds, strict=True)
+                 if kind == (one.distils, one.warm_start) and other != DIRECT]  # fmt: skip
+        if alike:
+            distance = np.linalg.norm(np.array([encode(other) for other in alike]) - encode(one), axis=1)
+            found[one] = alike[int(np.argmin(distance))]
+    return found
 
 
 _CONTENDERS = frozenset(CONTENDERS)
@@ -262,7 +304,7 @@ def _certain(one: Example | None) -> float:
     """A gain, the nearer to 0 the less its measurement tells (the mean of a normal posterior)."""
     if one is None:
         return 0.0
-    return min(max(one.gain, -_CLEAR_GAIN), _CLEAR_GAIN) * _CLEAR_GAIN**2 / (_CLEAR_GAIN**2 + one.noise**2)
+    return min(max(one.gain, -_CLEAR_GAIN), _CLEAR_GAIN) * _GAIN_SPREAD**2 / (_GAIN_SPREAD**2 + one.noise**2)
 
 
 def _counted(examples: Sequence[Example]) -> str:

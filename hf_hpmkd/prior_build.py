@@ -26,7 +26,7 @@ from hf_hpmkd.configuration_examples import SCHEMA, prior_row, write_prior
 from hf_hpmkd.losses import LEGAL_SCHEDULES
 from hf_hpmkd.meta_features import LANDMARK, landmark_features
 from hf_hpmkd.quick_validation import landmark_loss
-from hf_hpmkd.recipe import Recipe, read_recipe, recipe_tree
+from hf_hpmkd.recipe import MIN_STEPS, Recipe, read_recipe, recipe_tree
 from hf_hpmkd.recipe_rules import usual_learning_rate
 from hf_hpmkd.run_environment import code_commit, environment
 from hf_hpmkd.table_runs import TableRuns, num_rows, spare_time, table_folders
@@ -42,8 +42,8 @@ RUNS_PER_SETTING = 6
 _ROWS = (300, 1_000, 3_000, 6_000)  # the most training rows that a table keeps
 _STEPS = (160, 320, 1_000)
 _LEARNING_RATES = {"table": (0.003, 0.01, 0.03), "image": (0.001, 0.003, 0.01), "text": (0.0005, 0.001, 0.002)}
-_CONTENDER_ROWS = 4_000
-_CONTENDER_STEPS = {"table": 1_000, "image": 320, "text": 320}
+_CONTENDER_ROWS = 4_000  # the most training rows that a data set keeps for them
+_CONTENDER_STEPS = {"table": MIN_STEPS, "image": 320, "text": 320}
 _WARM_SHARE = 0.8  # of the settings; in the others students begin from nothing
 _BATCH = 64
 _EVALUATIONS = 8  # so that the landmark, its half, and EARLY fall on one
@@ -119,7 +119,7 @@ def _without_mark(row: dict[str, Any]) -> dict[str, Any]:
 def _provenance(rows: list[dict[str, Any]]) -> dict[str, Any]:
     versions, hardware = environment()
     of_setting = ("data", "seed", "student", "taught_by", "steps", "base_learning_rate", "feature_warm_start")
-    settings = {tuple(row[name] for name in of_setting) for row in rows}
+    settings = {(*(row[name] for name in of_setting), bool(row.get("contender"))) for row in rows}
     return {
         "command": "hpmkd prior build",
         "made": time.strftime("%Y-%m-%d", time.gmtime()),

@@ -1,9 +1,9 @@
 """Tries the most promising configurations shortly on validation rows and takes one: the student's recipe, chosen.
 
 The tries are real trainings on the learning-rate schedule of the whole run, stopped early, so that the winner goes on
-where its try stood. Direct training is always among them. What to expect, to try and to conclude is decided by
-`components.adaptive_configuration`; this module gets it the figures, and keeps them in the run's folder `auto/`, so
-that an interrupted search goes on.
+where its try stood. Direct training is always among them. What to try and to conclude is decided by
+`components.adaptive_configuration`, what to expect by `expected_gain`; this module gets them the figures, and keeps
+them in the run's folder `auto/`, so that an interrupted search goes on.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ from hf_hpmkd.components.progressive_chain import estimate_gain, from_bits, to_b
 from hf_hpmkd.configuration_examples import memory_examples, read_prior
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.evaluation import student_logits, teacher_logits
-from hf_hpmkd.expected_gain import Predictor, most_alike, portfolio, predictor
+from hf_hpmkd.expected_gain import Predictor, contended, most_alike, portfolio, predictor
 from hf_hpmkd.heads import find_classifier_head
 from hf_hpmkd.meta_features import LANDMARK, data_features, landmark_features, size_features, teacher_features
 from hf_hpmkd.model_cost import training_flops
@@ -71,8 +71,8 @@ HOPE = 0.0
 """The same for a candidate that has to prove itself at the end of its training: any that promises to be better."""
 
 PROOF = 1.5
-"""Standard errors by which its student must then be better than the directly trained one. One loses more often, by more
-than half a point too, two give up more than they spare: on rows cut from the training splits of 33 tables."""
+"""Standard errors by which its student must then be better than the directly trained one. With one, more runs lose,
+some by over half a point; two give up more gain than they spare loss (on rows of the training splits of 33 tables)."""
 
 _FEATURE_ROWS = 2_000
 _FACTORS = ("learning_rate", "weight_decay")
@@ -154,6 +154,12 @@ def overrides_of(configuration: Configuration, recipe: Recipe) -> dict[str, dict
     return {"distillation": taught, "training": training}
 
 
+def _candidates_from(examples: Sequence[Example]) -> str:
+    """Ends a sentence on where expectations come from."""
+    sets = len({next(iter(of.values())).data for of in contended(examples)})
+    return f"; candidates from a portfolio learned on {sets} data sets of it" if sets else ""
+
+
 # ---- meta-features ---------------------------------------------------------------------------------------------------
 
 
@@ -232,7 +238,7 @@ class _Search:
 
     def choice(self) -> AutoRecord:
         """Tries and chooses, and moves the trainings that go on to where they do."""
-        self.folder.mkdir(exist_ok=True)
+        self._begin()
         started = time.perf_counter()
         features = self._features()
         examples = self._examples()
@@ -255,6 +261,16 @@ class _Search:
         seconds = sum(trial.seconds for trial in everyone)
         return self._record(decided, features, knowledge, examples, records, going_on, seconds, started)
 
+    def _begin(self) -> None:
+        """Makes the folder. Tries of a version that stopped at other steps are thrown away: they cannot go on."""
+        file, rungs = self.folder / "rungs.json", [[rung.step, rung.candidates] for rung in self.rungs]
+        if self.run.is_main:
+            if self.folder.exists() and not (file.is_file() and json.loads(file.read_text(encoding="utf-8")) == rungs):
+                shutil.rmtree(self.folder)
+            self.folder.mkdir(exist_ok=True)
+            write_json(file, rungs)
+        PartialState().wait_for_everyone()
+
     def _record(
         self, decided: Choice, features: dict[str, float], knowledge: Predictor, examples: Sequence[Example],
         records: list[TrialRecord], going_on: list[_Trial], seconds: float, started: float,
@@ -262,7 +278,7 @@ class _Search:
         spent = self.direct.steps + sum(trial.steps for trial in self.tried)
         return AutoRecord(
             reason=decided.reason,
-            knowledge=knowledge.words(),
+            knowledge=knowledge.words() + _candidates_from(examples),
             alike=most_alike(features, examples),
             configuration=dataclasses.asdict(decided.configuration),
             overrides=overrides_of(decided.configuration, self.recipe),
@@ -331,8 +347,8 @@ class _Search:
         found = [one for one in dict.fromkeys([*possible, own] if careful else possible) if self._can_train(one)]
         place = found.index(own) if careful and own in found else None
         prediction = knowledge.predict(features, found)
-        together, most = portfolio(features, examples), self.rungs[0].candidates if self.rungs else 0
-        chosen = propose(prediction, found, most, place, together)
+        most = self.rungs[0].candidates if self.rungs else 0
+        chosen = propose(prediction, found, most, place, portfolio(features, examples, found))
         expected = list(zip(prediction.gain.tolist(), prediction.spread.tolist(), strict=True))
         return [{"configuration": dataclasses.asdict(found[one]), "expected": expected[one]} for one in chosen]
 

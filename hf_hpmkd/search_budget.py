@@ -93,8 +93,8 @@ def halving(total_steps: int, budget: int, most: int) -> list[Rung]:
 
     most: candidates at the first rung, beside direct training, whose steps are not counted: it or the winner goes on as
     the run's student. Rungs double their steps while the candidates halve, down to two, of which the better goes on: a
-    rung of one would choose nothing. What a budget does not suffice for is cut
-    from the number of candidates first and then from the length. [] if it does not suffice for one step of one.
+    rung of one would choose nothing. What a budget does not suffice for is cut from the number of candidates first and
+    then from the length. [] if it does not suffice for one step of one.
     """
     if budget >= most * total_steps:
         return [Rung(total_steps, most)]

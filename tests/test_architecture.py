@@ -51,7 +51,7 @@ ONLY = {
     "memory_records": {"run_record"},
     "memory_index": {"memory_records", "memory_files"},
     "memory_files": set(),
-    "components": {"losses", "meta_features", "memory_records", "memory_index", "memory_files"},
+    "components": {"losses", "memory_records", "memory_index", "memory_files"},
     "expected_gain": {"components", "meta_features"},
     "configuration_examples": {"components", "meta_features", "memory_records"},
     "engines": {"components"},

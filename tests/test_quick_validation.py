@@ -101,7 +101,6 @@ def test_the_winner_goes_on_and_ends_as_if_it_had_been_asked_for(
     )
     record = run(tmp_path, tree(tmp_path))
     auto = record.auto
-    assert [(trial.steps, count) for trial, count in zip(auto.trials, (1,) * 5, strict=False)] == [(1, 1)] * 5
     assert [trial.steps for trial in auto.trials] == [1] * 5 + [2] * 3 + [4] * 2
     assert auto.total_steps == STEPS and auto.extra_steps <= auto.budget_steps == 12
     assert 0 < auto.extra_seconds < auto.seconds and auto.configuration["alpha"]
@@ -148,7 +147,10 @@ def test_direct_training_is_not_trained_twice(
     believe(monkeypatch, 1e9)
     record = run(tmp_path, tree(tmp_path))
     assert Configuration(**record.auto.configuration) == DIRECT
-    assert record.auto.knowledge == f"a regression over {len(read_prior()):,} runs of a prior"
+    told = (
+        f"a regression over {len(read_prior()):,} runs of a prior; candidates from a portfolio learned on 33 data sets"
+    )
+    assert record.auto.knowledge == f"{told} of it"
     assert "student" not in {name for name, _, _ in trainings}
     assert same(weights(tmp_path / "run" / "student"), weights(tmp_path / "run" / "direct"))
     assert record.models["student"].metrics == record.models["direct"].metrics
@@ -173,7 +175,7 @@ def test_an_interrupted_search_goes_on_and_chooses_the_same(tmp_path: Path, monk
     monkeypatch.setattr(quick_validation, "write_json", write)
     # What the memory has learned meanwhile would lead to other candidates.
     monkeypatch.setattr(
-        quick_validation, "propose", lambda prediction, found, count, own: list(range(1, 1 + count))[::-1]
+        quick_validation, "propose", lambda prediction, found, count, *rest: list(range(1, 1 + count))[::-1]
     )
     stopped = run(tmp_path, recipe)
     for one, two in zip(whole.auto.trials, stopped.auto.trials, strict=True):
@@ -188,9 +190,10 @@ def test_what_a_careful_recipe_says_is_offered_and_a_start_only_where_a_teacher_
     seen: list[tuple[list[Configuration], int | None]] = []
     original = quick_validation.propose
 
-    def propose(prediction: object, found: list[Configuration], count: int, own: int | None, *rest: Any) -> list[int]:
+    def propose(prediction: object, found: list[Configuration], count: int, own: int | None, known: Any) -> list[int]:
         seen.append((found, own))
-        return original(prediction, found, count, own, *rest)
+        assert known == []  # there is no prior
+        return original(prediction, found, count, own, known)
 
     monkeypatch.setattr(quick_validation, "propose", propose)
     careful = tree(tmp_path / "careful")

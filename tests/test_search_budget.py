@@ -71,6 +71,7 @@ def test_halving_stays_within_its_budget(total: int, share: float, most: int) ->
     assert cost <= budget
     assert all(0 < rung.step <= total and 1 <= rung.candidates <= most for rung in rungs)
     assert all(a.step < b.step and a.candidates > b.candidates for a, b in pairwise(rungs))
+    assert len(rungs) <= 1 or rungs[-1].candidates == 2  # one alone would choose nothing
     if budget >= 1:
         assert rungs
     if budget >= most * total:

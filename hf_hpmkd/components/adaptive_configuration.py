@@ -1,4 +1,4 @@
-"""Chooses how to distil: what earlier runs lead to expect of a configuration, which ones to try, and what a try proves.
+"""Chooses how to distil: the configurations there are, which ones to try, and what a try proves.
 
 Pure: no training, no data, no files. The paper (section on the adaptive configuration manager) predicts accuracy
 retention; here the target is the gain over *direct training* of the same student on the same rows, because the question
@@ -30,15 +30,15 @@ TRAINING_NOISE = 0.3
 with one seed a run cannot measure it."""
 
 _LEADS_ALIKE = 60  # early leads of examples that are asked what became of them
-# How far apart two candidates lie, encoded: by another kind or by a temperature of more than twice, not by a weight
-# decay (however different), half or twice a learning rate, an alpha or a gate alone, between which a short try cannot
-# tell.
+# How far apart two candidates lie, encoded: by another kind, a temperature of more than twice or quite another alpha,
+# not by a weight decay (however different), half or twice a learning rate or a gate alone, between which a short try
+# cannot tell.
 _UNLIKE = 1.2
-_GATE_SHARE = 0.5  # of the distance between two gates
+_ALPHA_SHARE = 2.0  # of the distance between two alphas: a quarter and nine tenths are two ways to teach
+_GATE_SHARE = 0.5  # of that between two gates
 _DECAY_SHARE = 0.5  # of that between two weight decays
 _START = 2.0  # how far apart two starts lie
 WARM_WORDS = "from a teacher's weights"
-_ALPHA_SHARE = 2.0  # of the distance between two alphas: a fifth and nine tenths are two ways to teach
 _UNUSUAL = 0.1  # points by which an unusual value has to promise more, each: the best of thousands owes most to chance
 
 
@@ -212,13 +212,13 @@ def propose(
 ) -> list[int]:
     """Positions of the candidates for a try.
 
-    First come those of a portfolio, in its order, which together leave few data sets behind; of _ROOM candidates or more
-    the last is the most promising one, of others all that remain: by the expected gain, less a little for every unusual
-    value, and each unlike those before it. (An upper confidence bound, the usual rule where there are many tries, chose
-    worse of the prior's own runs.) Plain direct training is never among them, because it is always tried. Direct
-    training at a higher learning rate is, where it is possible and not the only candidate: without it, what a learning
-    rate gains would be put down to the teachers. own: position of what the recipe itself says, where its author chose
-    that with care; it is among the candidates too.
+    Of two or more, the first are what the recipe itself says (own: its position, where its author chose it with care)
+    and direct training at a higher learning rate, where that is possible: without it, what a learning rate gains would
+    be put down to the teachers. Then come those of a portfolio, in its order, which together leave few data sets
+    behind; of _ROOM or more the last, and all that remain, are the most promising ones: by the expected gain, less a
+    little for every unusual value, each unlike those before it. (An upper confidence bound, the usual rule where there
+    are many tries, chose worse of the prior's own runs.) Plain direct training is never among them, because it is
+    always tried.
     """
     hope = prediction.gain - _UNUSUAL * np.array([_unusual(one) for one in configurations])
     encoded = np.array([encode(one) for one in configurations])
@@ -256,8 +256,8 @@ def _fastest(configurations: Sequence[Configuration], hope: np.ndarray, portfoli
 
 def _unusual(one: Configuration) -> int:
     """How many of the values that seldom matter differ from the usual ones."""
-    kept = ("temperature_schedule", "kd_kind", "gate", "weight_decay")
-    return sum(getattr(one, name) != getattr(DIRECT, name) for name in kept)
+    names = ("temperature_schedule", "kd_kind", "gate", "weight_decay")
+    return sum(getattr(one, name) != getattr(DIRECT, name) for name in names)
 
 
 # ---- what a try proves -----------------------------------------------------------------------------------------------

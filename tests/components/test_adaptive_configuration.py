@@ -8,7 +8,6 @@ import pytest
 from scipy import stats
 
 from hf_hpmkd.components.adaptive_configuration import (
-    CONTENDERS,
     DIRECT,
     EARLY,
     FASTER,
@@ -24,7 +23,6 @@ from hf_hpmkd.components.adaptive_configuration import (
     judge,
     propose,
 )
-from hf_hpmkd.expected_gain import Nearest, Surrogate, likeness, most_alike, portfolio, predictor
 from hf_hpmkd.losses import LEGAL_SCHEDULES
 
 SOFT, HARD = Configuration(alpha=0.9, temperature=4.0), Configuration(alpha=0.5, temperature=1.0)
@@ -75,108 +73,6 @@ def test_encodings_tell_configurations_apart_but_not_what_means_nothing() -> Non
     found = configurations(SPACE, DIRECT)
     assert len({tuple(encode(one)) for one in found}) == len(found)
     assert np.array_equal(encode(Configuration(temperature=8.0, gate="label")), encode(DIRECT))
-
-
-# ---- what to expect --------------------------------------------------------------------------------------------------
-
-
-def test_the_surrogate_learns_who_is_hurt() -> None:
-    surrogate = predictor(world(600))
-    assert isinstance(surrogate, Surrogate)
-    for size in (1.5, 4.5):
-        found = surrogate.predict({"log_student_params": size, "log_rows": 3.0}, [SOFT, Configuration(alpha=0.25)])
-        truth = np.array([2.0 * 0.9 * (size - 3), 2.0 * 0.25 * (size - 3)])
-        assert np.abs(found.gain - truth).max() < 0.6
-        assert (found.spread < 1.0).all()
-
-
-def test_data_sets_that_differ_by_themselves_make_the_surrogate_unsure() -> None:
-    """Half of the spread between data sets is nothing that features tell: the predictions must own up to it."""
-    random = np.random.default_rng(0)
-    of_set = {f"set {index}": random.normal(scale=3.0) for index in range(20)}
-    told, hidden = world(600), []
-    for one in told:
-        hidden.append(Example(one.features, one.configuration, one.gain + of_set[one.data], one.noise, data=one.data))
-    sure, unsure = (
-        Surrogate(examples).predict({"log_student_params": 3.0}, [SOFT]).spread[0] for examples in (told, hidden)
-    )
-    assert sure < 1.0 and 2.0 < unsure < 6.0
-
-
-def test_own_runs_outweigh_the_prior() -> None:
-    shipped = [Example({"log_rows": 3.0}, SOFT, -2.0, data=f"s{i}") for i in range(60)]
-    own = [Example({"log_rows": 3.0}, SOFT, 2.0, data=f"o{i}", own=True) for i in range(60)]
-    assert Surrogate(shipped + own).predict({"log_rows": 3.0}, [SOFT]).gain[0] > 0.2
-
-
-def test_few_runs_count_by_likeness() -> None:
-    examples = [
-        Example({"log_rows": 2.0, "log_classes": 0.3}, SOFT, -3.0, data="small"),
-        Example({"log_rows": 5.0, "log_classes": 2.0}, SOFT, 4.0, data="large"),
-    ]
-    nearest = predictor(examples)
-    assert isinstance(nearest, Nearest)
-    small = nearest.predict({"log_rows": 2.2, "log_classes": 0.4}, [SOFT, Configuration(alpha=0.25, kd_kind="dist")])
-    large = nearest.predict({"log_rows": 4.8, "log_classes": 1.9}, [SOFT])
-    assert small.gain[0] < -1 and large.gain[0] > 1
-    assert abs(small.gain[1]) < abs(small.gain[0]) and small.spread[1] > small.spread[0]
-    assert most_alike({"log_rows": 4.8, "log_classes": 1.9}, examples) == ["large", "small"]
-
-
-def test_nothing_known_expects_nothing_and_tries_the_usual() -> None:
-    found = configurations(SPACE, DIRECT)
-    prediction = predictor([]).predict({}, found)
-    assert not prediction.gain.any() and (prediction.spread == prediction.spread[0]).all()
-    tried = [found[index] for index in propose(prediction, found, 4)]
-    assert sorted(map(str, tried)) == sorted(map(str, [FASTER, WARM, SOFT, HARD]))
-
-
-def contended(name: str, size: float, gains: dict[Configuration, float], noise: float = 0.1) -> list[Example]:
-    """A data set on which every contender was run; those that are not named lose."""
-    return [Example({"log_rows": size}, one, gains.get(one, -1.0), noise, data=name) for one in CONTENDERS]
-
-
-def test_a_portfolio_leaves_no_data_set_behind() -> None:
-    """Not the best ones on the mean: the second is that which helps where the first does not."""
-    first, second, third, fourth = CONTENDERS[5], CONTENDERS[6], CONTENDERS[9], CONTENDERS[0]
-    examples = [
-        *contended("a", 3.0, {first: 4.0, second: 3.9}),
-        *contended("b", 3.0, {first: 4.0, second: 3.9}),
-        *contended("c", 3.0, {third: 2.0}),
-        *contended("d", 3.0, {fourth: 9.0}, noise=20.0),  # on a handful of rows
-    ]
-    assert portfolio({"log_rows": 3.0}, examples)[:3] == [first, third, fourth]
-    assert sorted(map(str, portfolio({}, examples))) == sorted(map(str, CONTENDERS))
-    assert portfolio({}, examples[:-1])[:2] == [first, third]  # a setting with a gap does not count
-    assert portfolio({}, world(100)) == []
-
-
-def test_settings_alike_weigh_more_in_a_portfolio() -> None:
-    small, large = CONTENDERS[5], CONTENDERS[9]
-    examples = [*contended("s", 2.0, {small: 2.0}), *contended("m", 3.5, {}), *contended("l", 5.0, {large: 2.0})]
-    assert portfolio({"log_rows": 2.1}, examples)[0] == small
-    assert portfolio({"log_rows": 4.9}, examples)[0] == large
-
-
-def test_what_members_promise_is_set_right_by_data_sets_they_had_not_seen() -> None:
-    """Where nothing can be told of an unseen data set, nothing is promised, however well the seen ones are fitted."""
-    random = np.random.default_rng(1)
-    examples = []
-    for index in range(30):
-        gain, place = random.normal(scale=3.0), random.uniform(2, 4)
-        examples += [Example({"log_rows": place}, SOFT, gain, 0.1, data=f"set {index}") for _ in range(10)]
-    found = Surrogate(examples).predict({"log_rows": examples[0].features["log_rows"]}, [SOFT])
-    assert abs(found.gain[0]) < 1.5 and 2.0 < found.spread[0] < 4.5
-
-
-def test_likeness_is_the_cosine_of_standardised_features() -> None:
-    random = np.random.default_rng(0)
-    values = random.normal(size=(30, 2))
-    examples = [Example({"log_rows": a, "log_classes": b}, SOFT, 0.0) for a, b in values]
-    here = np.array([0.7, -0.2])
-    scaled, point = stats.zscore(values), (here - values.mean(0)) / values.std(0)
-    expected = scaled @ point / np.linalg.norm(scaled, axis=1) / np.linalg.norm(point)
-    assert likeness({"log_rows": 0.7, "log_classes": -0.2}, examples) == pytest.approx(expected)
 
 
 # ---- what to try -----------------------------------------------------------------------------------------------------
