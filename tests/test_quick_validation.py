@@ -183,6 +183,28 @@ def test_an_interrupted_search_goes_on_and_chooses_the_same(tmp_path: Path, monk
     assert same(weights(tmp_path / "whole" / "run" / "student"), weights(tmp_path / "stopped" / "run" / "student"))
 
 
+def test_tries_of_a_version_that_stopped_at_other_steps_are_thrown_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_prior: None
+) -> None:
+    """Their students stand where no rung is."""
+    write = quick_validation.write_json
+
+    def stop(path: Path, value: object) -> None:
+        write(path, value)
+        if path.match("candidate-1-1.json"):
+            raise KeyboardInterrupt
+
+    recipe = tree(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with monkeypatch.context() as patched:
+        patched.setattr(quick_validation, "write_json", stop)
+        assert main(["distill", str(tmp_path / "recipe.yaml")]) == 130
+    folder = tmp_path / "run" / "auto"
+    write(folder / "rungs.json", [[3, 1]])
+    write(folder / "candidates.json", [])
+    assert len(run(tmp_path, recipe).auto.trials) == 5 + 3 + 2
+
+
 def test_what_a_careful_recipe_says_is_offered_and_a_start_only_where_a_teacher_can_give_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_prior: None
 ) -> None:
