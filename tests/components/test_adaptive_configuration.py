@@ -124,7 +124,7 @@ def test_a_portfolio_comes_first_and_the_most_promising_one_last() -> None:
     found.append(odd)
     hopes = expected(0.0, 3.0, 1.0, 0.5, -9.0, -8.0, 2.0, 4.0)
     apart = replace(HARD, alpha=0.25)  # the user has set alpha: it cannot be tried
-    together = [HARD, apart, WARM, faster, soft]
+    together = [HARD, apart, WARM, faster, soft, SOFT]
     assert propose(hopes, found, 5, portfolio=together) == [4, 2, 5, 6, 7]
     assert propose(hopes, found, 4, portfolio=together) == [4, 2, 5, 6]  # of four, none is spared for it
     assert propose(hopes, found, 1, portfolio=together) == [2]
