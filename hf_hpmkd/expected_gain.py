@@ -12,7 +12,6 @@ import numpy as np
 
 from hf_hpmkd.components.adaptive_configuration import (
     CONTENDERS,
-    DIRECT,
     FEW_EXAMPLES,
     UNKNOWN_SPREAD,
     Configuration,
@@ -253,7 +252,8 @@ def portfolio(
     set behind. Asked are the contenders in the settings of a prior in which all of them were run, the more the more
     alike they are to the one at hand; gains that few rows show count for less; direct training, which is always tried,
     gains 0. Greedy, as for algorithm portfolios (Feurer et al. 2022, Auto-Sklearn 2.0, sec. 4.1), until none adds.
-    possible: what may be tried here; what is most like a contender stands in for it. [] where no setting is complete.
+    possible: what may be tried here; what is most like a contender that distils stands in for it. [] without a complete
+    setting.
     """
     complete, ways = contended(examples), _stand_ins(possible)
     if not complete or not ways:
@@ -283,17 +283,19 @@ def contended(examples: Sequence[Example]) -> list[dict[Configuration, Example]]
 
 
 def _stand_ins(possible: Sequence[Configuration]) -> dict[Configuration, Configuration]:
-    """Contender -> itself, or what is most like it of what is possible: direct training for direct training, what
-    distils for what distils. Without those that nothing stands in for.
+    """Contender -> itself where it is possible. For one that distils and is not, what is most like it of what is: it
+    differs by what a recipe keeps, or by a gate that the student cannot feed. Direct training differs by its rate and
+    start alone, so nothing stands in for it.
     """
-    kinds = [(one.distils, one.warm_start) for one in possible]
+    taught = [one for one in possible if one.distils]
+    encoded = np.array([encode(one) for one in taught])
+    there = set(possible)
     found = {}
     for one in CONTENDERS:
-        alike = [other for other, kind in zip(possible, kinds, strict=True)
-                 if kind == (one.distils, one.warm_start) and other != DIRECT]  # fmt: skip
-        if alike:
-            distance = np.linalg.norm(np.array([encode(other) for other in alike]) - encode(one), axis=1)
-            found[one] = alike[int(np.argmin(distance))]
+        if one in there:
+            found[one] = one
+        elif one.distils and taught:
+            found[one] = taught[int(np.argmin(np.linalg.norm(encoded - encode(one), axis=1)))]
     return found
 
 

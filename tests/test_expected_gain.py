@@ -148,7 +148,7 @@ def test_what_is_most_like_a_contender_stands_in_for_it() -> None:
     uniform = [one for one in configurations(SPACE, DIRECT) if not one.distils or one.gate == "uniform"]
     assert [one.gate for one in portfolio({}, examples, uniform) if one.distils] == ["uniform"]
     assert portfolio({}, examples, [DIRECT, FASTER]) == [FASTER]
-    assert portfolio({}, examples, [DIRECT]) == []
+    assert portfolio({}, examples, [DIRECT, replace(DIRECT, weight_decay=10.0)]) == []  # the rate is kept
 
 
 def test_what_is_not_known_of_a_run_does_not_move_what_is_expected() -> None:
