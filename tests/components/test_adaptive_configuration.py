@@ -29,21 +29,6 @@ SOFT, HARD = Configuration(alpha=0.9, temperature=4.0), Configuration(alpha=0.5,
 WARM = Configuration(warm_start=True)
 
 
-def world(count: int, seed: int = 0, noise: float = 0.3) -> list[Example]:
-    """Soft targets help large students and hurt small ones, in proportion to alpha; nothing else matters."""
-    random = np.random.default_rng(seed)
-    examples = []
-    for index in range(count):
-        size = random.uniform(1, 5)
-        alpha = random.choice([0.25, 0.5, 0.75, 0.9, 1.0])
-        gain = 2.0 * alpha * (size - 3.0) + random.normal(scale=noise)
-        features = {"log_student_params": size, "log_rows": random.uniform(2, 4)}
-        early = tuple(0.5 * gain + random.normal(scale=0.01) for _ in EARLY)
-        taught = Configuration(alpha=alpha, temperature=float(random.choice([1, 2, 4])))
-        examples.append(Example(features, taught, gain, noise, early, data=f"set {index % 20}"))
-    return examples
-
-
 # ---- the space -------------------------------------------------------------------------------------------------------
 
 
