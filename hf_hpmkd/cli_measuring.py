@@ -44,7 +44,7 @@ def add_measuring_commands(commands: argparse._SubParsersAction, command: Comman
         type=int,
         default=1_600,
         metavar="N",
-        help="runs to have at the end, up to 18 of every table first (default: 1600)",
+        help="runs to have at the end, the contenders on every table first (default: 1600)",
     )
     one.add_argument("--output", type=Path, required=True, metavar="FILE", help="Parquet file; goes on if it is there")
     one.set_defaults(after_stop="The same command goes on where this one stood.")

@@ -138,10 +138,9 @@ def _contenders_on_table(folder: Path) -> Iterator[dict[str, Any]]:
     """One setting of a table, as a line without a recipe has it, and every contender in it."""
     with tempfile.TemporaryDirectory() as place:
         runs = TableRuns(folder, Path(place), 0, data={"max_train_rows": _CONTENDER_ROWS, **_held_out(folder)})
-        tree = recipe_tree(runs.recipe)
         rate, steps = usual_learning_rate(runs.recipe.student.model), _CONTENDER_STEPS[runs.kind]
         heard = list(range(len(runs.recipe.teachers)))
-        recipe = _recipe_of_setting(tree, runs.recipe.student.model, steps, rate, warm=True)
+        recipe = _recipe_of_setting(runs, runs.recipe.student.model, steps, rate, warm=True)
         ways = [one for one in CONTENDERS if not one.warm_start or runs.can_start(recipe, heard)]
         yield from _rows_of_setting(runs, recipe, heard, ways)
 
@@ -169,12 +168,13 @@ def _rows_of_drawn_setting(runs: TableRuns, random: np.random.Generator) -> Iter
     heard = sorted(random.choice(teachers, size=random.integers(1, teachers + 1), replace=False).tolist())
     student = str(random.choice(STUDENTS[runs.kind]))
     warm = bool(random.random() < _WARM_SHARE)
-    recipe = _recipe_of_setting(recipe_tree(runs.recipe), student, steps, rate, warm)
+    recipe = _recipe_of_setting(runs, student, steps, rate, warm)
     can_start = runs.can_start(recipe, heard)
     yield from _rows_of_setting(runs, recipe, heard, [draw(random, can_start) for _ in range(RUNS_PER_SETTING)])
 
 
-def _recipe_of_setting(tree: dict[str, Any], student: str, steps: int, rate: float, warm: bool) -> Recipe:
+def _recipe_of_setting(runs: TableRuns, student: str, steps: int, rate: float, warm: bool) -> Recipe:
+    tree = recipe_tree(runs.recipe)
     tree["student"]["model"] = student
     tree["training"] |= {
         "max_steps": steps,
