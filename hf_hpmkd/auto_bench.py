@@ -29,6 +29,7 @@ from hf_hpmkd.classifier_training import Trained, student_schedule, train_or_loa
 from hf_hpmkd.components.adaptive_configuration import DIRECT, FASTER, SPACE, WARM_WORDS, Configuration
 from hf_hpmkd.configuration_examples import SCHEMA, prior_row, read_prior, shipped_prior, write_prior
 from hf_hpmkd.distill import student_builder
+from hf_hpmkd.expected_gain import by_setting
 from hf_hpmkd.kept_student import judge_students
 from hf_hpmkd.paired_tests import Mean, mean_of
 from hf_hpmkd.quick_validation import configure, is_direct, proof_needed
@@ -216,11 +217,12 @@ def _joined(folder: Path, target: Path) -> Path:
 
 
 def _write_left_out(source: Path | None, table: str, count: int | None, seed: int, target: Path) -> None:
-    """The prior without a table, and of the rest so many rows drawn at random."""
+    """The prior without a table, and of the rest so many rows, in whole settings drawn at random (the last one cut)."""
     examples = read_prior(source, leave_out=[table])
     if count is not None:
-        random = np.random.default_rng(seed)
-        examples = [examples[index] for index in random.permutation(len(examples))[:count]]
+        drawn = by_setting(examples)
+        order = np.random.default_rng(seed).permutation(len(drawn))
+        examples = [one for index in order for one in drawn[index]][:count]
     empty = {name: None for name in SCHEMA.names}
     write_prior([prior_row(one, empty) for one in examples], {"left_out": table}, target)
 

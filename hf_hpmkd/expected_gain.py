@@ -274,12 +274,17 @@ def portfolio(
 
 def contended(examples: Sequence[Example]) -> list[dict[Configuration, Example]]:
     """The settings in which every contender was run, but for those from a teacher's weights where there was none."""
-    settings: dict[tuple[str, frozenset[tuple[str, float]]], dict[Configuration, Example]] = {}
-    for one in examples:
-        if one.configuration in _CONTENDERS:
-            settings.setdefault((one.data, frozenset(one.features.items())), {})[one.configuration] = one
     needed = [one for one in CONTENDERS if not one.warm_start]
-    return [of for of in settings.values() if all(one in of for one in needed)]
+    found = [{one.configuration: one for one in of if one.configuration in _CONTENDERS} for of in by_setting(examples)]
+    return [of for of in found if all(one in of for one in needed)]
+
+
+def by_setting(examples: Sequence[Example]) -> list[list[Example]]:
+    """The examples of each setting: what differs in nothing but the configuration, and so has one direct training."""
+    found: dict[tuple[str, frozenset[tuple[str, float]]], list[Example]] = {}
+    for one in examples:
+        found.setdefault((one.data, frozenset(one.features.items())), []).append(one)
+    return list(found.values())
 
 
 def _stand_ins(possible: Sequence[Configuration]) -> dict[Configuration, Configuration]:

@@ -17,6 +17,7 @@ from hf_hpmkd.auto_bench import Settings, bench_auto, summary
 from hf_hpmkd.components.adaptive_configuration import DIRECT, FASTER, SPACE, Configuration
 from hf_hpmkd.configuration_examples import provenance, read_prior
 from hf_hpmkd.distill import student_builder
+from hf_hpmkd.expected_gain import by_setting, contended
 from hf_hpmkd.prior_build import build_prior
 from hf_hpmkd.recipe import recipe_from_line
 from hf_hpmkd.recipe_rules import family
@@ -287,6 +288,17 @@ def test_small_tables_are_split_anew_for_each_seed(tables: Path, tmp_path: Path)
         drawn.append(runs.parts.test.labels.tolist())
         assert sum(map(len, (runs.parts.train, runs.parts.guide, runs.parts.validation, runs.parts.test))) == 178
     assert drawn[0] != drawn[1]
+
+
+def test_a_smaller_prior_is_of_whole_settings(tmp_path: Path) -> None:
+    """Or none would tell what all contenders gain, and more runs would seem to be worth another thing than they are."""
+    auto_bench._write_left_out(None, "letter", 200, 0, tmp_path / "prior.parquet")
+    found = read_prior(tmp_path / "prior.parquet")
+    assert len(found) == 200 and "letter" not in {one.data for one in found}
+    whole = sorted(map(len, by_setting(read_prior(leave_out=["letter"]))))
+    sizes = [len(of) for of in by_setting(found)]
+    assert set(sizes[:-1]) <= set(whole) and len(sizes) < 40
+    assert contended(found)
 
 
 def test_every_kind_of_data_has_students_of_its_own() -> None:
