@@ -18,7 +18,8 @@ LEVELS = (
      "fitted_start", "model_cost"),
     (
         "teacher_kinds", "sklearn_teachers", "teachers", "teacher_output_file", "foreign_outputs", "teacher_outputs",
-        "teacher_cache", "gantt", "report", "run_summary", "comparison_record", "comparison_report", "model_card",
+        "teacher_cache", "gantt", "report", "run_summary", "comparison_record", "comparison_report",
+        "auto_bench_report", "model_card",
         "stage_card", "run_folder", "hub_store", "memory_hub", "memory_commands",
     ),
     ("control_teachers", "distiller", "trainer", "baselines"),
@@ -59,6 +60,7 @@ ONLY = {
     "report": {"run_record", "gantt"},
     "run_summary": {"run_record", "report"},
     "comparison_record": {"run_record"},
+    "auto_bench_report": {"components", "paired_tests", "report"},
     "comparison_report": {"comparison_record", "paired_tests", "report", "run_record"},
     "model_card": {"run_record", "report"},
     "stage_card": {"run_record", "model_card"},

@@ -13,7 +13,8 @@ from PIL import Image
 from sklearn.datasets import load_wine
 
 from hf_hpmkd import auto_bench, prior_build
-from hf_hpmkd.auto_bench import Settings, bench_auto, summary
+from hf_hpmkd.auto_bench import Settings, bench_auto
+from hf_hpmkd.auto_bench_report import summary
 from hf_hpmkd.components.adaptive_configuration import DIRECT, FASTER, SPACE, Configuration
 from hf_hpmkd.configuration_examples import provenance, read_prior
 from hf_hpmkd.distill import student_builder
@@ -31,6 +32,7 @@ def result(data: str, seed: int, direct: float, auto: float, grid: list[tuple[fl
         "trial_seconds": 2.0,
         "deciding_seconds": 0.5,
         "extra_steps": 100,
+        "trials": [],
     }
     methods = {
         "direct": {"accuracy": direct},
@@ -95,6 +97,18 @@ def test_it_is_told_what_the_proof_costs() -> None:
     text = summary([good, bad, result("c", 0, 0.80, 0.79, grid)])
     assert "Had every student been kept, the mean gain would be +1.00 (" in text  # of +6, -2 and -1
     assert "with a loss in 2 runs instead of 1." in text
+
+
+def test_what_tries_add_is_told_without_what_went_on() -> None:
+    first, second = result("a", 0, 0.80, 0.84, []), result("b", 0, 0.80, 0.80, [])
+    winner = {"name": first["methods"]["auto"]["chosen"], "seconds": 4.0}
+    first["methods"]["auto"]["trials"] = [
+        {"name": "given up", "seconds": 1.0}, {"name": "second", "seconds": 2.0}, winner,
+        {"name": "second", "seconds": 5.0}, winner | {"seconds": 9.0},
+    ]  # fmt: skip
+    second["methods"]["auto"]["trials"] = [{"name": "given up", "seconds": 3.0}]
+    told = "Tries took 2.0 s a run, 4.5 s of it (at most 6.0) on tries that did not go on"  # 1 + 5 beside the winner, 3
+    assert told in summary([first, second])
 
 
 def test_losses_are_told_from_what_one_test_row_may_do() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_hpmkd.auto_bench import summary as auto_summary
-from hf_hpmkd.auto_bench import totals
+from hf_hpmkd.auto_bench_report import summary as auto_summary
+from hf_hpmkd.auto_bench_report import totals
 from hf_hpmkd.bench import bench_table
 from hf_hpmkd.bench_pipeline import pipeline_table
 from hf_hpmkd.cli import build_parser
