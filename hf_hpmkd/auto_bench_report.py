@@ -69,7 +69,9 @@ def totals(results: Sequence[dict[str, Any]]) -> str:
     deciding = [one["methods"]["auto"]["deciding_seconds"] for one in results]
     most = f"median {np.median(deciding):.1f} s (at most {max(deciding):.1f})"
     extra = [_extra_seconds(one["methods"]["auto"]) for one in results]
-    beside = f"{np.mean(extra):.1f} s of it (at most {max(extra):.1f}) on tries that did not go on as a student of the run"
+    beside = (
+        f"{np.mean(extra):.1f} s of it (at most {max(extra):.1f}) on tries that did not go on as a student of the run"
+    )
     parts.append(f"Tries took {np.mean(seconds):.1f} s a run, {beside}; deciding {most}.")
     if len(grown := _growth(sets)) > 1:
         header = ("runs of the prior", "data sets", "gain, points", "regret, points", "tries, s")

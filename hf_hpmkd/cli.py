@@ -1,6 +1,7 @@
 """The command line: parse and dispatch, no logic. What a handler needs is imported inside it, so that --help is quick.
 
-Exit codes: 0 done; 2 a fault in what was asked, told in one message; 130 stopped by Ctrl-C.
+Exit codes: 0 done; 2 a fault in what was asked, told in one message; 130 stopped by Ctrl-C; 143
+stopped by SIGTERM, as job schedulers and containers do, which ends a run as Ctrl-C does.
 """
 
 import argparse
@@ -8,9 +9,12 @@ import difflib
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -35,10 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if late:
         args.words = [*args.words, *late]
     try:
-        args.handler(args)
-    except KeyboardInterrupt:
+        with _terminated_like_interrupted():
+            args.handler(args)
+    except KeyboardInterrupt as stop:
         _say(f"\nhpmkd: stopped. {args.after_stop}", sys.stderr)
-        return 130
+        return 143 if isinstance(stop, _Terminated) else 130
     except BrokenPipeError:
         # The reader of our output (head, less) has left. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -49,6 +54,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"hpmkd: error: {error}", sys.stderr)
         return 2
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, too, leaves the record of what it ended. Signals are for the main thread to set."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _say(text: str, stream: TextIO | None = None) -> None:

@@ -1,8 +1,10 @@
 """The command line: what it passes on, how it fails, and that --help stays quick. The jobs themselves are stubs."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -137,6 +139,24 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(stub, capsys: pytest.CaptureFixt
     stub("distill", distill=distill)
     assert main(["quickstart"]) == 130
     assert "The same command resumes the run" in capsys.readouterr().err
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does(stub, capsys: pytest.CaptureFixture) -> None:
+    ended = []
+
+    def distill(recipe: Recipe, recipe_source: str) -> Path:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            ended.append("as interrupted")
+            raise
+
+    stub("distill", distill=distill)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["quickstart"]) == 143 and ended == ["as interrupted"]
+    assert "The same command resumes the run" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(("rank", "prints"), [("0", True), ("1", False)])

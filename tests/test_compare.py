@@ -392,7 +392,7 @@ def session(leader):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_two_processes_are_stopped_without_a_trace_and_go_on(finished, tmp_path, how, capfd):
     """Whatever ends the first process ends the others, and the same command then gives what one process gave."""
     process = start(tmp_path)
@@ -407,7 +407,7 @@ def test_two_processes_are_stopped_without_a_trace_and_go_on(finished, tmp_path,
         assert len(session(process.pid)) >= 3
         process.send_signal(how)
         told = process.communicate(timeout=60)[1]
-        assert process.returncode == (130 if how == signal.SIGINT else -9)
+        assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[how]
         assert how == signal.SIGKILL or "goes on where this one stood" in told
         deadline = time.monotonic() + 20
         while session(process.pid) and time.monotonic() < deadline:
