@@ -51,21 +51,21 @@ def test_gains_and_regrets_are_those_done_by_hand() -> None:
     row_a = next(line for line in text.splitlines() if line.startswith("| a "))
     assert [cell.strip() for cell in row_a.strip("|").split("|")] == [
         "a", "2", "80.00", "+1.00", "-2.00", "+5.00 (+5.00 to +5.00)", "2 of 2",
-        "10.00", "9.00", "12.00", "5.00", "0.00",
+        "10.00", "9.00", "12.00", "5.00", "0.00", "0.00",
     ]  # fmt: skip
     assert "Mean gain of auto +2.50 (" in text and "2 data sets, 3 runs" in text
     assert "Mean gain of fixed -2.00" in text
     assert (
         "Of 3 runs 2 kept a distilled student, and gained +5.00 there; 1 chose plain direct training at once." in text
     )
-    assert "(3 runs): direct 10.00, faster 9.00, fixed 12.00, auto 7.50, random 0.00" in text
+    assert "(3 runs): direct 10.00, faster 9.00, fixed 12.00, auto 7.50, random 0.00, whole grid 0.00; of" in text
     assert "On 1 of 1 sets the 95 % interval" in text  # b has one seed, and no interval
 
 
 def test_a_worse_cell_on_validation_rows_is_not_found_by_random_search() -> None:
     text = summary([result("a", 0, 0.80, 0.80, [(0.80, 0.9), (0.90, 0.5)])])
     assert (
-        "random 10.00" in text
+        "random 10.00, whole grid 10.00" in text
         and "Of 1 runs 0 kept a distilled student; 1 chose plain direct training at once." in text
     )
 
@@ -123,7 +123,7 @@ def test_regrets_are_of_the_seeds_that_trained_the_grid() -> None:
     faster = result("a", 1, 0.10, 0.10, [])
     faster["methods"]["auto"]["chosen"] = "direct training, learning_rate x2"
     text = summary([result("a", 0, 0.80, 0.88, grid), faster, result("b", 0, 0.50, 0.50, [])])
-    assert "(1 runs): direct 10.00, faster 9.00, fixed 12.00, auto 2.00, random 10.00" in text
+    assert "(1 runs): direct 10.00, faster 9.00, fixed 12.00, auto 2.00, random 10.00, whole grid 10.00" in text
     assert "; 1 kept direct training of another kind" in text
     assert next(line for line in text.splitlines() if line.startswith("| b ")).endswith("|  |  |  |  |  |")
 
@@ -131,7 +131,7 @@ def test_regrets_are_of_the_seeds_that_trained_the_grid() -> None:
 def test_random_search_trains_as_much_as_auto_did_beside_direct_training() -> None:
     """One other try, and the whole student where that is another than the directly trained one."""
     one = result("a", 0, 0.80, 0.80, [(0.80, 0.5), (0.84, 0.6), (0.90, 0.9)])
-    assert float(summary([one]).split("random ")[-1].split(".\n")[0]) == pytest.approx(3.0, abs=0.5)  # 0.84 or 0.90
+    assert float(summary([one]).split("random ")[-1].split(",")[0]) == pytest.approx(3.0, abs=0.5)  # 0.84 or 0.90
     one["methods"]["auto"]["chosen"] = "alpha 0.5"
     assert "random 0.00" in summary([one])  # both
 
