@@ -74,9 +74,8 @@ def totals(results: Sequence[dict[str, Any]]) -> str:
         f"{np.mean(extra):.1f} s of it (at most {max(extra):.1f}) on tries that did not go on as a student of the run"
     )
     parts.append(f"Tries took {np.mean(seconds):.1f} s a run, {beside}; deciding {most}.")
-    if len(grown := _growth(sets)) > 1:
-        header = ("runs of the prior", "data sets", "gain, points", "regret, points", "tries, s")
-        parts.append(markdown(header, grown, left=0))
+    if grown := growth(results):
+        parts.append(grown)
     return "\n\n".join(parts)
 
 
@@ -146,25 +145,26 @@ def _everywhere(regrets: Sequence[dict[str, float]]) -> list[str]:
     return [method for method in (regrets[0] if regrets else {}) if all(method in one for one in regrets)]
 
 
-def _growth(sets: Sequence[list[dict[str, Any]]]) -> list[list[str]]:
-    """What auto does with so many runs of the prior, in the runs where it was tried with each number."""
-    found = {name for of_set in sets for one in of_set for name in one["methods"] if name.startswith("auto-")}
+def growth(results: Sequence[dict[str, Any]]) -> str:
+    """What auto does with so many runs of the prior, as Markdown, in the runs with a grid where it was tried with each
+    number; empty where there is none.
+    """
+    found = {name for one in results for name in one["methods"] if name.startswith("auto-")}
     names = [*sorted(found, key=lambda name: int(name.removeprefix("auto-"))), "auto"]
-    tried = [
-        [one for one in of_set if one["grid"] and all(name in one["methods"] for name in names)] for of_set in sets
-    ]
-    tried = [of_set for of_set in tried if of_set]
-    return [
+    sets = _by_set([one for one in results if one["grid"] and all(name in one["methods"] for name in names)])
+    if not found or not sets:
+        return ""
+    lines = [
         [
             name.removeprefix("auto-").replace("auto", "all"),
-            str(len(tried)),
-            f"{np.mean([np.mean([100 * _gain(one, name) for one in of_set]) for of_set in tried]):+.2f}",
-            f"{np.mean([_regrets(of_set)[name] for of_set in tried]):.2f}",
-            f"{np.mean([one['methods'][name]['trial_seconds'] for of_set in tried for one in of_set]):.1f}",
+            str(len(sets)),
+            f"{np.mean([np.mean([100 * _gain(one, name) for one in of_set]) for of_set in sets]):+.2f}",
+            f"{np.mean([_regrets(of_set)[name] for of_set in sets]):.2f}",
+            f"{np.mean([one['methods'][name]['trial_seconds'] for of_set in sets for one in of_set]):.1f}",
         ]
         for name in names
-        if tried
     ]
+    return markdown(("runs of the prior", "data sets", "gain, points", "regret, points", "tries, s"), lines, left=0)
 
 
 def _by_set(results: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
