@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hf_hpmkd.auto_bench_report import growth, totals
 from hf_hpmkd.auto_bench_report import summary as auto_summary
-from hf_hpmkd.auto_bench_report import totals
 from hf_hpmkd.bench import bench_table
 from hf_hpmkd.bench_pipeline import pipeline_table
 from hf_hpmkd.cli import build_parser
@@ -61,7 +61,9 @@ def test_the_judgement_of_the_adaptive_configuration_is_that_of_its_record():
     folder = ROOT / "model_cards" / "auto"
     results = json.loads((folder / "bench.json").read_text(encoding="utf-8"))["results"]
     assert block("auto") == totals(results)
-    assert (folder / "README.md").read_text(encoding="utf-8").split("\n\n", 2)[2] == auto_summary(results) + "\n"
+    grown = json.loads((folder / "bench_growth.json").read_text(encoding="utf-8"))["results"]
+    shown = f"{auto_summary(results)}\n\n## As the prior grows\n\n{growth(grown)}\n"
+    assert (folder / "README.md").read_text(encoding="utf-8").split("\n\n", 2)[2] == shown
 
 
 def test_the_comparisons_are_those_of_their_records():
