@@ -274,7 +274,7 @@ def specialists_student(tmp_path, gate):
         [_Specialist([0, 1], 0), _Specialist([2, 3], 1)],
         tiny.arguments(
             tmp_path, gate=gate, num_train_epochs=12, optim="adamw_torch", learning_rate=3e-3, alpha=1.0,
-            temperature_schedule="constant", temperature=2.0, gate_warmup_steps=200, logging_steps=100,
+            temperature_schedule="constant", temperature=2.0, gate_warmup_steps=800, logging_steps=100,
         ),
         train_dataset=four_classes(400, 0), guide_dataset=four_classes(200, 1), eval_dataset=four_classes(400, 2),
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
@@ -314,7 +314,7 @@ class _Shuffled(torch.nn.Module):
 
 
 def test_constant_and_shuffled_teachers_get_no_weight_and_cost_nothing(tmp_path, teachers):
-    settings = {"num_train_epochs": 8, "gate_warmup_steps": 200, "optim": "adamw_torch", "learning_rate": 3e-3}
+    settings = {"num_train_epochs": 8, "gate_warmup_steps": 800, "optim": "adamw_torch", "learning_rate": 3e-3}
     rows = tiny.TinyImages(300)
     clean = train(tmp_path, teachers, train_dataset=rows, **settings)
     spoilt = train(tmp_path, [*teachers, _Constant(), _Shuffled(teachers[0])], train_dataset=rows, **settings)
