@@ -1,7 +1,7 @@
 """The command line: parse and dispatch, no logic. What a handler needs is imported inside it, so that --help is quick.
 
 Exit codes: 0 done; 2 a fault in what was asked, told in one message; 130 stopped by Ctrl-C; 143
-stopped by SIGTERM, as job schedulers and containers do, which ends a run as Ctrl-C does.
+stopped by SIGTERM, which job schedulers and containers send and which ends a run as Ctrl-C does.
 """
 
 import argparse

@@ -19,8 +19,7 @@ LEVELS = (
     (
         "teacher_kinds", "sklearn_teachers", "teachers", "teacher_output_file", "foreign_outputs", "teacher_outputs",
         "teacher_cache", "gantt", "report", "run_summary", "comparison_record", "comparison_report",
-        "auto_bench_report", "model_card",
-        "stage_card", "run_folder", "hub_store", "memory_hub", "memory_commands",
+        "auto_bench_report", "model_card", "stage_card", "run_folder", "hub_store", "memory_hub", "memory_commands",
     ),
     ("control_teachers", "distiller", "trainer", "baselines"),
     (
