@@ -272,7 +272,7 @@ def _add_comparison(parser: argparse.ArgumentParser, suffix: str) -> None:
 
 
 def _add_cache_dir(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="folder (default: $HPMKD_CACHE, or the HF home)")
+    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="folder (default: $HPMKD_CACHE, or the memory's)")
 
 
 def _distill(args: argparse.Namespace) -> None:

@@ -104,7 +104,7 @@ def run_jobs(
 ) -> list[Ended]:
     """Does all jobs of a graph on the workers of an open pool; returns them in the order in which they ended.
 
-    tell: hears of each at once. A job whose worker dies is started again on a fresh one, three times at most. Raises
+    tell: hears of each at once. A job whose worker dies is started again on a fresh one, twice at most. Raises
     JobsFailedError at the end if a job failed.
     """
     logs.mkdir(parents=True, exist_ok=True)

@@ -69,7 +69,7 @@ class HPMKDTrainingArguments(TrainingArguments):
     )
     teacher_outputs_topk: int = field(default=16, metadata={"help": "Classes kept per row when teacher_outputs=topk."})
     teacher_cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the teacher outputs; default: under the Hugging Face cache home."}
+        default=None, metadata={"help": "Folder of the teacher outputs; default: $HPMKD_CACHE or the memory's."}
     )
 
     def __post_init__(self) -> None:
