@@ -9,8 +9,9 @@ import gc
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from hf_hpmkd.teacher_cache import TeacherCache
 from hf_hpmkd.teacher_kinds import Teacher
 from hf_hpmkd.trainer import STATE_FILE, HPMKDTrainer
 from hf_hpmkd.training_args import HPMKDTrainingArguments
+
+_SECONDS_FILE = "seconds.json"  # in a checkpoint
 
 
 @dataclass
@@ -220,6 +223,9 @@ def train_or_load(
         state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
         return Trained(classifier, 0.0, _step_of(checkpoint), _numbers(state["log_history"]), resumed=True)
     args = training_arguments(recipe, schedule, folder, len(train), bool(teachers), resumable)
+    if stop_at is not None:  # with one alone upstream keeps the best, and not the one to go on from
+        args.save_total_limit = max(2, args.save_total_limit or 2)
+    clock = _Clock(checkpoint)
     trainer = HPMKDTrainer(
         classifier.model,
         list(teachers) or None,
@@ -229,7 +235,7 @@ def train_or_load(
         guide_dataset=FedDataset(guide, classifier.feed) if guide is not None else None,
         data_collator=FedDataset.collate,
         compute_metrics=_accuracy,
-        callbacks=[_Bar(name), _Curve(on_log), *([_StopAt(stop_at)] if stop_at is not None else [])],
+        callbacks=[_Bar(name), clock, _Curve(on_log), *([_StopAt(stop_at)] if stop_at is not None else [])],
     )
     trainer.distiller_class = distiller_class
     if cache is not None:
@@ -238,10 +244,7 @@ def train_or_load(
     trainer.remove_callback(ProgressCallback)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     history, steps = trainer.state.log_history, trainer.state.global_step
-    # A resumed run timed the steps after its checkpoint only; the earlier ones are counted at the same speed.
-    steps_before = _step_of(checkpoint) if checkpoint else 0
-    seconds = result.metrics["train_runtime"] * steps / max(steps - steps_before, 1)
-    trained = Trained(classifier, seconds, steps, _numbers(history))
+    trained = Trained(classifier, clock.before + result.metrics["train_runtime"], steps, _numbers(history))
     if trainer.distiller is not None:
         trained.calibration = trainer.distiller.ensemble.calibration.tolist()
         trained.class_weights = trainer.distiller.class_weights()
@@ -320,7 +323,8 @@ def _last_complete_checkpoint(folder: Path, distills: bool) -> str | None:
         # `trainer_state.json` is the last file that a checkpoint gets.
         if (Path(last) / "trainer_state.json").is_file() and (not distills or (Path(last) / STATE_FILE).is_file()):
             return last
-        shutil.rmtree(last)
+        with suppress(FileNotFoundError):  # another process is at it too
+            shutil.rmtree(last)
     return None
 
 
@@ -348,6 +352,27 @@ class _StopAt(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             control.should_evaluate = control.should_save = control.should_training_stop = True
+
+
+class _Clock(TrainerCallback):
+    """Writes into every checkpoint how long the training took until then, so that a resumed one counts on from there.
+
+    before: seconds until the checkpoint that is gone on from; 0 without one.
+    """
+
+    def __init__(self, checkpoint: str | None) -> None:
+        file = None if checkpoint is None else Path(checkpoint) / _SECONDS_FILE
+        # A kill right after a checkpoint may leave one without.
+        self.before = float(json.loads(file.read_text(encoding="utf-8"))) if file and file.is_file() else 0.0
+        self.started = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(folder / _SECONDS_FILE, self.before + time.perf_counter() - self.started)
 
 
 class _Curve(TrainerCallback):

@@ -192,6 +192,7 @@ def _add_memory_commands(group: argparse._SubParsersAction, command: Callable[..
     one.add_argument("ids", nargs="*", metavar="ID", help="only these runs, models and outputs (default: all runs)")
     one.add_argument("--models", action="store_true", help="also all models")
     one.add_argument("--outputs", action="store_true", help="also all teacher outputs")
+    one.add_argument("--cache-dir", type=Path, metavar="DIR", help="folder of the outputs (default: the memory's)")
     one.add_argument("--public", action="store_true", help="make the repository public (default: private)")
     one = add("pull", "Take what a shared memory has into this one.")
     one.add_argument("where", metavar="WHERE", help="hf://datasets/USER/NAME, or USER/NAME")

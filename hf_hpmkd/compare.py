@@ -9,14 +9,12 @@ summary  = comparison.json, table.md, plots/                       (comparison_r
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from filelock import FileLock, Timeout
 from transformers.utils.logging import disable_progress_bar
 
 from hf_hpmkd.chain import named_stages
@@ -28,9 +26,8 @@ from hf_hpmkd.evaluation import evaluate_teachers, teacher_logits
 from hf_hpmkd.methods import Method, method_recipe, with_overrides
 from hf_hpmkd.recipe import Recipe, fingerprint, read_recipe, recipe_tree
 from hf_hpmkd.run_environment import code_commit, environment
+from hf_hpmkd.run_folder import alone_in, contents
 from hf_hpmkd.tuning import TUNING_SEED, again, num_versions, trials
-
-_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,8 @@ def compare(
     for method in settings.methods:
         method_recipe(recipe, method, 0)  # its faults come before any file is made
     workplace = Workplace(recipe, settings.folder, settings.teacher_seed)
-    with _alone_in(settings.folder), workplace.remembering() as place:
+    _check_folder(settings.folder)
+    with alone_in(settings.folder), workplace.remembering() as place:
         record = _open_record(recipe, settings, source)
         for method in settings.methods:
             one = method_recipe(recipe, method, 0)
@@ -76,7 +74,8 @@ def compare(
         record.save(settings.folder / COMPARISON_FILE)
         methods, tried = _tuned(place, settings, record, say)
         jobs = [Job(method, seed, settings.folder) for seed in settings.seeds for method in methods]
-        _check_jobs(place, jobs)
+        # Those of earlier seeds too, which stand beside these in one row.
+        _check_jobs(place, [Job(method, seed, settings.folder) for seed in record.seeds for method in methods])
         _write_methods(record, methods, tried)
         try:
             failures = _train(place, jobs, settings.processes, record, say)
@@ -124,30 +123,12 @@ def _shared_recipe(recipe: Recipe, folder: Path) -> Recipe:
     return read_recipe(tree, "the recipe")
 
 
-@contextmanager
-def _alone_in(folder: Path):
-    """Makes the folder and keeps other comparisons out of it while this one works there."""
-    record = folder / COMPARISON_FILE
-    if (
-        folder.is_dir()
-        and not record.is_file()
-        and (found := sorted(path.name for path in folder.iterdir() if path.name != _LOCK))
-    ):
+def _check_folder(folder: Path) -> None:
+    if folder.is_dir() and not (folder / COMPARISON_FILE).is_file() and (found := sorted(contents(folder))):
         raise ValueError(
             f"The output folder must be empty or hold a comparison, {folder} holds {', '.join(found[:5])}. Choose "
             "another with --output."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / _LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"Another comparison is running in {folder}. Wait for it, or choose another folder.") from None
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
 
 
 def _open_record(recipe: Recipe, settings: Settings, source: str) -> ComparisonRecord:
@@ -190,9 +171,11 @@ def _tuned(
     """
     if not settings.tune:
         return list(settings.methods), []
-    # With the teachers of the first seed, which are needed anyway.
-    seed = settings.seeds[0] if settings.teacher_seed is None else settings.teacher_seed
-    place = Workplace(place.recipe, place.folder, seed)
+    if record.tuning_teacher_seed is None:  # those of the first seed are needed anyway
+        known = settings.seeds[0] if settings.teacher_seed is None else settings.teacher_seed
+        record.tuning_teacher_seed = known
+        record.save(place.folder / COMPARISON_FILE)
+    place = Workplace(place.recipe, place.folder, record.tuning_teacher_seed, place.store)
     versions = {method: trials(place.recipe, method, num_versions(settings.tune)) for method in settings.methods}
     versions = {method: several for method, several in versions.items() if len(several) > 1}
     jobs: dict[Method, list[list[Job]]] = {
@@ -269,8 +252,8 @@ def _check_jobs(place: Workplace, jobs: Sequence[Job]) -> None:
         if result is not None and touched and result.recipe_fingerprint != place.fingerprint(job):
             raise ValueError(
                 f"{job.folder} holds a student of {job.name} that was trained with other values "
-                f"({' '.join(result.overrides) or 'none changed'}). Give the method another name, or choose another "
-                "folder with --output."
+                f"({' '.join(result.overrides) or 'none changed'}). Give it the same values (and the same "
+                "--tune), or another name, or choose another folder with --output."
             )
 
 
@@ -310,7 +293,7 @@ def _open_test(place: Workplace, jobs: Sequence[Job], record: ComparisonRecord, 
     say(f"Opening the test part for {len(new)} students (look {len(record.looks)}).")
     test = place.parts.test
     for key in dict.fromkeys(place.teacher_key(job.seed) for job in new):
-        teachers = place.teachers(key)
+        teachers = [teacher.to(PartialState().device) for teacher in place.teachers(key)]
         run = place.teachers_run(key)
         logits = teacher_logits(teachers, test, run.recipe, run.memory.cache, say)
         for known, of_teacher in zip(record.teachers[key], logits, strict=True):

@@ -174,7 +174,8 @@ class ComparisonRecord(_JsonFile):
     """Several methods on the same seeds.
 
     recipe: the one they share, with the seed 0 in its place. baseline: the method that the others are compared with.
-    teacher_seed: of all teachers trained on the spot; None where each seed has its own. teachers: "seed-0", ... or
+    teacher_seed: of all teachers trained on the spot; None where each seed has its own. tuning_teacher_seed: of those
+    that the tuning heard. teachers: "seed-0", ... or
     "loaded" -> the teachers of these students. parts: the provenance of the data. results: of the finished students,
     without their curves. trials: of the methods' tuning, if any. looks: every opening of the test part.
     """
@@ -189,6 +190,7 @@ class ComparisonRecord(_JsonFile):
     methods: list[MethodRecord] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     teacher_seed: int | None = None
+    tuning_teacher_seed: int | None = None
     teachers: dict[str, list[TeacherRecord]] = field(default_factory=dict)
     parts: dict[str, Any] = field(default_factory=dict)
     results: list[Result] = field(default_factory=list)

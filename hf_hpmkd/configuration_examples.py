@@ -7,6 +7,7 @@ A prior is one Parquet file, a row per short run: numbers and names, nothing of 
 import json
 import math
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,14 @@ def _example(row: dict[str, Any]) -> Example:
 def memory_examples(rows: Iterable[Row]) -> list[Example]:
     """What the rows of a memory show: runs that measured direct training beside the student, and built no chain.
 
-    The gain is that on validation rows: test rows are for judging, not for choosing.
+    The gain is that on validation rows: test rows are for judging, not for choosing. Rows whose JSON columns are not
+    as this version writes them, which somebody else's may be, show nothing.
     """
-    return [example for row in rows if (example := _example_of_run(row)) is not None]
+    found = []
+    for row in rows:
+        with suppress(AttributeError, KeyError, TypeError, ValueError):
+            found.append(_example_of_run(row))
+    return [example for example in found if example is not None]
 
 
 def _example_of_run(row: Row) -> Example | None:

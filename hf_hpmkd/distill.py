@@ -16,6 +16,7 @@ Every step leaves its result in the output folder, so that the same command goes
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from hf_hpmkd.chain import build_chain, named_stages
 from hf_hpmkd.chain_stages import WarmBuild
 from hf_hpmkd.classifier_training import Trained, copy_training, old_garbage_left, student_schedule, train_or_load
 from hf_hpmkd.classifiers import Classifier
+from hf_hpmkd.data import PARTS
 from hf_hpmkd.evaluation import evaluate_teachers, evaluate_test
 from hf_hpmkd.heads import find_classifier_head
 from hf_hpmkd.hub_store import check_can_push, push_run
@@ -39,7 +41,7 @@ from hf_hpmkd.recipe_rules import uses_teachers
 from hf_hpmkd.run_ahead import run_ahead
 from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_environment import code_commit
-from hf_hpmkd.run_folder import claim
+from hf_hpmkd.run_folder import alone_in, claim, require_same_rows
 from hf_hpmkd.run_memory import run_memory
 from hf_hpmkd.run_record import RECORD_FILE, ModelRecord
 from hf_hpmkd.run_steps import get_teachers, student_builder
@@ -69,6 +71,12 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
     state = PartialState(cpu=not torch.accelerator.is_available())
     check_launch(state.device.type)
     disable_progress_bar()  # transformers draws one for every checkpoint it writes
+    with alone_in(folder) if state.is_main_process else nullcontext():
+        _distill(recipe, recipe_source, folder, state)
+    return folder
+
+
+def _distill(recipe: Recipe, recipe_source: str, folder: Path, state: PartialState) -> None:
     with state.main_process_first():
         known = claim(folder, fingerprint(recipe), recipe.output.overwrite and state.is_main_process)
         record = known or new_record(recipe)
@@ -89,7 +97,6 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
     run.say(f"\nThe student is in {folder / 'student'}, its card in {folder / 'README.md'}.")
     if recipe.hub.push and recipe.hub.repo_id is not None and state.is_main_process:
         run.say(f"Published as {push_run(folder, recipe.hub.repo_id, recipe.hub.private)}.")
-    return folder
 
 
 def _run(run: Run) -> None:
@@ -98,6 +105,9 @@ def _run(run: Run) -> None:
         load_metric(metric)  # a name that does not exist should not be found out at the end
     with run.phase("data"):
         parts = recipe_parts(recipe)
+        rows = {part: getattr(parts, part).labelled_fingerprint for part in PARTS}
+        require_same_rows(run.folder, record.rows, rows)
+        record.rows = rows
         record.class_names = parts.class_names
         record.parts = parts.provenance
         record.commits |= {"hf_hpmkd": code_commit(), "data": parts.provenance.get("commit")}
@@ -159,7 +169,7 @@ def _run(run: Run) -> None:
 
     with run.phase("report"):
         classifiers = {name: one.classifier for name, one in trained.items()}
-        evaluate_test(record, teachers, classifiers, parts, recipe, run.memory.cache, say=run.say)
+        evaluate_test(record, teachers, classifiers, parts, recipe, run.memory.cache, run.say, run.warn)
         run.memory.count(record)
         run.write_report()
 

@@ -64,13 +64,19 @@ def evaluate_test(
     recipe: Recipe,
     cache: TeacherCache,
     say: Callable[[str], None],
+    warn: Callable[[str], None],
 ) -> None:
-    """Opens the test part: metrics of teachers and students on it (students on validation too), latency, retention."""
+    """Opens the test part: metrics of teachers and students on it (students on validation too), latency, retention.
+
+    Raises ValueError where the student that the run kept answers with NaN; of another model that does it is warned.
+    """
+    device = PartialState().device
+    for teacher in teachers:  # training has left them on the CPU
+        teacher.to(device)
     test_logits = teacher_logits(teachers, parts.test, recipe, cache, say)
     validation_logits = teacher_logits(teachers, parts.validation, recipe, cache, say)
     for index, known in enumerate(record.teachers):
         known.accuracy["test"] = _accuracy(test_logits[index], parts.test)
-    device = PartialState().device
     students = {
         name: TorchTeacher(one.model, one.feed, name=name, data_names=parts.class_names, device=device)
         for name, one in classifiers.items()
@@ -82,6 +88,10 @@ def evaluate_test(
             ("test", parts.test, test_logits),
         ):
             logits = student_logits(student, rows, recipe.training.eval_batch_size)
+            if name != "student" and not torch.isfinite(logits).all():
+                warn(f"The {name} student answers {part} rows with NaN or infinite logits: nothing of it is told.")
+                known_student.metrics.clear()
+                break
             known_student.metrics[part] = compute_metrics(
                 recipe.training.metrics,
                 logits.numpy(),

@@ -10,6 +10,7 @@ student        the student trained on the outputs of all of them
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -116,12 +117,13 @@ def corrected(graph: Graph, past: Sequence[Row], hardware: dict[str, Any]) -> Gr
     """
     estimates = Estimates(graph)
     for row in past:
-        if json.loads(row["hardware"] or "{}") != hardware:
-            continue
-        for one in json.loads(row["details"] or "{}").get("jobs", []):
-            if one.get("estimated"):
-                known = Job(one["name"], one["estimated"], kind=one["kind"])
-                estimates.ended(known, one["ended"] - one["started"])
+        with suppress(AttributeError, KeyError, TypeError, ValueError):  # somebody else's may be of another form
+            if json.loads(row["hardware"] or "{}") != hardware:
+                continue
+            for one in json.loads(row["details"] or "{}").get("jobs", []):
+                if one.get("estimated"):
+                    known = Job(one["name"], one["estimated"], kind=one["kind"])
+                    estimates.ended(known, one["ended"] - one["started"])
     return Graph(dataclasses.replace(job, seconds=estimates.seconds(job)) for job in graph.jobs.values())
 
 

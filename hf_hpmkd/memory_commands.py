@@ -19,7 +19,8 @@ def run_command(job: str, args: argparse.Namespace) -> str:
     """The text of one command. Raises ValueError and OSError as its job does."""
     if job in ("push", "pull"):
         private = not getattr(args, "public", False)
-        shared = HubMemory(args.where, args.memory, private=private)
+        outputs_root = getattr(args, "cache_dir", None)
+        shared = HubMemory(args.where, args.memory, outputs_root=outputs_root, private=private)
         return push(shared, args.ids, args.models, args.outputs) if job == "push" else pull(shared, args)
     memory = OptimizationMemory(args.memory)
     if job == "show":

@@ -305,12 +305,11 @@ class HubMemory(OptimizationMemory):
         Raises ValueError for names that this memory lacks, HubPushError without a token and for what does not pass.
         """
         files = self._files_of(names)
-        words = [*(name.removesuffix(".parquet")[:16] for name in names.records), *names.models]
-        words += ["--outputs"] if names.outputs else []
-        command = shlex.join(
-            ["hpmkd", "memory", "push", self.repo_id, *words, "--memory", str(self.root)]
-            + ([] if self.private else ["--public"])
-        )
+        words = [*(name.removesuffix(".parquet")[:16] for name in names.records), *names.models, *names.outputs]
+        words += ["--memory", str(self.root), *([] if self.private else ["--public"])]
+        if names.outputs and self.outputs_root != self.root / "teacher_outputs":
+            words += ["--cache-dir", str(self.outputs_root)]
+        command = shlex.join(["hpmkd", "memory", "push", self.repo_id, *words])
         kept = f"Everything stays in the local memory. Add it later with:  {command}"
         if not self._token:
             raise HubPushError(f"Writing to {self.where} needs a Hub token: set HF_TOKEN, or `hf auth login`. {kept}")

@@ -74,7 +74,7 @@ PROOF = 1.5
 """Standard errors by which its student must then be better than the directly trained one. With one, more runs lose,
 some by over half a point; two give up more gain than they spare loss (on rows of the training splits of 33 tables)."""
 
-_FEATURE_ROWS = 2_000
+_FEATURE_ROWS, _FEATURE_VALUES = 2_000, 20_000_000  # at most; their moments take nine times the bytes of the values
 _FACTORS = ("learning_rate", "weight_decay")
 _SECTION = {name: "training" if name in _FACTORS else "distillation" for name in SPACE} | {"warm_start": "chain"}
 _TAUGHT = tuple(name for name, section in _SECTION.items() if section == "distillation")
@@ -182,10 +182,17 @@ def features_before(
 
 def _inputs(student: Classifier, rows: Rows) -> np.ndarray | None:
     """Evenly spaced rows as quantities that the student sees, `(rows, columns)`; None where it sees none (tokens)."""
-    chosen = torch.linspace(0, len(rows) - 1, min(len(rows), _FEATURE_ROWS)).long()
-    fed = [value.flatten(1) for value in student.feed(rows.raw(chosen)).values() if value.is_floating_point()]
-    inputs = torch.cat(fed, dim=1).numpy() if fed else np.empty((0, 0))
-    return inputs if inputs.shape[1] else None
+
+    def fed(indices: torch.Tensor) -> torch.Tensor:
+        seen = student.feed(rows.raw(indices)).values()
+        quantities = [value.flatten(1) for value in seen if value.is_floating_point()]
+        return torch.cat(quantities, dim=1) if quantities else torch.empty(len(indices), 0)
+
+    columns = fed(torch.zeros(1, dtype=torch.long)).shape[1]
+    if not columns:
+        return None
+    count = min(len(rows), _FEATURE_ROWS, max(2, _FEATURE_VALUES // columns))
+    return fed(torch.linspace(0, len(rows) - 1, count).long()).numpy()
 
 
 def landmark_loss(curve: Sequence[dict[str, float]], step: int) -> float:

@@ -431,7 +431,8 @@ def _class_weights(record: RunRecord) -> Figure | None:
     figure, (axes,) = _figure(min(16.0, 3.6 + 0.62 * min(classes, 20)), 2.0 + 0.5 * count)
     axes.set_facecolor("#DDDDDD")
     shown = np.ma.masked_array(weights, np.broadcast_to(empty, weights.shape))
-    top = float(np.nanmax(weights)) if not empty.all() else 1.0
+    # None is finite where the gate read a student that ended in NaN.
+    top = float(weights[np.isfinite(weights)].max(initial=0.0)) or 1.0
     image = axes.imshow(shown, aspect="auto", cmap="cividis", vmin=0, vmax=top, interpolation="nearest")
     every = math.ceil(classes / _MAX_CLASS_NAMES)
     ticks = range(0, classes, every)

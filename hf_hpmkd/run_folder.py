@@ -2,25 +2,42 @@
 
 import os
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from hf_hpmkd.run_record import RECORD_FILE, RunRecord
+
+LOCK = ".lock"
 
 
 class RunFolderError(ValueError):
     """The output folder cannot be used for this run."""
 
 
-def claim(folder: Path, fingerprint: str, overwrite: bool = False) -> RunRecord | None:
-    """Makes `folder` this run's own, before any work starts.
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Makes the folder, and keeps others out of it within the block. Raises RunFolderError where somebody is in it."""
+    make_folder(folder)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunFolderError(
+            f"An output folder is for one run at a time, and another is running in {folder}. Wait for it, or choose "
+            "another folder (`output.dir=FOLDER`, or --output)."
+        ) from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
-    Returns the record of an interrupted or finished run of the same recipe, or None where the run starts anew.
-    overwrite: what lies in the folder, if it is a run, is removed first. Raises RunFolderError if the folder holds
-    another run, something that is no run, or cannot be written.
-    """
-    record_file = folder / RECORD_FILE
-    if record_file.is_file() and overwrite:
-        shutil.rmtree(folder)
+
+def make_folder(folder: Path) -> None:
+    """Raises RunFolderError where that is not possible, or the folder cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK | os.X_OK)
@@ -34,8 +51,40 @@ def claim(folder: Path, fingerprint: str, overwrite: bool = False) -> RunRecord 
             f"The output folder must be writable, {folder} is not. Change its permissions or choose another with "
             "`output.dir=FOLDER`."
         )
+
+
+def contents(folder: Path) -> set[str]:
+    """Names of what lies in a folder, but for the lock."""
+    return {path.name for path in folder.iterdir()} - {LOCK}
+
+
+def require_same_rows(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """What an interrupted run trained belongs to the rows that it saw: raises RunFolderError where they are others now.
+
+    before, now: fingerprints of the parts; before is empty where nothing was seen yet.
+    """
+    if changed := [part for part, told in now.items() if before.get(part, told) != told]:
+        raise RunFolderError(
+            f"The rows of {' and '.join(changed)} are not those that the interrupted run in {folder} saw: the data "
+            "have changed since. Restore them, begin anew with `output.overwrite=true`, or choose another folder with "
+            "`output.dir=FOLDER`."
+        )
+
+
+def claim(folder: Path, fingerprint: str, overwrite: bool = False) -> RunRecord | None:
+    """Makes `folder` this run's own, before any work starts.
+
+    Returns the record of an interrupted or finished run of the same recipe, or None where the run starts anew.
+    overwrite: what lies in the folder, if it is a run, is removed first. Raises RunFolderError if the folder holds
+    another run, something that is no run, or cannot be written.
+    """
+    record_file = folder / RECORD_FILE
+    make_folder(folder)
+    if record_file.is_file() and overwrite:
+        for name in contents(folder):
+            _remove(folder / name)
     if not record_file.is_file():
-        found = sorted(path.name for path in folder.iterdir())
+        found = sorted(contents(folder))
         if found:
             raise RunFolderError(
                 f"The output folder must be empty or hold a run of this recipe, {folder} holds {', '.join(found[:5])}. "
@@ -44,10 +93,17 @@ def claim(folder: Path, fingerprint: str, overwrite: bool = False) -> RunRecord 
         return None
     record = RunRecord.load(record_file)
     if record.recipe_fingerprint != fingerprint:
-        if {path.name for path in folder.iterdir()} <= {RECORD_FILE, "recipe.yaml"}:
+        if contents(folder) <= {RECORD_FILE, "recipe.yaml"}:
             return None  # it failed before it made anything: the recipe was mended
         raise RunFolderError(
             f"The output folder {folder} holds a run of another recipe (or of this one with other values; status "
             f"{record.status}). Choose another with `output.dir=FOLDER`, or replace it with `output.overwrite=true`."
         )
     return record
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -216,7 +216,8 @@ class KeptRecord:
 class RunRecord:
     """One distillation.
 
-    parts: the provenance of the data; parts["parts"][part]["rows"] is a part's size. curves: run name ("student",
+    parts: the provenance of the data; parts["parts"][part]["rows"] is a part's size. rows: part -> fingerprint of its
+    rows and labels. curves: run name ("student",
     "direct", a teacher, a stage) -> rows of its log, each with `step`. taught_by: what taught the student, teachers and
     stages of the chain. class_weights: `taught_by x classes`, mean weight of each on the guide rows of each class; a
     column of zeros is a class without guide rows. kept: None for a run without direct training, one that keeps the
@@ -239,6 +240,7 @@ class RunRecord:
     hardware: dict[str, Any] = field(default_factory=dict)
     commits: dict[str, str | None] = field(default_factory=dict)
     parts: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, str] = field(default_factory=dict)
     teachers: list[TeacherRecord] = field(default_factory=list)
     auto: AutoRecord | None = None
     chain: ChainRecord | None = None

@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 from datasets import Dataset
 
 from hf_hpmkd.classifier_training import (
+    Trained,
+    _last_complete_checkpoint,
     old_garbage_left,
     student_schedule,
     total_steps,
@@ -18,7 +21,7 @@ from hf_hpmkd.classifier_training import (
     training_arguments,
 )
 from hf_hpmkd.classifiers import build_classifier
-from hf_hpmkd.data import DataParts
+from hf_hpmkd.data import DataConfig, DataParts, load_parts
 from hf_hpmkd.recipe import fingerprint, read_recipe, recipe_tree
 from hf_hpmkd.sklearn_teachers import train_sklearn
 from hf_hpmkd.table_runs import spare_time
@@ -146,3 +149,43 @@ def test_time_is_spared_for_a_while_and_everything_is_then_as_before() -> None:
         assert (torch.get_num_threads(), gc.get_freeze_count()) == (2, 0)
     finally:
         torch.set_num_threads(threads)
+
+
+def begun(folder: Path, stop_at: int | None) -> Trained:
+    """Direct training of 12 steps on wine, with a checkpoint every three and one kept."""
+    tree = {
+        "data": {"path": "sklearn:wine"},
+        "teachers": [{"model": "sklearn:LogisticRegression"}],
+        "student": {"model": "mlp-4"},
+        "training": {"max_steps": 12, "batch_size": 16, "evaluations": 4, "save_total_limit": 1, "learning_rate": 0.1},
+    }
+    recipe, parts = read_recipe(tree, "a test"), load_parts(DataConfig(path="sklearn:wine"), teachers_saw_train=False)
+    build = partial(build_classifier, "mlp-4", parts.train)
+    return train_or_load(
+        "student", build, recipe, student_schedule(recipe), folder, parts.train, parts.validation, stop_at=stop_at
+    )
+
+
+def test_a_try_leaves_the_checkpoint_that_it_goes_on_from_and_the_seconds_until_then(tmp_path: Path) -> None:
+    begun(tmp_path / "student", 7)
+    last = tmp_path / "student" / "checkpoints" / "checkpoint-7"
+    assert last.is_dir()
+    assert 0 < json.loads((last / "seconds.json").read_text()) < 500
+    (last / "seconds.json").write_text("1000")
+    whole = begun(tmp_path / "student", None)
+    assert whole.steps == 12 and 1000 < whole.seconds < 1500
+
+
+def test_an_incomplete_checkpoint_may_be_removed_by_another_process(tmp_path: Path, monkeypatch) -> None:
+    begun(tmp_path / "student", 7)
+    last = tmp_path / "student" / "checkpoints" / "checkpoint-7"
+    (last / "trainer_state.json").unlink()
+    remove = shutil.rmtree
+
+    def outrun(path: str, **kwargs: bool) -> None:
+        remove(path)
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("hf_hpmkd.classifier_training.shutil.rmtree", outrun)
+    assert _last_complete_checkpoint(last.parent, distills=False) != str(last)
+    assert not last.exists()

@@ -346,7 +346,25 @@ def test_another_method_of_the_same_name_is_refused(finished, capsys):
     known = record(finished).methods
     assert main([*line, "--method", "again: kd-mean distillation.temperature=2"]) == 2
     assert "holds a student of again, seed 0 that was trained with other values" in capsys.readouterr().err
+    line[line.index("2")] = "7,"  # nor may a row hold other values for other seeds
+    assert main([*line, "--method", "again: kd-mean distillation.temperature=2"]) == 2
+    assert "holds a student of again, seed 0 that was trained with other values" in capsys.readouterr().err
     assert record(finished).methods == known  # it still says how its students were trained
+
+
+def test_seeds_added_to_a_tuned_comparison_take_what_was_chosen(tmp_path, capsys):
+    words = ["--methods", "direct,kd-mean", "--tune", "2", "--output", str(tmp_path / "out"), "training.max_steps=4"]
+    line = ["compare", write_recipe(tmp_path), *words, "--seeds"]
+    assert main([*line, "3,"]) == 0
+    trials = record(tmp_path).trials
+    assert main([*line, "1,"]) == 0  # the tuning heard the teachers of seed 3, and is done
+    found = record(tmp_path)
+    assert found.trials == trials and [one.seed for one in found.results if one.method == "direct"] == [1, 3]
+    line.remove("--tune"), line.remove("2")
+    capsys.readouterr()
+    chosen = {trial.method for trial in trials if trial.chosen and trial.overrides}
+    assert main([*line, "2,"]) == (2 if chosen else 0)
+    assert ("trained with other values" in capsys.readouterr().err) == bool(chosen)
 
 
 def test_a_folder_with_other_things_is_refused(tmp_path, capsys):

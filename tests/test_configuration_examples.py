@@ -136,6 +136,12 @@ def test_records_of_before_tell_where_the_student_began_and_the_recipes_learning
     assert found.features == {"warm_start": 0.0, "log_learning_rate": -3.0}
 
 
+@pytest.mark.parametrize("details", ["{}", "[]", "null", "{", '{"models": 3}', '{"models": {}, "teachers": [1]}'])
+def test_records_of_another_form_stop_nobody(details: str) -> None:
+    odd = {**memory_row(finished()), "details": details}
+    assert [one.data for one in memory_examples([odd, memory_row(finished())])] == ["letter"]
+
+
 def test_runs_of_a_later_version_stop_nobody() -> None:
     auto = AutoRecord(
         "because", "by nothing", [], dataclasses.asdict(SOFT), {"distillation": {"alpha": 0.9}, "training": {}},

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from sklearn.datasets import load_wine
 
 from hf_hpmkd import classifier_training
 from hf_hpmkd.cli import main
@@ -144,6 +145,34 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tmp_path, monkeypatch, fin
     assert all(torch.equal(one[name], two[name]) for name in one)
     record = RunRecord.load(tmp_path / "run" / "run_record.json")
     assert record.status == "completed" and record.error is None
+
+
+def test_an_interrupted_run_does_not_go_on_with_other_rows(tmp_path, capsys):
+    table = load_wine(as_frame=True).frame.rename(columns={"target": "label"})
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    path = table_recipe(tmp_path, max_steps=2)
+    words = ["distill", str(path), f"data.path={tmp_path / 'rows.csv'}", "teachers=[{model: 'sklearn:GaussianNB'}]"]
+    assert main(words) == 0
+    file = tmp_path / "run" / "run_record.json"
+    record = RunRecord.load(file)
+    assert set(record.rows) == {"train", "guide", "validation", "test"}
+    record.status = "interrupted"
+    record.save(file)
+    table.assign(alcohol=-table["alcohol"]).to_csv(tmp_path / "rows.csv", index=False)
+    assert main(words) == 2
+    assert "the data have changed since" in " ".join(capsys.readouterr().err.split())
+    assert main([*words, "output.overwrite=true"]) == 0
+
+
+def test_a_distilled_student_of_nan_costs_the_run_nothing(tmp_path):
+    """T is out of all bounds here to provoke it; direct training is as ever, and kept."""
+    path = table_recipe(tmp_path)
+    words = ["distillation.temperature=1e25", "distillation.temperature_schedule=constant"]
+    assert main(["distill", str(path), *words]) == 0
+    record = RunRecord.load(tmp_path / "run" / "run_record.json")
+    assert record.status == "completed" and record.kept.kept == "direct"
+    assert record.models["student"].accuracy() > 0.5 and record.models["distilled"].accuracy() is None
+    assert any("distilled student answers validation rows with NaN" in warning for warning in record.warnings)
 
 
 def test_the_record_of_a_failed_run_says_what_failed(tmp_path, capsys):

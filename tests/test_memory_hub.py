@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from huggingface_hub import HfApi, constants
 from test_optimization_memory import BAD, outputs_file, row, write_bad
 
 from hf_hpmkd import hub_client, memory_hub
+from hf_hpmkd.cli import main
 from hf_hpmkd.components.optimization_memory import OptimizationMemory
 from hf_hpmkd.hub_client import HubPushError
 from hf_hpmkd.memory_hub import HubMemory, Names
@@ -112,6 +114,23 @@ def test_outputs_and_models_are_shared_as_asked(hub, tmp_path, model_folder):
     memory.share(one, [path.name])
     assert f"teacher_outputs/{path.name}" in hub.files(REPO, "datasets")
     assert not any(name.startswith("models/") for name in hub.files(REPO, "datasets"))
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_the_command_after_a_failure_sends_what_the_run_would_have_sent(hub, tmp_path, capsys, elsewhere):
+    outputs = tmp_path / "outputs" if elsewhere else None
+    memory = HubMemory(PLACE, tmp_path / "here", outputs_root=outputs, share_models=False, share_outputs=True)
+    mine, foreign = outputs_file(memory, 1), outputs_file(memory, 2)
+    one = row()
+    memory.add_record(one)
+    memory._token = None
+    with pytest.raises(HubPushError) as caught:
+        memory.push(Names([f"{one['id']}.parquet"], outputs=[mine.name]))
+    command = str(caught.value).partition("Add it later with:  ")[2]
+    assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
+    sent = hub.files(REPO, "datasets")
+    assert {f"records/{one['id']}.parquet", f"teacher_outputs/{mine.name}"} <= set(sent)
+    assert f"teacher_outputs/{foreign.name}" not in sent
 
 
 def test_others_read_what_was_shared_and_only_what_they_ask_for(hub, here, there, model_folder):

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -11,10 +12,12 @@ from safetensors.torch import load_file
 
 from hf_hpmkd import classifier_training, quick_validation
 from hf_hpmkd import distill as distill_module
+from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.cli import main
 from hf_hpmkd.compare_jobs import search_seconds
 from hf_hpmkd.components.adaptive_configuration import DIRECT, SPACE, Configuration
 from hf_hpmkd.configuration_examples import read_prior
+from hf_hpmkd.data import DataConfig, load_parts
 from hf_hpmkd.quick_validation import (
     configuration_of,
     free_fields,
@@ -55,6 +58,17 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_of_wide_rows_fewer_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2,000 images of 224 pixels would take eleven gigabytes."""
+    rows = load_parts(DataConfig(path="sklearn:wine"), teachers_saw_train=False).train
+    student = build_classifier("mlp-3", rows)
+    whole = quick_validation._inputs(student, rows)
+    assert whole is not None and whole.shape == (len(rows), 13)
+    monkeypatch.setattr(quick_validation, "_FEATURE_VALUES", 13 * 5 + 1)
+    few = quick_validation._inputs(student, rows)
+    assert few is not None and np.array_equal(few, whole[np.linspace(0, len(rows) - 1, 5).astype(int)])
 
 
 @pytest.fixture

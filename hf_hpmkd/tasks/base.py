@@ -67,6 +67,14 @@ class Rows(ABC):
         self._hash_inputs(digest)
         return digest.hexdigest()
 
+    @property
+    def labelled_fingerprint(self) -> str:
+        """sha256 (hex) over the fingerprint and the labels, class names included."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        digest.update(repr(self.class_names).encode())
+        digest.update(self.labels.numpy().tobytes())
+        return digest.hexdigest()
+
     def raw(self, indices: Sequence[int] | Tensor, views: Tensor | None = None) -> dict[str, Any]:
         """The raw batch at these positions, in their order. views: `(batch,)`, UNAUGMENTED or 0..V-1; None leaves all
         unaugmented.

@@ -1,0 +1,48 @@
+"""Who may use an output folder."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from hf_hpmkd.run_folder import LOCK, RunFolderError, alone_in, claim, contents, require_same_rows
+from hf_hpmkd.run_record import RECORD_FILE, RunRecord
+
+
+def test_a_folder_is_for_one_run_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "run"
+    told: list[BaseException] = []
+
+    def other() -> None:
+        try:
+            with alone_in(folder):
+                pass
+        except RunFolderError as error:
+            told.append(error)
+
+    with alone_in(folder):
+        assert claim(folder, "a") is None  # the lock is nothing that somebody has put there
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert "another is running in" in str(told[0])
+    assert not contents(folder) and not (folder / LOCK).exists()
+    other()
+    assert len(told) == 1
+
+
+def test_what_is_replaced_is_removed_while_others_are_kept_out(tmp_path: Path) -> None:
+    RunRecord(recipe_fingerprint="a").save(tmp_path / RECORD_FILE)
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "config.json").write_text("{}")
+    with alone_in(tmp_path):
+        assert claim(tmp_path, "b", overwrite=True) is None
+        assert not contents(tmp_path) and (tmp_path / LOCK).exists()
+
+
+def test_rows_that_have_changed_are_refused(tmp_path: Path) -> None:
+    known = {"train": "1", "test": "2"}
+    require_same_rows(tmp_path, {}, known)
+    require_same_rows(tmp_path, known, known)
+    with pytest.raises(RunFolderError, match="rows of test are not those that the interrupted run"):
+        require_same_rows(tmp_path, known, {"train": "1", "test": "3"})
