@@ -26,7 +26,7 @@ from hf_hpmkd.evaluation import evaluate_teachers, teacher_logits
 from hf_hpmkd.methods import Method, method_recipe, with_overrides
 from hf_hpmkd.recipe import Recipe, fingerprint, read_recipe, recipe_tree
 from hf_hpmkd.run_environment import code_commit, environment
-from hf_hpmkd.run_folder import alone_in, contents
+from hf_hpmkd.run_folder import alone_in, contents, require_same_rows
 from hf_hpmkd.tuning import TUNING_SEED, again, num_versions, trials
 
 
@@ -70,6 +70,7 @@ def compare(
             one = method_recipe(recipe, method, 0)
             check_student(one, student_builder(one, place.parts)(meta=True), len(place.parts.class_names))
             named_stages(one, place.parts.train)
+        record.rows = require_same_rows(settings.folder, record.rows, place.parts.fingerprints())
         record.parts = place.parts.provenance
         record.save(settings.folder / COMPARISON_FILE)
         methods, tried = _tuned(place, settings, record, say)

@@ -129,6 +129,10 @@ class DataParts:
     num_views: int = 0
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    def fingerprints(self) -> dict[str, str]:
+        """Part -> fingerprint (hex) of its rows and labels. Reads every row."""
+        return {part: getattr(self, part).labelled_fingerprint for part in PARTS}
+
 
 def load_parts(
     config: DataConfig, *, task: str = "auto", teachers_saw_train: bool = True, fixed_answers: bool = False

@@ -29,7 +29,6 @@ from hf_hpmkd.chain import build_chain, named_stages
 from hf_hpmkd.chain_stages import WarmBuild
 from hf_hpmkd.classifier_training import Trained, copy_training, old_garbage_left, student_schedule, train_or_load
 from hf_hpmkd.classifiers import Classifier
-from hf_hpmkd.data import PARTS
 from hf_hpmkd.evaluation import evaluate_teachers, evaluate_test
 from hf_hpmkd.heads import find_classifier_head
 from hf_hpmkd.hub_store import check_can_push, push_run
@@ -105,9 +104,7 @@ def _run(run: Run) -> None:
         load_metric(metric)  # a name that does not exist should not be found out at the end
     with run.phase("data"):
         parts = recipe_parts(recipe)
-        rows = {part: getattr(parts, part).labelled_fingerprint for part in PARTS}
-        require_same_rows(run.folder, record.rows, rows)
-        record.rows = rows
+        record.rows = require_same_rows(run.folder, record.rows, parts.fingerprints())
         record.class_names = parts.class_names
         record.parts = parts.provenance
         record.commits |= {"hf_hpmkd": code_commit(), "data": parts.provenance.get("commit")}

@@ -58,17 +58,18 @@ def contents(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {LOCK}
 
 
-def require_same_rows(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """What an interrupted run trained belongs to the rows that it saw: raises RunFolderError where they are others now.
+def require_same_rows(folder: Path, before: Mapping[str, str], now: dict[str, str]) -> dict[str, str]:
+    """What lies in a folder was trained on the rows of its time: raises RunFolderError where they are others now.
 
-    before, now: fingerprints of the parts; before is empty where nothing was seen yet.
+    before, now: fingerprints of the parts; before is empty where nothing was seen yet. Returns those of now.
     """
     if changed := [part for part, told in now.items() if before.get(part, told) != told]:
         raise RunFolderError(
-            f"The rows of {' and '.join(changed)} are not those that the interrupted run in {folder} saw: the data "
-            "have changed since. Restore them, begin anew with `output.overwrite=true`, or choose another folder with "
-            "`output.dir=FOLDER`."
+            f"The rows of {' and '.join(changed)} are not those that what lies in {folder} was trained on: the data "
+            "have changed since. Restore them, choose another folder (`output.dir=FOLDER`, or --output), or replace a "
+            "run with `output.overwrite=true`."
         )
+    return now
 
 
 def claim(folder: Path, fingerprint: str, overwrite: bool = False) -> RunRecord | None:

@@ -374,6 +374,17 @@ def test_a_folder_with_other_things_is_refused(tmp_path, capsys):
     assert "holds thesis.txt" in capsys.readouterr().err
 
 
+def test_rows_that_have_changed_are_refused(finished, tmp_path, capsys):
+    shutil.copytree(finished / "out", tmp_path / "out")
+    file = tmp_path / "out" / "comparison.json"
+    known = json.loads(file.read_text())
+    assert len(set(known["rows"].values())) == 4
+    known["rows"]["test"] = known["rows"]["train"]
+    file.write_text(json.dumps(known))
+    assert main(command(tmp_path)) == 2
+    assert "The rows of test are not those that what lies in" in capsys.readouterr().err
+
+
 def test_a_recipe_is_needed(capsys):
     assert main(["compare", "training.epochs=1"]) == 2
     assert "compare needs a recipe" in capsys.readouterr().err
