@@ -244,7 +244,12 @@ def train_or_load(
     trainer.remove_callback(ProgressCallback)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     history, steps = trainer.state.log_history, trainer.state.global_step
-    trained = Trained(classifier, clock.before + result.metrics["train_runtime"], steps, _numbers(history))
+    seconds = result.metrics["train_runtime"]
+    if clock.before is not None:
+        seconds += clock.before
+    elif checkpoint and steps > _step_of(checkpoint):  # the steps before are counted at the same speed
+        seconds *= steps / (steps - _step_of(checkpoint))
+    trained = Trained(classifier, seconds, steps, _numbers(history))
     if trainer.distiller is not None:
         trained.calibration = trainer.distiller.ensemble.calibration.tolist()
         trained.class_weights = trainer.distiller.class_weights()
@@ -357,13 +362,13 @@ class _StopAt(TrainerCallback):
 class _Clock(TrainerCallback):
     """Writes into every checkpoint how long the training took until then, so that a resumed one counts on from there.
 
-    before: seconds until the checkpoint that is gone on from; 0 without one.
+    before: seconds until the checkpoint that is gone on from; None without one, and where it does not say: a kill right
+    after it was written may leave it without.
     """
 
     def __init__(self, checkpoint: str | None) -> None:
         file = None if checkpoint is None else Path(checkpoint) / _SECONDS_FILE
-        # A kill right after a checkpoint may leave one without.
-        self.before = float(json.loads(file.read_text(encoding="utf-8"))) if file and file.is_file() else 0.0
+        self.before = float(json.loads(file.read_text(encoding="utf-8"))) if file and file.is_file() else None
         self.started = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -372,7 +377,7 @@ class _Clock(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(folder / _SECONDS_FILE, self.before + time.perf_counter() - self.started)
+            write_json(folder / _SECONDS_FILE, (self.before or 0.0) + time.perf_counter() - self.started)
 
 
 class _Curve(TrainerCallback):

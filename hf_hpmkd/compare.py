@@ -25,6 +25,7 @@ from hf_hpmkd.distill import check_student, student_builder
 from hf_hpmkd.evaluation import evaluate_teachers, teacher_logits
 from hf_hpmkd.methods import Method, method_recipe, with_overrides
 from hf_hpmkd.recipe import Recipe, fingerprint, read_recipe, recipe_tree
+from hf_hpmkd.recipe_rules import unread_parts
 from hf_hpmkd.run_environment import code_commit, environment
 from hf_hpmkd.run_folder import alone_in, contents, require_same_rows
 from hf_hpmkd.tuning import TUNING_SEED, again, num_versions, trials
@@ -70,7 +71,8 @@ def compare(
             one = method_recipe(recipe, method, 0)
             check_student(one, student_builder(one, place.parts)(meta=True), len(place.parts.class_names))
             named_stages(one, place.parts.train)
-        record.rows = require_same_rows(settings.folder, record.rows, place.parts.fingerprints())
+        rows = place.parts.fingerprints(unread_parts(place.recipe))
+        record.rows = require_same_rows(settings.folder, record.rows, rows, [COMPARISON_FILE])
         record.parts = place.parts.provenance
         record.save(settings.folder / COMPARISON_FILE)
         methods, tried = _tuned(place, settings, record, say)
@@ -175,7 +177,6 @@ def _tuned(
     if record.tuning_teacher_seed is None:  # those of the first seed are needed anyway
         known = settings.seeds[0] if settings.teacher_seed is None else settings.teacher_seed
         record.tuning_teacher_seed = known
-        record.save(place.folder / COMPARISON_FILE)
     place = Workplace(place.recipe, place.folder, record.tuning_teacher_seed, place.store)
     versions = {method: trials(place.recipe, method, num_versions(settings.tune)) for method in settings.methods}
     versions = {method: several for method, several in versions.items() if len(several) > 1}
@@ -294,7 +295,7 @@ def _open_test(place: Workplace, jobs: Sequence[Job], record: ComparisonRecord, 
     say(f"Opening the test part for {len(new)} students (look {len(record.looks)}).")
     test = place.parts.test
     for key in dict.fromkeys(place.teacher_key(job.seed) for job in new):
-        teachers = [teacher.to(PartialState().device) for teacher in place.teachers(key)]
+        teachers = place.teachers(key)
         run = place.teachers_run(key)
         logits = teacher_logits(teachers, test, run.recipe, run.memory.cache, say)
         for known, of_teacher in zip(record.teachers[key], logits, strict=True):

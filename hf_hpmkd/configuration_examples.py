@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hf_hpmkd.components.adaptive_configuration import EARLY, Configuration, Example
+from hf_hpmkd.components.adaptive_configuration import DIRECT, EARLY, Configuration, Example
 from hf_hpmkd.memory_records import Row
 from hf_hpmkd.meta_features import FEATURES
 
@@ -131,16 +131,32 @@ def _example_of_run(row: Row) -> Example | None:
     if auto is not None:
         if auto["configuration"].keys() - set(_FIELDS):  # of a later version: it says something else
             return None
-        configuration = Configuration(**auto["configuration"])
+        configuration = _sound(Configuration(**auto["configuration"]))
         known = {**_start_and_rate(row, details, configuration.distils), **auto["features"]}
         features = {name: value for name, value in known.items() if name in FEATURES}
     else:
         if row["alpha"] is None or not row["alpha"] > 0:
             return None
         names = ("alpha", "temperature", "temperature_schedule", "kd_kind", "gate")
-        configuration, features = Configuration(**{name: row[name] for name in names}), _features_of_run(row, details)
+        configuration = _sound(Configuration(**{name: row[name] for name in names}))
+        features = _features_of_run(row, details)
+    if not all(_is_number(value) for value in features.values()):
+        raise ValueError("Features are finite numbers.")
     noise = 100 * math.sqrt(max(accuracy * (1 - accuracy), 0.01) / row["validation_rows"])
     return Example(features, configuration, 100 * (accuracy - direct), noise, data=row["data"] or "", own=True)
+
+
+def _sound(configuration: Configuration) -> Configuration:
+    """Raises ValueError for values of no configuration, which somebody else's record may hold."""
+    for name in _FIELDS:
+        value, default = getattr(configuration, name), getattr(DIRECT, name)
+        if not (_is_number(value) if isinstance(default, float) else type(value) is type(default)):
+            raise ValueError(f"{name} cannot be {value!r}.")
+    return configuration
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _features_of_run(row: Row, details: dict[str, Any]) -> dict[str, float]:

@@ -36,7 +36,7 @@ from hf_hpmkd.kept_student import distilled_folder, keep_better
 from hf_hpmkd.metrics import load_metric
 from hf_hpmkd.quick_validation import configure, is_direct, proof_needed
 from hf_hpmkd.recipe import Recipe, fingerprint, recipe_parts, recipe_tree
-from hf_hpmkd.recipe_rules import uses_teachers
+from hf_hpmkd.recipe_rules import unread_parts, uses_teachers
 from hf_hpmkd.run_ahead import run_ahead
 from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_environment import code_commit
@@ -104,7 +104,7 @@ def _run(run: Run) -> None:
         load_metric(metric)  # a name that does not exist should not be found out at the end
     with run.phase("data"):
         parts = recipe_parts(recipe)
-        record.rows = require_same_rows(run.folder, record.rows, parts.fingerprints())
+        record.rows = require_same_rows(run.folder, record.rows, parts.fingerprints(unread_parts(recipe)))
         record.class_names = parts.class_names
         record.parts = parts.provenance
         record.commits |= {"hf_hpmkd": code_commit(), "data": parts.provenance.get("commit")}

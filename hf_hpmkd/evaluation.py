@@ -70,13 +70,11 @@ def evaluate_test(
 
     Raises ValueError where the student that the run kept answers with NaN; of another model that does it is warned.
     """
-    device = PartialState().device
-    for teacher in teachers:  # training has left them on the CPU
-        teacher.to(device)
     test_logits = teacher_logits(teachers, parts.test, recipe, cache, say)
     validation_logits = teacher_logits(teachers, parts.validation, recipe, cache, say)
     for index, known in enumerate(record.teachers):
         known.accuracy["test"] = _accuracy(test_logits[index], parts.test)
+    device = PartialState().device
     students = {
         name: TorchTeacher(one.model, one.feed, name=name, data_names=parts.class_names, device=device)
         for name, one in classifiers.items()
@@ -113,6 +111,8 @@ def teacher_logits(
 ) -> torch.Tensor:
     """Logits `(teachers, rows, classes)` of unaugmented rows, from the cache or computed now. Not for training rows."""
     everything = torch.arange(len(rows))
+    for teacher in teachers:  # a training leaves them on the CPU
+        teacher.to(PartialState().device)
     stored = _outputs(teachers, rows, recipe, cache, say, "full", 0)
     return stored.lookup(everything, torch.full_like(everything, UNAUGMENTED))
 

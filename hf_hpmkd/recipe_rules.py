@@ -84,6 +84,11 @@ def uses_teachers(recipe: "Recipe") -> bool:
     return recipe.distillation.alpha > 0 or recipe.distillation.feature_weight > 0
 
 
+def unread_parts(recipe: "Recipe") -> list[str]:
+    """Parts whose rows nothing reads before they are trained on: with live teachers no outputs are stored for them."""
+    return ["train"] if recipe.distillation.teacher_outputs == "live" else []
+
+
 def rule_faults(recipe: "Recipe") -> Iterator[Fault]:
     """Values that do not go together."""
     yield from _task_rules(recipe)

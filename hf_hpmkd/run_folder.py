@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from filelock import FileLock, Timeout
 from hf_hpmkd.run_record import RECORD_FILE, RunRecord
 
 LOCK = ".lock"
+_BEGUN = (RECORD_FILE, "recipe.yaml")
+"""What the folder of a run holds before anything is made."""
 
 
 class RunFolderError(ValueError):
@@ -58,15 +60,20 @@ def contents(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {LOCK}
 
 
-def require_same_rows(folder: Path, before: Mapping[str, str], now: dict[str, str]) -> dict[str, str]:
+def require_same_rows(
+    folder: Path, before: Mapping[str, str], now: dict[str, str], nothing: Collection[str] = _BEGUN
+) -> dict[str, str]:
     """What lies in a folder was trained on the rows of its time: raises RunFolderError where they are others now.
 
-    before, now: fingerprints of the parts; before is empty where nothing was seen yet. Returns those of now.
+    before, now: fingerprints of the parts; before is empty where nothing was seen yet. nothing: names of what lies in
+    the folder of a run that has trained nothing, whose data may have been mended since. Returns those of now.
     """
+    if contents(folder) <= set(nothing):
+        return now
     if changed := [part for part, told in now.items() if before.get(part, told) != told]:
         raise RunFolderError(
-            f"The rows of {' and '.join(changed)} are not those that what lies in {folder} was trained on: the data "
-            "have changed since. Restore them, choose another folder (`output.dir=FOLDER`, or --output), or replace a "
+            f"The rows of {' and '.join(changed)} are others than the run in {folder} was trained on: the data have "
+            "changed since. Restore them, choose another folder (`output.dir=FOLDER`, or --output), or replace a "
             "run with `output.overwrite=true`."
         )
     return now
@@ -94,7 +101,7 @@ def claim(folder: Path, fingerprint: str, overwrite: bool = False) -> RunRecord 
         return None
     record = RunRecord.load(record_file)
     if record.recipe_fingerprint != fingerprint:
-        if contents(folder) <= {RECORD_FILE, "recipe.yaml"}:
+        if contents(folder) <= set(_BEGUN):
             return None  # it failed before it made anything: the recipe was mended
         raise RunFolderError(
             f"The output folder {folder} holds a run of another recipe (or of this one with other values; status "

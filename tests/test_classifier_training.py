@@ -174,6 +174,9 @@ def test_a_try_leaves_the_checkpoint_that_it_goes_on_from_and_the_seconds_until_
     (last / "seconds.json").write_text("1000")
     whole = begun(tmp_path / "student", None)
     assert whole.steps == 12 and 1000 < whole.seconds < 1500
+    begun(tmp_path / "again", 7)
+    (tmp_path / "again" / "checkpoints" / "checkpoint-7" / "seconds.json").unlink()
+    assert 0 < begun(tmp_path / "again", None).seconds < 500
 
 
 def test_an_incomplete_checkpoint_may_be_removed_by_another_process(tmp_path: Path, monkeypatch) -> None:

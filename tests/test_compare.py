@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from hf_hpmkd import classifier_training, compare_jobs, quick_validation
+from hf_hpmkd import classifier_training, compare, compare_jobs, quick_validation
 from hf_hpmkd.cli import main
 from hf_hpmkd.comparison_record import ComparisonRecord, Result
 from hf_hpmkd.data import DataConfig, load_parts
@@ -23,6 +23,7 @@ from hf_hpmkd.methods import METHODS as KNOWN
 from hf_hpmkd.methods import Method, method_recipe
 from hf_hpmkd.models.tabular import TabularForClassification
 from hf_hpmkd.recipe import load_recipe, recipe_parts
+from hf_hpmkd.run_folder import alone_in
 from hf_hpmkd.run_record import RunRecord
 
 ROOT = Path(__file__).parents[1]
@@ -352,7 +353,8 @@ def test_another_method_of_the_same_name_is_refused(finished, capsys):
     assert record(finished).methods == known  # it still says how its students were trained
 
 
-def test_seeds_added_to_a_tuned_comparison_take_what_was_chosen(tmp_path, capsys):
+def test_seeds_added_to_a_tuned_comparison_take_what_was_chosen(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "_accuracy", lambda jobs: float(jobs[0].method.name.endswith("--1")))
     words = ["--methods", "direct,kd-mean", "--tune", "2", "--output", str(tmp_path / "out"), "training.max_steps=4"]
     line = ["compare", write_recipe(tmp_path), *words, "--seeds"]
     assert main([*line, "3,"]) == 0
@@ -362,9 +364,9 @@ def test_seeds_added_to_a_tuned_comparison_take_what_was_chosen(tmp_path, capsys
     assert found.trials == trials and [one.seed for one in found.results if one.method == "direct"] == [1, 3]
     line.remove("--tune"), line.remove("2")
     capsys.readouterr()
-    chosen = {trial.method for trial in trials if trial.chosen and trial.overrides}
-    assert main([*line, "2,"]) == (2 if chosen else 0)
-    assert ("trained with other values" in capsys.readouterr().err) == bool(chosen)
+    assert all(trial.overrides for trial in trials if trial.chosen)
+    assert main([*line, "2,"]) == 2
+    assert "trained with other values" in capsys.readouterr().err
 
 
 def test_a_folder_with_other_things_is_refused(tmp_path, capsys):
@@ -372,6 +374,12 @@ def test_a_folder_with_other_things_is_refused(tmp_path, capsys):
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     assert main(command(tmp_path)) == 2
     assert "holds thesis.txt" in capsys.readouterr().err
+
+
+def test_a_folder_is_for_one_comparison_at_a_time(finished, capsys):
+    with alone_in(finished / "out"):
+        assert main(command(finished)) == 2
+    assert "another is running in" in " ".join(capsys.readouterr().err.split())
 
 
 def test_rows_that_have_changed_are_refused(finished, tmp_path, capsys):
@@ -382,7 +390,7 @@ def test_rows_that_have_changed_are_refused(finished, tmp_path, capsys):
     known["rows"]["test"] = known["rows"]["train"]
     file.write_text(json.dumps(known))
     assert main(command(tmp_path)) == 2
-    assert "The rows of test are not those that what lies in" in capsys.readouterr().err
+    assert "The rows of test are others than the run in" in capsys.readouterr().err
 
 
 def test_a_recipe_is_needed(capsys):

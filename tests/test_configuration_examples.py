@@ -1,6 +1,7 @@
 """Rows of priors and memories as examples."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -140,6 +141,19 @@ def test_records_of_before_tell_where_the_student_began_and_the_recipes_learning
 def test_records_of_another_form_stop_nobody(details: str) -> None:
     odd = {**memory_row(finished()), "details": details}
     assert [one.data for one in memory_examples([odd, memory_row(finished())])] == ["letter"]
+
+
+@pytest.mark.parametrize("place", ["configuration", "features"])
+@pytest.mark.parametrize("value", [None, "x", [], True, math.nan, math.inf])
+def test_records_with_odd_values_stop_nobody(place: str, value: object) -> None:
+    auto = AutoRecord(
+        "because", "by nothing", [], dataclasses.asdict(SOFT), {"distillation": {}, "training": {}}, {"log_rows": 2.5},
+        [], 10, 5, 3, 1.0, 0.1,
+    )  # fmt: skip
+    row = memory_row(finished(auto=auto))
+    details = json.loads(row["details"])
+    details["auto"][place]["temperature" if place == "configuration" else "log_rows"] = value
+    assert memory_examples([{**row, "details": json.dumps(details)}]) == []
 
 
 def test_runs_of_a_later_version_stop_nobody() -> None:

@@ -17,6 +17,7 @@ from sklearn.datasets import load_wine
 from hf_hpmkd import classifier_training
 from hf_hpmkd.cli import main
 from hf_hpmkd.models.tabular import TabularForClassification
+from hf_hpmkd.run_folder import alone_in
 from hf_hpmkd.run_record import RunRecord
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +102,12 @@ def test_a_folder_of_another_recipe_is_refused_and_kept(finished, capsys):
     assert main(["distill", str(finished / "recipe.yaml"), "training.seed=5"]) == 2
     assert "holds a run of another recipe" in capsys.readouterr().err
     assert RunRecord.load(finished / "run" / "run_record.json").seed == 0
+
+
+def test_a_folder_is_for_one_run_at_a_time(finished, capsys):
+    with alone_in(finished / "run"):
+        assert main(["distill", str(finished / "recipe.yaml")]) == 2
+    assert "another is running in" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_folder_with_other_things_is_refused(tmp_path, capsys):

@@ -67,10 +67,9 @@ class Rows(ABC):
         self._hash_inputs(digest)
         return digest.hexdigest()
 
-    @property
-    def labelled_fingerprint(self) -> str:
-        """sha256 (hex) over the fingerprint and the labels, class names included."""
-        digest = hashlib.sha256(self.fingerprint.encode())
+    def labelled_fingerprint(self, read: bool = True) -> str:
+        """sha256 (hex) over the fingerprint and the labels, class names included. read: False leaves the rows out."""
+        digest = hashlib.sha256(self.fingerprint.encode() if read else b"")
         digest.update(repr(self.class_names).encode())
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()
