@@ -61,8 +61,12 @@ def test_the_judgement_of_the_adaptive_configuration_is_that_of_its_record():
     folder = ROOT / "model_cards" / "auto"
     results = json.loads((folder / "bench.json").read_text(encoding="utf-8"))["results"]
     assert block("auto") == totals(results)
-    grown = json.loads((folder / "bench_growth.json").read_text(encoding="utf-8"))["results"]
+    grown, long = (
+        json.loads((folder / f"bench_{name}.json").read_text(encoding="utf-8"))["results"]
+        for name in ("growth", "long_grid")
+    )
     shown = f"{auto_summary(results)}\n\n## As the prior grows\n\n{growth(grown)}\n"
+    shown += f"\n## An image and a text, with a grid\n\n{auto_summary(long)}\n"
     assert (folder / "README.md").read_text(encoding="utf-8").split("\n\n", 2)[2] == shown
 
 
