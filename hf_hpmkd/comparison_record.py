@@ -176,8 +176,8 @@ class ComparisonRecord(_JsonFile):
     recipe: the one they share, with the seed 0 in its place. baseline: the method that the others are compared with.
     teacher_seed: of all teachers trained on the spot; None where each seed has its own. tuning_teacher_seed: of those
     that the tuning heard. teachers: "seed-0", ... or "loaded" -> the teachers of these students. parts: the provenance
-    of the data. rows: part -> fingerprint of its rows and labels. results: of the finished students, without their
-    curves. trials: of the methods' tuning, if any. looks: every opening of the test part.
+    of the data. rows: part, but test -> fingerprint of its rows and labels. results: of the finished students, without
+    their curves. trials: of the methods' tuning, if any. looks: every opening of the test part.
     """
 
     __pydantic_config__ = _STRICT

@@ -5,7 +5,7 @@ validation chooses the checkpoint; test is read once, at the end. Every draw is 
 and no row is in two parts.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -129,11 +129,11 @@ class DataParts:
     num_views: int = 0
     provenance: dict[str, Any] = field(default_factory=dict)
 
-    def fingerprints(self, unread: Collection[str] = ()) -> dict[str, str]:
+    def fingerprints(self, unread: Collection[str] = (), parts: Sequence[str] = PARTS) -> dict[str, str]:
         """Part -> fingerprint (hex) of its rows and labels; of those in `unread`, whose rows are many and are not read
         before they are needed, of the labels alone.
         """
-        return {part: getattr(self, part).labelled_fingerprint(read=part not in unread) for part in PARTS}
+        return {part: getattr(self, part).labelled_fingerprint(read=part not in unread) for part in parts}
 
 
 def load_parts(

@@ -386,11 +386,11 @@ def test_rows_that_have_changed_are_refused(finished, tmp_path, capsys):
     shutil.copytree(finished / "out", tmp_path / "out")
     file = tmp_path / "out" / "comparison.json"
     known = json.loads(file.read_text())
-    assert len(set(known["rows"].values())) == 4
-    known["rows"]["test"] = known["rows"]["train"]
+    assert len(set(known["rows"].values())) == 3
+    known["rows"]["guide"] = known["rows"]["train"]
     file.write_text(json.dumps(known))
     assert main(command(tmp_path)) == 2
-    assert "The rows of test are others than the run in" in capsys.readouterr().err
+    assert "The rows of guide are others than the run in" in capsys.readouterr().err
 
 
 def test_a_recipe_is_needed(capsys):
