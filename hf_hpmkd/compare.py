@@ -177,8 +177,7 @@ def _tuned(
     if not settings.tune:
         return list(settings.methods), []
     if record.tuning_teacher_seed is None:  # those of the first seed are needed anyway
-        known = settings.seeds[0] if settings.teacher_seed is None else settings.teacher_seed
-        record.tuning_teacher_seed = known
+        record.tuning_teacher_seed = settings.seeds[0] if settings.teacher_seed is None else settings.teacher_seed
     place = Workplace(place.recipe, place.folder, record.tuning_teacher_seed, place.store)
     versions = {method: trials(place.recipe, method, num_versions(settings.tune)) for method in settings.methods}
     versions = {method: several for method, several in versions.items() if len(several) > 1}
