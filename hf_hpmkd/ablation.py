@@ -6,6 +6,7 @@ A component that the recipe uses is switched off; one that it leaves off is swit
 from dataclasses import dataclass
 from itertools import combinations
 
+from hf_hpmkd.losses import LEGAL_SCHEDULES
 from hf_hpmkd.methods import Method
 from hf_hpmkd.recipe import Recipe
 
@@ -43,24 +44,37 @@ COMPONENTS = (
     Component(
         "temperature",
         ("distillation.temperature_schedule=constant",),
-        ("distillation.temperature_schedule=learned",),
+        (),  # `_moving_temperature`
     ),
     Component("adaptive", ("auto.mode=off",), ("auto.mode=fast",)),
 )
 
 
 def ablation_methods(recipe: Recipe) -> list[Method]:
-    """The recipe as it is, called "full"; each component switched over; each pair of those that it uses, off."""
+    """The recipe as it is, called "full"; each component switched over; each pair of those that it uses, off. A
+    temperature that its kind of loss cannot have moving is left out.
+    """
     used = [component for component in COMPONENTS if component.is_on(recipe)]
     methods = [Method(FULL, "the recipe as it is")]
     for component in COMPONENTS:
         if component in used:
             methods.append(Method(f"no-{component.name}", f"without {component.name}", component.off))
-        else:
-            methods.append(
-                Method(f"with-{component.name}", f"with {component.name}, which the recipe leaves off", component.on)
-            )
+        elif on := component.on or _moving_temperature(recipe):
+            methods.append(Method(f"with-{component.name}", f"with {component.name}, which the recipe leaves off", on))
     for one, other in combinations(used, 2):
         name = f"no-{one.name}-no-{other.name}"
         methods.append(Method(name, f"without {one.name} and {other.name}", (*one.off, *other.off)))
     return methods
+
+
+def _moving_temperature(recipe: Recipe) -> tuple[str, ...]:
+    """Lets T move: learned from the recipe's own T, where its loss can, else by the paper's choice of schedules. Empty
+    where neither goes with the loss.
+    """
+    it = recipe.distillation
+    legal = LEGAL_SCHEDULES[it.kd_kind]
+    if "learned" in legal:
+        low, high = min(it.temperature, it.temperature_min), max(it.temperature, it.temperature_max)
+        ends = (f"distillation.temperature_min={low:g}", f"distillation.temperature_max={high:g}")
+        return ("distillation.temperature_schedule=learned", *ends)
+    return ("distillation.temperature_schedule=auto",) if "auto" in legal else ()

@@ -160,7 +160,8 @@ def _judge(settings: Settings, folder: Path, seed: int) -> dict[str, Any]:
         student = {"model": settings.student} if settings.student else {}
         rows = folder
         if (test_rows := num_rows(folder, "test")) < FEW_TEST_ROWS:
-            rows, data["test_size"] = _joined(folder, Path(place) / "rows"), test_rows
+            rows = _joined(folder, Path(place) / "rows")
+            data |= {"test_size": test_rows} if test_rows else {}  # without a test split, a recipe's usual share
         runs = TableRuns(rows, Path(place), seed, warm_start=True, data=data, training=training, student=student)
         test = runs.parts.test
         methods: dict[str, dict[str, Any]] = {}

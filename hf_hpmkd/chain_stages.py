@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_hpmkd.classifier_training import (
     Schedule,
@@ -27,11 +27,12 @@ from hf_hpmkd.data import DataParts
 from hf_hpmkd.fitted_start import MOST_ROWS, can_fit, fit_start
 from hf_hpmkd.intermediate_models import Intermediate, build_intermediate, find_intermediates
 from hf_hpmkd.kept_classifiers import NOT_IN_KEY, About, Training, answers_right, making, take
+from hf_hpmkd.models import TabularProcessor
 from hf_hpmkd.recipe import recipe_tree
 from hf_hpmkd.run_context import Run
 from hf_hpmkd.run_record import StageRecord
 from hf_hpmkd.stage_card import write_stage_card
-from hf_hpmkd.tasks.base import Rows, json_digest
+from hf_hpmkd.tasks.base import Feed, Rows, json_digest
 from hf_hpmkd.teacher_kinds import FoldedTeacher, Teacher, TorchTeacher, architecture
 from hf_hpmkd.warm_start import can_warm_start, warm_start
 
@@ -41,6 +42,9 @@ _NOT_IN_KEY = {
     "training": (*NOT_IN_KEY, "epochs", "min_steps", "seed"),
     "distillation": ("cache_dir", "direct", "keep"),
 }
+
+# What decides which input of a table stands where.
+_PLACES = ("numeric_columns", "indicator_columns", "categorical_columns", "categories")
 
 
 class Builder(Protocol):
@@ -62,32 +66,53 @@ class WarmBuild:
 
     def __call__(self) -> Classifier:
         classifier = self.build()
-        source = self.source(classifier.model)
+        source = self.source(classifier)
         if source is not None and isinstance(source.model, PreTrainedModel):
-            self.share, self.origin = warm_start(classifier.model, source.model).fraction, source.name
+            started = warm_start(classifier.model, source.model, _same_vocabulary(classifier.feed, source.feed))
+            self.share, self.origin = started.fraction, source.name
             if can_fit(classifier.model, source.model):
                 chosen = torch.linspace(0, len(self.rows) - 1, min(len(self.rows), MOST_ROWS)).long()
                 fit_start(classifier.model, source.model, classifier.feed(self.rows.raw(chosen)))
         return classifier
 
-    def source(self, model: PreTrainedModel) -> TorchTeacher | None:
-        """What such a model would start from."""
+    def source(self, classifier: Classifier) -> TorchTeacher | None:
+        """What such a model would start from: of an MLP one that reads the same columns in the same order."""
         for one in self.above:
-            if isinstance(one.model, PreTrainedModel) and can_warm_start(model, one.model):
+            alike = isinstance(one.model, PreTrainedModel) and can_warm_start(classifier.model, one.model)
+            if alike and _same_columns(classifier.feed, one.feed):
                 return one
         return None
 
     @property
     def can_start(self) -> bool:
         """Whether the model has one to start from."""
-        return self.source(self.build(meta=True).model) is not None
+        return self.source(self.build(meta=True)) is not None
 
     def describe(self) -> dict[str, Any]:
         """All that decides the initial weights but the seed."""
-        model = self.build(meta=True).model
-        start = self.source(model)
-        known = {**architecture(model), "start": start.fingerprint if start else None}
-        return {**known, "fitted": True} if start is not None and can_fit(model, start.model) else known
+        classifier = self.build(meta=True)
+        start = self.source(classifier)
+        known = {**architecture(classifier.model), "start": start.fingerprint if start else None}
+        if start is None:
+            return known
+        fitted = {"fitted": True} if can_fit(classifier.model, start.model) else {}
+        return known | fitted | ({} if _same_vocabulary(classifier.feed, start.feed) else {"other_vocabulary": True})
+
+
+def _same_columns(feed: Feed, above: Feed) -> bool:
+    """Whether two feeds of tables give the same inputs at the same places, up to mean and spread; other feeds: yes."""
+    ours, theirs = feed.processor, above.processor
+    if not (isinstance(ours, TabularProcessor) and isinstance(theirs, TabularProcessor)):
+        return True
+    return all(getattr(ours, name) == getattr(theirs, name) for name in _PLACES)
+
+
+def _same_vocabulary(feed: Feed, above: Feed) -> bool:
+    """Whether two feeds of texts mean the same by a token id; other feeds: yes."""
+    ours, theirs = feed.processor, above.processor
+    if not (isinstance(ours, PreTrainedTokenizerBase) and isinstance(theirs, PreTrainedTokenizerBase)):
+        return True
+    return ours.get_vocab() == theirs.get_vocab()
 
 
 class Stages:

@@ -256,8 +256,8 @@ def train_or_load(
         trainer.distiller.close()  # teachers outlive it
     if steps < trainer.state.max_steps:  # stopped on the way
         return trained
+    trainer.save_model(str(folder))  # in all processes: a model that is cut over them is put together first
     if trainer.is_world_process_zero():
-        trainer.save_model(str(folder))
         (folder / "training_args.bin").unlink()  # a pickle with this machine's paths; the run record says it all
         if classifier.feed.processor is not None:
             classifier.feed.processor.save_pretrained(folder)
@@ -267,6 +267,8 @@ def train_or_load(
             shutil.move(trackers, folder.with_name(f"{folder.name}.runs"))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # what was trained is still in pieces
+        classifier.model = type(classifier.model).from_pretrained(folder)
     return trained
 
 

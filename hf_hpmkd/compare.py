@@ -80,7 +80,9 @@ def compare(
         methods, tried = _tuned(place, settings, record, say)
         jobs = [Job(method, seed, settings.folder) for seed in settings.seeds for method in methods]
         # Those of earlier seeds too, which stand beside these in one row.
-        _check_jobs(place, [Job(method, seed, settings.folder) for seed in record.seeds for method in methods])
+        seeds = sorted({*record.seeds, *settings.seeds})
+        _check_jobs(place, [Job(method, seed, settings.folder) for seed in seeds for method in methods])
+        record.seeds, record.baseline = seeds, _baseline(settings)
         _write_methods(record, methods, tried)
         try:
             failures = _train(place, jobs, settings.processes, record, say)
@@ -137,9 +139,8 @@ def _check_folder(folder: Path) -> None:
 
 
 def _open_record(recipe: Recipe, settings: Settings, source: str) -> ComparisonRecord:
-    """The record in the folder with these methods and seeds added, or a new one."""
+    """The record in the folder, or a new one. Seeds and baseline are added once the command is known to go on."""
     file, versions_hardware = settings.folder / COMPARISON_FILE, environment()
-    baseline = settings.baseline or settings.methods[0].name
     if file.is_file():
         record = ComparisonRecord.load(file)
         if record.recipe_fingerprint != fingerprint(recipe) or record.teacher_seed != settings.teacher_seed:
@@ -149,14 +150,16 @@ def _open_record(recipe: Recipe, settings: Settings, source: str) -> ComparisonR
             )
     else:
         record = ComparisonRecord(
-            source, recipe_tree(recipe), fingerprint(recipe), baseline, teacher_seed=settings.teacher_seed
+            source, recipe_tree(recipe), fingerprint(recipe), _baseline(settings), teacher_seed=settings.teacher_seed
         )
         record.started = now()
-    record.baseline = baseline
-    record.seeds = sorted({*record.seeds, *settings.seeds})
     record.versions, record.hardware = versions_hardware
     record.commits["hf_hpmkd"] = code_commit()
     return record
+
+
+def _baseline(settings: Settings) -> str:
+    return settings.baseline or settings.methods[0].name
 
 
 def _write_methods(record: ComparisonRecord, methods: Sequence[Method], tried: Sequence[Trial]) -> None:
@@ -288,19 +291,21 @@ def _open_test(place: Workplace, jobs: Sequence[Job], record: ComparisonRecord, 
     """Scores the finished students on the test part, and writes down that it was looked at before it is."""
     finished = [job for job in jobs if (result := job.result()) is not None and result.status == "completed"]
     new = [job for job in finished if "test" not in _result(job).scores]
-    if not new:
-        return
-    students = {job.method.name: [one.seed for one in new if one.method == job.method] for job in new}
-    record.looks.append(Look(now(), students))
-    record.save(place.folder / COMPARISON_FILE)
-    say(f"Opening the test part for {len(new)} students (look {len(record.looks)}).")
+    keys = dict.fromkeys(place.teacher_key(job.seed) for job in finished)
+    unscored = [key for key in keys if any("test" not in one.accuracy for one in record.teachers[key])]
+    if new:
+        students = {job.method.name: [one.seed for one in new if one.method == job.method] for job in new}
+        record.looks.append(Look(now(), students))
+        record.save(place.folder / COMPARISON_FILE)
+        say(f"Opening the test part for {len(new)} students (look {len(record.looks)}).")
     test = place.parts.test
-    for key in dict.fromkeys(place.teacher_key(job.seed) for job in new):
+    for key in unscored:
         teachers = place.teachers(key)
         run = place.teachers_run(key)
         logits = teacher_logits(teachers, test, run.recipe, run.memory.cache, say)
         for known, of_teacher in zip(record.teachers[key], logits, strict=True):
             known.accuracy["test"] = float((of_teacher.argmax(-1) == test.labels).double().mean())
+        record.save(place.folder / COMPARISON_FILE)
     for job in new:
         result = _result(job)
         result.scores["test"] = place.score(place.load_student(job), test)

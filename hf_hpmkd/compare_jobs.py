@@ -29,6 +29,8 @@ from hf_hpmkd.chain_stages import WarmBuild
 from hf_hpmkd.classifier_training import (
     Trained,
     copy_training,
+    done_file,
+    move_training,
     old_garbage_left,
     remove_training,
     student_schedule,
@@ -209,8 +211,11 @@ class Workplace:
         result.save(job.result_file)
         job.run_folder.mkdir(exist_ok=True)
         build = student_builder(recipe, self.parts)
-        if searches and (job.run_folder / RECORD_FILE).is_file():  # chosen before an interruption
-            run.record.auto = RunRecord.load(job.run_folder / RECORD_FILE).auto
+        if searches:
+            if (job.run_folder / RECORD_FILE).is_file():  # chosen before an interruption
+                run.record.auto = RunRecord.load(job.run_folder / RECORD_FILE).auto
+            measured = RunRecord.load(self.folder / self.teacher_key(job.seed) / RECORD_FILE).teachers
+            run.record.teachers = [one for one in measured if one.name in result.teachers]  # as a run knows them
         # As in a run: what was chosen has to prove itself against direct training, which is trained for that.
         proves = searches and recipe.distillation.direct and recipe.distillation.keep == "better"
         direct, asked = job.run_folder / "direct" if proves else None, recipe
@@ -240,17 +245,20 @@ class Workplace:
                 distiller_class=DISTILLERS[job.method.loss],
             )
 
+        given_up = job.run_folder / "distilled"  # for direct training, before an interruption
+        student = given_up if done_file(given_up).is_file() else job.student
         plain = None if direct is None else fit(build, asked, direct, [])
         if direct is not None and is_direct(asked, recipe):
             copy_training(direct, job.student)
-        trained = fit(build_warm, recipe, job.student, guides)
+        trained = fit(build_warm, recipe, student, guides)
         result.seconds = trained.seconds
         if direct is not None and plain is not None and not is_direct(asked, recipe):
             result.seconds += plain.seconds
             size, proof = recipe.training.eval_batch_size, proof_needed(asked)
             run.record.kept = judge_students(plain.classifier, trained.classifier, self.parts, size, proof)
             if run.record.kept.kept == "direct":
-                remove_training(job.student)
+                if student != given_up:
+                    move_training(student, given_up)
                 copy_training(direct, job.student)
                 trained = plain
         run.keep_start(build_warm.share, build_warm.origin)
@@ -266,6 +274,7 @@ class Workplace:
         result.scores["validation"] = self.score(trained.classifier, self.parts.validation)
         result.status, result.finished = "completed", now()
         result.save(job.result_file)
+        remove_training(given_up)
         return result
 
     def load_student(self, job: Job) -> Classifier:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
-from hf_hpmkd.comparison_record import COMPARISON_FILE, ComparisonRecord, Result
-from hf_hpmkd.paired_tests import Mean, holm, mcnemar, mean_of, paired_t, surely_better
+from hf_hpmkd.comparison_lines import (
+    KEPT,
+    KEPT_TOLD,
+    PARTS,
+    Line,
+    accuracy,
+    common_part,
+    kept,
+    lines,
+    measured,
+    same_students,
+)
+from hf_hpmkd.comparison_record import COMPARISON_FILE, ComparisonRecord
+from hf_hpmkd.paired_tests import Mean
 from hf_hpmkd.report import markdown
 from hf_hpmkd.run_record import last_name
 
@@ -20,110 +31,6 @@ _BASELINE, _OTHER, _REFERENCE = "#0072B2", "#D55E00", "#666666"
 _PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D")
 _SIGNIFICANT = 0.05
-
-KEPT = "kept"
-"""What a run leaves: `hpmkd`, or `direct` where it is surely better on validation rows (`distillation.keep`)."""
-_KEPT_TOLD = "of hpmkd and direct the one that a run keeps, chosen on validation rows; seconds of both"
-
-
-@dataclass(frozen=True)
-class Line:
-    """A method's figures on one part. accuracy, retention: shares. difference: to the baseline, over the seeds that
-    both have. p: of the paired test of that difference, corrected (Holm) for the number of methods; None where it could
-    not be made. by_rows: that the test is McNemar's on the rows of the one seed they share.
-    """
-
-    method: str
-    accuracy: Mean
-    difference: Mean | None
-    p: float | None
-    by_rows: bool
-    retention: float | None
-    seconds: Mean | None
-
-
-def lines(record: ComparisonRecord, part: str, with_kept: bool = False) -> list[Line]:
-    """One line per method that has results on a part, the baseline first, then in the order of the record.
-
-    with_kept: then `KEPT` too, untested, where both that it chooses from are there. Methods that ended with the same
-    students, as two that chose the labels alone, are one hypothesis, which is corrected for once.
-    """
-    names_of_all = [*(method.name for method in record.methods), *([KEPT] if with_kept else [])]
-    results = {name: _measured(record, name, part) for name in names_of_all}
-    names = sorted((name for name in results if results[name]), key=lambda name: name != record.baseline)
-    base = results.get(record.baseline, {})
-    tested = [name for name in names if name not in (record.baseline, KEPT)]
-    tests = {name: _test(results[name], base, part) for name in tested}
-    groups = _same_students({name: results[name] for name in tested}, base, part)
-    corrected: dict[str, float | None] = dict.fromkeys(tested, 1.0)  # of the baseline's own students
-    for group, p in zip(groups, holm([tests[group[0]][0] for group in groups]), strict=True):
-        corrected |= dict.fromkeys(group, p)
-    found = []
-    for name in names:
-        p, of_rows = corrected.get(name), tests[name][1] if name in tests else False
-        mine = list(results[name].values())
-        retention = [value for one in mine if (value := record.retention(one, part)) is not None]
-        seconds = [float(one.seconds) for one in mine if one.seconds is not None]
-        shared = [seed for seed in results[name] if seed in base] if name != record.baseline else []
-        differences = [_accuracy(results[name][seed], part) - _accuracy(base[seed], part) for seed in shared]
-        found.append(
-            Line(
-                name,
-                mean_of([_accuracy(one, part) for one in mine]),
-                mean_of(differences) if differences else None,
-                p,
-                of_rows,
-                mean_of(retention).mean if retention else None,
-                mean_of(seconds) if seconds else None,
-            )
-        )
-    return found
-
-
-def _measured(record: ComparisonRecord, method: str, part: str) -> dict[int, Result]:
-    if method == KEPT:
-        return {seed: one for seed, one in _kept(record).items() if part in one.scores}
-    return {seed: one for seed, one in record.of_method(method).items() if part in one.scores}
-
-
-def _kept(record: ComparisonRecord) -> dict[int, Result]:
-    """By seed the student that a run would keep; its seconds are those of both trainings."""
-    direct, distilled = record.of_method("direct"), record.of_method("hpmkd")
-    found = {}
-    for seed in direct.keys() & distilled.keys():
-        one, other = direct[seed], distilled[seed]
-        rights = [result.scores["validation"].right().tolist() for result in (one, other)]
-        chosen = one if surely_better(rights[0], rights[1])[0] else other
-        seconds = None if one.seconds is None or other.seconds is None else one.seconds + other.seconds
-        found[seed] = dataclasses.replace(chosen, method=KEPT, seconds=seconds)
-    return dict(sorted(found.items()))
-
-
-def _accuracy(result: Result, part: str) -> float:
-    return float(result.scores[part].accuracy)
-
-
-def _same_students(results: dict[str, dict[int, Result]], base: dict[int, Result], part: str) -> list[list[str]]:
-    """The methods, those together that answered the same rows right with every seed; without those that are the
-    baseline over again.
-    """
-    answers = {
-        name: frozenset((seed, one.scores[part].hits) for seed, one in mine.items()) for name, mine in results.items()
-    }
-    own = frozenset((seed, one.scores[part].hits) for seed, one in base.items())
-    groups: dict[frozenset[tuple[int, str]], list[str]] = {}
-    for name, answered in answers.items():
-        if answered != own:
-            groups.setdefault(answered, []).append(name)
-    return list(groups.values())
-
-
-def _test(mine: dict[int, Result], base: dict[int, Result], part: str) -> tuple[float | None, bool]:
-    shared = [seed for seed in mine if seed in base]
-    if len(shared) == 1:
-        one, other = mine[shared[0]].scores[part], base[shared[0]].scores[part]
-        return mcnemar(one.right().tolist(), other.right().tolist()), True
-    return paired_t([_accuracy(mine[s], part) for s in shared], [_accuracy(base[s], part) for s in shared]), False
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -167,8 +74,8 @@ def summary(record: ComparisonRecord) -> str:
     if any("test" in one.scores for one in record.results):
         blocks.insert(1, table(record, "test", with_kept=True))
     meaning = [f"- {m.name}: {m.description}" for m in record.methods]
-    if _kept(record):
-        meaning.append(f"- {KEPT}: {_KEPT_TOLD}")
+    if kept(record):
+        meaning.append(f"- {KEPT}: {KEPT_TOLD}")
     return "\n\n".join([*blocks, "\n".join(meaning)])
 
 
@@ -186,17 +93,19 @@ def overview(records: Sequence[ComparisonRecord], part: str, shown: Sequence[str
     rows = [[name, *(_cell(column.get(name)) for column in columns)] for name in methods]
     seeds = sorted({column[name].accuracy.count for column in columns for name in methods if name in column})
     counts = " or ".join(str(count) for count in seeds)
+    by_rows = {line.by_rows for column in columns for line in column.values() if line.p is not None}
+    tests = ["paired t"] * (by_rows != {True}) + ["McNemar's, with one seed,"] * (True in by_rows)
     told = (
         f"{part.capitalize()} accuracy in percent, mean ± standard deviation over {counts} seeds; in brackets the "
         f"difference to {' or '.join(sorted({record.baseline for record in records}))} in points, with * where p < "
-        f"{_SIGNIFICANT} (paired t, Holm's correction within a column)."
+        f"{_SIGNIFICANT} ({' or '.join(tests)}, Holm's correction within a column)."
     )
     meaning: dict[str, dict[str, list[str]]] = {}  # name -> description -> data
     for record in records:
         for method in record.methods:
             meaning.setdefault(method.name, {}).setdefault(method.description, []).append(_data_name(record))
-        if _kept(record):
-            meaning.setdefault(KEPT, {}).setdefault(_KEPT_TOLD, []).append(_data_name(record))
+        if kept(record):
+            meaning.setdefault(KEPT, {}).setdefault(KEPT_TOLD, []).append(_data_name(record))
     listed = "\n".join(f"- `{name}`: {_told(meaning[name])}" for name in methods)
     return "\n\n".join([markdown(header, rows, left=1), told, listed])
 
@@ -250,17 +159,12 @@ def show(
     return "\n\n".join(told)
 
 
-def common_part(records: Sequence[ComparisonRecord]) -> str:
-    """The test part where all finished students of all comparisons have it, else validation."""
-    return "test" if all("test" in one.scores for record in records for one in record.results) else "validation"
-
-
 def notes(record: ComparisonRecord) -> list[str]:
     """Sentences on how the figures came about, and on what makes them weaker than they look."""
     found = lines(record, "validation")
     results = {line.method: record.of_method(line.method) for line in found if line.p is not None}
     base = record.of_method(record.baseline)
-    groups = _same_students(results, base, "validation")
+    groups = same_students(results, base)
     twice = [" and ".join(group) for group in groups if len(group) > 1]
     baseline_again = sorted(results.keys() - {name for group in groups for name in group})
     twice += [" and ".join([record.baseline, *baseline_again])] if baseline_again else []
@@ -273,7 +177,7 @@ def notes(record: ComparisonRecord) -> list[str]:
     said[0] += f" Holm's correction for {len(groups)} comparisons with {record.baseline}."
     if twice:
         said.append(f"Ended with the same students, which are compared once: {'; '.join(twice)}.")
-    rows = {part: {one.scores[part].rows for one in record.results if part in one.scores} for part in _PARTS}
+    rows = {part: {one.scores[part].rows for one in record.results if part in one.scores} for part in PARTS}
     sizes = ", ".join(f"{max(count):,} {part} rows" for part, count in rows.items() if count)
     steps = sorted({one.steps for one in record.results if one.steps is not None})
     params = sorted({one.num_params for one in record.results if one.num_params is not None})
@@ -319,9 +223,6 @@ def notes(record: ComparisonRecord) -> list[str]:
     else:
         said.append("The test part was not opened; validation rows also choose, so their figures flatter.")
     return said
-
-
-_PARTS = ("validation", "test")
 
 
 def _listed(values: Sequence[int]) -> str:
@@ -373,7 +274,7 @@ def _accuracy_figure(record: ComparisonRecord, part: str) -> Figure:
     axes = figure.subplots()
     for place, line in enumerate(found):
         colour = _BASELINE if line.method == record.baseline else _OTHER
-        seeds = [100 * _accuracy(one, part) for one in _measured(record, line.method, part).values()]
+        seeds = [100 * accuracy(one, part) for one in measured(record, line.method, part).values()]
         axes.plot(seeds, [place + 0.22] * len(seeds), "o", color=colour, alpha=0.45, markersize=3.5)
         axes.errorbar(100 * line.accuracy.mean, place, xerr=_bars(line.accuracy), fmt="o", color=colour, capsize=3)
     axes.axvline(100 * found[0].accuracy.mean, color=_REFERENCE, linewidth=1.0, linestyle=(0, (1, 1.5)), zorder=1)

@@ -136,6 +136,15 @@ class DataParts:
         return {part: getattr(self, part).labelled_fingerprint(read=part not in unread) for part in parts}
 
 
+def _share_colour(parts: dict[str, Rows]) -> None:
+    """Gives all parts three channels where one has a colour image and another none: models and teachers that count
+    pixels are made for one of them and asked about all.
+    """
+    images = {name: part for name, part in parts.items() if isinstance(part, ImageRows) and part.channels}
+    if len({part.channels for part in images.values()}) > 1:
+        parts |= {name: part.in_colour() for name, part in images.items()}
+
+
 def load_parts(
     config: DataConfig, *, task: str = "auto", teachers_saw_train: bool = True, fixed_answers: bool = False
 ) -> DataParts:
@@ -170,6 +179,7 @@ def load_parts(
         rows = splits[chosen[role]]
         picked = rows if len(indices) == len(rows) else rows.select(indices)
         parts[part] = _make_rows(config, task, columns, class_names, picked, augmentation if part == "train" else None)
+    _share_colour(parts)
     warnings = notes + _missing_classes(parts)
     if teachers_saw_train and config.guide_from == "train":
         warnings.append("The guide rows come from the training split, which a teacher trained elsewhere may have seen.")

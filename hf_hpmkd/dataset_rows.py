@@ -1,7 +1,9 @@
 """Lets `HPMKDTrainer` take somebody's own dataset: adds row ids to its batches and shows it to teachers as `Rows`."""
 
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -78,9 +80,10 @@ class SharedInputsFeed:
 class DatasetRows(Rows):
     """Any map-style dataset with a collator, seen as `Rows`.
 
-    One pass over it hashes the collated inputs (the fingerprint) and reads the labels. stored: teacher outputs are to
-    be kept for these rows; raises ValueError where the dataset gives different inputs for the same row twice, because
-    they would belong to neither.
+    One pass over it hashes the collated inputs, and the raw image or text that a teacher with a feed of its own reads
+    (the fingerprint), and reads the labels. Warns where one of several text columns is taken for that text. stored:
+    teacher outputs are to be kept for these rows; raises ValueError where the dataset gives different inputs for the
+    same row twice, because they would belong to neither.
     """
 
     def __init__(
@@ -96,7 +99,7 @@ class DatasetRows(Rows):
         # Columns that a transform reads, an image or a text, are still in the dataset behind it.
         columns = dataset.with_format(None) if isinstance(dataset, datasets.Dataset) else None
         self.task, self.raw_column = _raw_column(columns)
-        fingerprint, labels = self._read()
+        fingerprint, labels = self._read(columns)
         class_names = _label_names(columns) or class_names
         if class_names is None:
             raise ValueError(
@@ -127,9 +130,10 @@ class DatasetRows(Rows):
     def subset(self, indices: Sequence[int] | torch.Tensor) -> "DatasetRows":
         raise ValueError("Rows of somebody's own dataset are used whole; select rows from the dataset itself.")
 
-    def _read(self) -> tuple[str, torch.Tensor]:
+    def _read(self, columns: datasets.Dataset | None) -> tuple[str, torch.Tensor]:
         digest, labels = hashlib.sha256(), []
         size = len(self.source)
+        read_raw = _raw_reader(columns, self.raw_column)
         for start in range(0, size, _CHUNK):
             batch = self.batch(range(start, min(start + _CHUNK, size)))
             if "labels" not in batch:
@@ -146,6 +150,8 @@ class DatasetRows(Rows):
                     "views, or set teacher_outputs=live with teachers passed as model objects."
                 )
             digest.update(hashed)
+            for value in read_raw(start, min(start + _CHUNK, size)):
+                digest.update(len(value).to_bytes(8, "little") + value)
         return digest.hexdigest(), torch.cat(labels)
 
 
@@ -186,6 +192,20 @@ def _hash(batch: Mapping[str, Any]) -> bytes:
     return digest.digest()
 
 
+def _raw_reader(columns: datasets.Dataset | None, name: str | None) -> Callable[[int, int], list[bytes]]:
+    """A function that gives the raw images, as they are stored, or texts of the rows from one position to another."""
+    if columns is None or name is None:
+        return lambda start, stop: []
+    rows = columns.select_columns([name])
+    if not isinstance(columns.features[name], datasets.Image):
+        return lambda start, stop: [str(text).encode() for text in rows[start:stop][name]]
+    stored = rows.cast_column(name, datasets.Image(decode=False))
+    return lambda start, stop: [
+        Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
+        for value in stored[start:stop][name]
+    ]
+
+
 def _raw_column(dataset: datasets.Dataset | None) -> tuple[str, str | None]:
     """The task a dataset's raw columns speak of, and the column that holds the image or text."""
     features = dataset.features if dataset is not None else {}
@@ -196,6 +216,13 @@ def _raw_column(dataset: datasets.Dataset | None) -> tuple[str, str | None]:
     named = [name for name in texts if name in TEXT_COLUMNS]
     # Of several texts (an id beside it, a pair of sentences) only a well-known name tells which one is meant.
     if len(named) == 1 or len(texts) == 1:
+        if len(texts) > 1:
+            others = [name for name in texts if name != named[0]]
+            warnings.warn(
+                f"Teachers that read texts themselves are given the column {named[0]!r} and not "
+                f"{', '.join(map(repr, others))}. Where a text is made of several columns, join them in one.",
+                stacklevel=2,
+            )
         return TEXT_CLASSIFICATION, (named or texts)[0]
     return "", None
 

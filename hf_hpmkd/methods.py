@@ -19,6 +19,7 @@ Loss = Literal["", "as-printed", "at", "ctkd", "dml", "fitnets"]
 
 DEFAULT_METHODS = ("direct", "kd-best", "kd-mean", "hpmkd")
 SECTIONS = ("distillation", "chain", "auto", "training")
+RESERVED, RESERVED_ENDINGS = ("kept",), (".run", ".result")
 EQUAL_FOR_ALL = (
     "training.seed",
     "training.max_steps",
@@ -106,6 +107,8 @@ METHODS = (
         "KD on z-scored logits of the plain mean (weight 9 to cross-entropy's 0.1, T 2)",
         (
             *PLAIN,
+            "distillation.teacher_outputs=full",
+            "distillation.topk=null",
             "distillation.kd_kind=standardized_kl",
             "distillation.temperature=2",
             f"distillation.alpha={9 / 9.1:.6f}",
@@ -178,6 +181,11 @@ def parse_method(text: str) -> Method:
     known = known_methods()
     if name in known:
         raise ValueError(f"Method {name!r} comes with the package. Give yours another name.")
+    if name in RESERVED or name.endswith(RESERVED_ENDINGS):
+        raise ValueError(
+            f"Method {name!r}: {', '.join(RESERVED)} and names that end in {' or '.join(RESERVED_ENDINGS)} are what a "
+            "comparison calls other things. Give yours another name."
+        )
     overrides: list[str] = []
     bases: list[Method] = []
     for word in shlex.split(rest):

@@ -29,6 +29,7 @@ from hf_hpmkd.quick_validation import landmark_loss
 from hf_hpmkd.recipe import MIN_STEPS, Recipe, read_recipe, recipe_tree
 from hf_hpmkd.recipe_rules import usual_learning_rate
 from hf_hpmkd.run_environment import code_commit, environment
+from hf_hpmkd.run_record import write_whole
 from hf_hpmkd.table_runs import TableRuns, num_rows, spare_time, table_folders
 
 STUDENTS = {
@@ -90,14 +91,14 @@ def build_prior(
     for seed in itertools.count(-1):
         for folder in folders:
             if len(rows) >= runs:
+                write_prior([_without_mark(row) for row in rows], _provenance(rows), output)
                 return len(rows)
             if (folder.name, max(seed, 0), seed < 0) in known:
                 continue
             started = time.perf_counter()
             new = list(_contenders_on_table(folder) if seed < 0 else _rows_of_table(folder, seed))
             rows += [{**row, "contender": seed < 0, "last": row is new[-1]} for row in new]
-            log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            write_prior([_without_mark(row) for row in rows], _provenance(rows), output)
+            write_whole(log, "".join(json.dumps(row) + "\n" for row in rows))
             gains = np.array([row["gain"] for row in new])
             what = "contenders" if seed < 0 else f"seed {seed}"
             say(

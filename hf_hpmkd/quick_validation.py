@@ -360,7 +360,13 @@ class _Search:
         return [{"configuration": dataclasses.asdict(found[one]), "expected": expected[one]} for one in chosen]
 
     def _can_train(self, one: Configuration) -> bool:
-        """Whether the student has the features that a configuration reads, and a teacher the weights."""
+        """Whether the student has the features that a configuration reads, a teacher the weights, and the teachers'
+        outputs, as they are kept, tell what its loss asks.
+        """
+        if one.kd_kind == "standardized_kl" and (
+            self.recipe.distillation.teacher_outputs == "topk" or len(self.parts.class_names) == 2
+        ):
+            return False
         if one.warm_start:
             return self._can_start
         if not one.distils or (one.gate not in ("mixture", "joint") and one.temperature_schedule != "learned"):

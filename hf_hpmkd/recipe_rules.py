@@ -201,6 +201,12 @@ def _distillation_rules(recipe: "Recipe") -> Iterator[Fault]:
             (f"{at}.topk", f"{at}.teacher_outputs"),
             f"{at}.topk: is for teacher_outputs topk, got teacher_outputs {it.teacher_outputs}. Remove one of the two.",
         )
+    if it.teacher_outputs == "topk" and it.kd_kind == "standardized_kl":
+        yield (
+            (f"{at}.kd_kind", f"{at}.teacher_outputs"),
+            f"{at}.kd_kind: standardized_kl divides by the spread of all logits, of which teacher_outputs topk keeps "
+            "the largest alone. Use teacher_outputs full, or another kind.",
+        )
     if it.feature_weight > 0:
         if it.teacher_outputs != "live":
             yield (

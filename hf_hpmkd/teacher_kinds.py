@@ -34,7 +34,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[\s_\-]+", "", name).casefold()
 
 
-def _are_generic(names: Sequence[str]) -> bool:
+def are_generic(names: Sequence[str]) -> bool:
     """Whether the names only count: LABEL_0, LABEL_1, ... or 0, 1, ..."""
     return all(_plain(name) in (f"label{i}", str(i)) for i, name in enumerate(names))
 
@@ -43,19 +43,19 @@ def align_labels(teacher_names: Sequence[str], data_names: Sequence[str]) -> lis
     """For each class of the data the index of the teacher's output: by name, ignoring case, spaces, hyphens,
     underscores.
 
-    Names that only count (LABEL_0, ...) are taken in order, with a warning. Raises ValueError that lists every class
-    which only one side has, and every name that either side has twice.
+    Names that only count (LABEL_0, ...) and are not the data's are taken in order, with a warning. Raises ValueError
+    that lists every class which only one side has, and every name that either side has twice.
     """
     if list(teacher_names) == list(data_names):
         return list(range(len(data_names)))
-    if len(teacher_names) == len(data_names) and _are_generic(teacher_names):
+    exact = len(set(teacher_names)) == len(teacher_names) and set(teacher_names) == set(data_names)
+    if not exact and len(teacher_names) == len(data_names) and are_generic(teacher_names):
         warnings.warn(
             f"The teacher's classes have no names ({teacher_names[0]}, ...), so its outputs are taken in the data's "
             f"order: {', '.join(data_names[:5])}{', ...' if len(data_names) > 5 else ''}. Say `labels` to be sure.",
             stacklevel=2,
         )
         return list(range(len(data_names)))
-    exact = len(set(teacher_names)) == len(teacher_names) and set(teacher_names) == set(data_names)
     teacher = list(teacher_names) if exact else [_plain(name) for name in teacher_names]
     data = list(data_names) if exact else [_plain(name) for name in data_names]
     faults = [

@@ -4,6 +4,7 @@ Drop-in: everything that is not distillation is upstream's. With `alpha=0` (and 
 bit for bit. Private names of `Trainer` that are touched here were read in transformers 5.23; each says why.
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from hf_hpmkd.dataset_rows import (
 from hf_hpmkd.distiller import Distiller, GuideRows, TeacherOutputs, check_guide
 from hf_hpmkd.tasks.base import UNAUGMENTED, FedDataset
 from hf_hpmkd.teacher_cache import LiveOutputs, TeacherCache
-from hf_hpmkd.teacher_kinds import Teacher, own_class_names
+from hf_hpmkd.teacher_kinds import Teacher, are_generic, own_class_names
 from hf_hpmkd.teachers import as_teacher
 from hf_hpmkd.training_args import HPMKDTrainingArguments
 
@@ -80,10 +81,13 @@ class HPMKDTrainer(Trainer):
         self._metrics: dict[str, dict[str, list[torch.Tensor | float]]] = {"train": defaultdict(list)}
         self._outputs: TeacherOutputs | None = None
         self._guide: GuideRows | None = None
-        if self.distills:
-            # The loss is a sum over the samples of a whole optimizer step divided by their number (`get_batch_samples`
-            # counts them), so accumulation steps and processes of any size add up to the same gradient.
-            self.loss_is_scaled_for_ga = True
+        self._prepared_for: tuple[Any, Any, tuple[str, int] | None] = (None, None, None)  # train, guide, what is kept
+        self._upstream_scales = self.loss_is_scaled_for_ga
+        if self.distills and self.compute_loss_func is not None:
+            raise ValueError(
+                "`compute_loss_func` does not go with teachers: the loss is theirs and the labels' cross-entropy. "
+                "Leave it out, or train with alpha=0 and without features."
+            )
         self.add_callback(_DistillationCallback(self))
 
     @property
@@ -145,18 +149,37 @@ class HPMKDTrainer(Trainer):
     # ---- teachers --------------------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        if self.distills and self._outputs is None:
-            self._prepare_teachers()
+        self._prepare_teachers()
         return super().train(*args, **kwargs)
 
     def _prepare_teachers(self) -> None:
-        """Loads the teachers and gets their outputs: from the cache, computed now, or live."""
+        """Loads the teachers and gets their outputs: from the cache, computed now, or live. Again where the data sets
+        or what is kept have changed since.
+        """
+        # The loss is a sum over the samples of a whole optimizer step divided by their number (`get_batch_samples`
+        # counts them), so accumulation steps and processes of any size add up to the same gradient.
+        self.loss_is_scaled_for_ga = self.distills or self._upstream_scales
+        kept = (self.args.teacher_outputs, self.args.teacher_outputs_topk)
+        train, guided, before = self._prepared_for
+        if not self.distills or (train is self.train_dataset and guided is self.guide_dataset and before == kept):
+            return
         self._check_before_capture()
         live = self.args.teacher_outputs == "live"
+        self._outputs = self._guide = None
         # The columns that the model does not take are dropped as they are in the loop, before somebody's collator.
         collate = self._get_collator_with_removed_columns(self.data_collator)
         names = own_class_names(self.model)
         rows, num_views = as_rows(self.train_dataset, collate, names, stored=not live)
+        if self.args.kd_kind == "standardized_kl" and len(rows.class_names) == 2:
+            warnings.warn(
+                "Of two logits z-scores are always 1 and -1, so kd_kind=standardized_kl teaches nothing about two "
+                "classes. Use kd_kind=forward_kl.",
+                stacklevel=2,
+            )
+        guide = None
+        if self.guide_dataset is not None:
+            guide, _ = as_rows(self.guide_dataset, collate, rows.class_names)
+            _check_classes(guide.class_names, rows.class_names)
         teachers = [as_teacher(teacher, rows, device=self.args.device) for teacher in self.teachers]
         _name_apart(teachers)
         self.teachers = teachers
@@ -174,8 +197,7 @@ class HPMKDTrainer(Trainer):
             if self.args.device.type == "cuda" and 4 * stored_outputs.nbytes < torch.cuda.mem_get_info()[0]:
                 stored_outputs.to(self.args.device)  # else every lookup waits for the device
             self._outputs = stored_outputs
-        if self.guide_dataset is not None:
-            guide, _ = as_rows(self.guide_dataset, collate, names)
+        if guide is not None:
             stored = cache.outputs(teachers, guide, 0, **capture)
             everything = torch.arange(len(guide))
             logits = stored.lookup(everything, torch.full_like(everything, UNAUGMENTED))
@@ -188,6 +210,7 @@ class HPMKDTrainer(Trainer):
         if not live:
             for teacher in teachers:  # they have answered; the student has the device to itself
                 teacher.to("cpu")
+        self._prepared_for = (self.train_dataset, self.guide_dataset, kept)
 
     def _check_before_capture(self) -> None:
         if self.args.n_gpu > 1:
@@ -199,9 +222,11 @@ class HPMKDTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Also makes the distiller, because here the student is in place and the number of steps is known."""
-        if self._outputs is not None:
-            if self.distiller is not None:
-                self.distiller.close()
+        self._prepare_teachers()  # a search over hyperparameters has changed the arguments since `train` began
+        if self.distiller is not None:
+            self.distiller.close()
+            self.distiller = None
+        if self.distills and self._outputs is not None:
             self.distiller = self.distiller_class(self.args, self.model, self._outputs, self._guide, num_training_steps)
             self._train_extras(self.distiller.extras)
         return super().create_scheduler(num_training_steps, optimizer)
@@ -332,6 +357,17 @@ def _name_apart(teachers: Sequence[Teacher]) -> None:
         count = seen[teacher.name] = seen.get(teacher.name, 0) + 1
         if count > 1:
             teacher.name = f"{teacher.name}-{count}"
+
+
+def _check_classes(guide: Sequence[str], train: Sequence[str]) -> None:
+    """Raises ValueError where a label means another class among the guide rows than among those to train on."""
+    nameless = are_generic(guide) or are_generic(train)
+    if len(guide) != len(train) or (not nameless and list(guide) != list(train)):
+        raise ValueError(
+            "The guide rows must have the classes of the training rows, in the same order, got "
+            f"{', '.join(guide)} and {', '.join(train)}. Give both the same ClassLabel: where the numbers agree by "
+            "guide.cast_column('label', train.features['label']), else by guide.align_labels_with_mapping."
+        )
 
 
 def _without_row_ids(

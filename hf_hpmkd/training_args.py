@@ -103,7 +103,12 @@ class HPMKDTrainingArguments(TrainingArguments):
             (self.feature_weight, self.teacher_outputs),
             "set teacher_outputs=live, or feature_weight=0",
         )
-
+        _check(
+            self.teacher_outputs != "topk" or self.kd_kind != "standardized_kl",
+            "`kd_kind=standardized_kl` needs the logits of all classes, because it divides by their spread",
+            (self.kd_kind, self.teacher_outputs),
+            "set teacher_outputs=full, or another kd_kind",
+        )
         _check(
             not self.fp16 or (self.feature_weight == 0 and self.gate != "joint"),
             "`fp16` scales gradients, which gate=joint and the feature term do not undo",

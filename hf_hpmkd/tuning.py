@@ -25,6 +25,8 @@ _REPEAT_FROM = 6  # trainings; with fewer all go to different versions
 
 _ALPHAS = (0.0, 0.5, 0.9, 1.0)  # 0: the labels alone, from where the method's student starts
 _ALONE = "distillation.alpha=0"
+_NEED_LABELS = ("at", "dml", "fitnets")  # whose term alone leaves the student's classifier untrained
+_OWN_TEMPERATURE = ("at", "ctkd", "dml", "fitnets")  # or none
 _TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 _LEARNING_RATES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the recipe's; with fewer the best was often the largest
 
@@ -53,10 +55,10 @@ def trials(recipe: Recipe, method: Method, count: int) -> list[Method]:
     """`count` versions of a method, the first of them the method itself, the others drawn from its grid.
 
     The grid is alpha x temperature x learning rate for what listens to teachers, the learning rate for what does not;
-    values that do not go together are left out, and at alpha 0, which is drawn as often as any other, the temperature,
-    which then means nothing. A grid with no more than `count` is tried whole. A method that configures itself
-    (`auto`) has its own tries, which its seconds count, and gets no others: there is one version of it. The same recipe
-    and method give the same trials.
+    values that do not go together are left out, and so is the temperature where it means nothing: at alpha 0, which is
+    drawn as often as any other, where a schedule moves it, and with losses that have one of their own or none. A grid
+    with no more than `count` is tried whole. A method that configures itself (`auto`) has its own tries, which its
+    seconds count, and gets no others: there is one version of it. The same recipe and method give the same trials.
     """
     base = method_recipe(recipe, method, TUNING_SEED)
     if base.auto.mode != "off":
@@ -65,12 +67,15 @@ def trials(recipe: Recipe, method: Method, count: int) -> list[Method]:
     grid = [[rate] for rate in rates]
     alone = [_ALONE, *(["distillation.feature_weight=0"] if base.distillation.feature_weight else [])]
     if uses_teachers(base):
+        alphas = [alpha for alpha in _ALPHAS if alpha < 1 or method.loss not in _NEED_LABELS]
         grid = [
             [f"distillation.alpha={alpha:g}", f"distillation.temperature={temperature:g}", rate]
             if alpha
             else [*alone, rate]
-            for alpha, temperature, rate in product(_ALPHAS, _TEMPERATURES, rates)
+            for alpha, temperature, rate in product(alphas, _TEMPERATURES, rates)
         ]
+        if not _reads_temperature(base, method):
+            grid = [[word for word in words if not word.startswith("distillation.temperature=")] for words in grid]
     versions = [replace(method, name=f"{method.name}--0")]
     known = {_values(recipe, versions[0])}
     seed = int.from_bytes(hashlib.sha256(method.name.encode()).digest()[:4])
@@ -80,10 +85,8 @@ def trials(recipe: Recipe, method: Method, count: int) -> list[Method]:
         version = replace(with_overrides(method, grid[int(place)]), name=f"{method.name}--{len(versions)}")
         try:
             values = _values(recipe, version)
-        except RecipeError:
-            if _ALONE in version.overrides:  # with a chain, which nobody would listen to
-                continue
-            raise
+        except RecipeError:  # alpha 0 with a chain, which nobody would listen to; T out of a learned one's range
+            continue
         if values not in known:
             known.add(values)
             versions.append(version)
@@ -92,4 +95,10 @@ def trials(recipe: Recipe, method: Method, count: int) -> list[Method]:
 
 def _values(recipe: Recipe, method: Method) -> tuple[float, ...]:
     made = method_recipe(recipe, method, TUNING_SEED)
-    return made.distillation.alpha, made.distillation.temperature, made.training.learning_rate
+    temperature = made.distillation.temperature if _reads_temperature(made, method) else 0.0
+    return made.distillation.alpha, temperature, made.training.learning_rate
+
+
+def _reads_temperature(recipe: Recipe, method: Method) -> bool:
+    """Whether another T makes another training."""
+    return method.loss not in _OWN_TEMPERATURE and recipe.distillation.temperature_schedule in ("constant", "learned")

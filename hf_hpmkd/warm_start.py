@@ -51,12 +51,13 @@ def can_warm_start(model: PreTrainedModel, above: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def warm_start(model: PreTrainedModel, above: PreTrainedModel) -> WarmStart:
+def warm_start(model: PreTrainedModel, above: PreTrainedModel, same_vocabulary: bool = True) -> WarmStart:
     """Copies layers and leading channels of `above` into `model`, in place; statistics of normalisation included.
 
     Layer i of m takes layer round(i (a - 1) / (m - 1)) of a. What has no counterpart keeps its values: channels beyond
     those above, embeddings of another vocabulary, kernels of another size, and the classifier where the classes are
-    others or in another order. Equal architectures become equal models. Deterministic.
+    others or in another order. Equal architectures become equal models. Deterministic. same_vocabulary: whether both
+    mean the same by a token id; False leaves embeddings of tokens as they are, even where there are as many.
 
     Raises ValueError if the two share no family (see `can_warm_start`).
     """
@@ -65,7 +66,8 @@ def warm_start(model: PreTrainedModel, above: PreTrainedModel) -> WarmStart:
             f"A model starts from another one of its family: {obstacle}. Start it from scratch, or "
             "name a chain of one family in chain.models."
         )
-    copied = {tensor.path: tensor.copy() for tensor in _pairs(model, above)}
+    words = None if same_vocabulary else model.get_input_embeddings()
+    copied = {pair.path: pair.copy() for pair in _pairs(model, above) if words is None or pair.owner is not words}
     parameters = {path: parameter.numel() for path, parameter in model.named_parameters()}
     values = sum(copied.get(path, 0) for path in parameters)
     tensors = sum(path in copied for path in parameters)
@@ -105,6 +107,7 @@ class _Pair:
     """A tensor of the model, the one above, and per dimension which of its places come from which."""
 
     path: str
+    owner: nn.Module
     target: Tensor
     source: Tensor
     places: list[tuple[Tensor, Tensor]]
@@ -131,7 +134,7 @@ def _pairs(model: PreTrainedModel, above: PreTrainedModel) -> Iterator[_Pair]:
     channels = _option_a(model.config.width, above.config.width) if _is_cifar_resnet(model) else _leading
     for path, owner, target, source in _walk(model, above):
         if owner is not head and (places := _places(path, owner, target.shape, source.shape, channels)) is not None:
-            yield _Pair(path, target, source, places)
+            yield _Pair(path, owner, target, source, places)
 
 
 def class_names(model: PreTrainedModel) -> list[str]:

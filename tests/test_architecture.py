@@ -18,7 +18,7 @@ LEVELS = (
      "fitted_start", "model_cost"),
     (
         "teacher_kinds", "sklearn_teachers", "teachers", "teacher_output_file", "foreign_outputs", "teacher_outputs",
-        "teacher_cache", "gantt", "report", "run_summary", "comparison_record", "comparison_report",
+        "teacher_cache", "gantt", "report", "run_summary", "comparison_record", "comparison_lines", "comparison_report",
         "auto_bench_report", "model_card", "stage_card", "run_folder", "hub_store", "memory_hub", "memory_commands",
     ),
     ("control_teachers", "distiller", "trainer", "baselines"),
@@ -60,7 +60,8 @@ ONLY = {
     "run_summary": {"run_record", "report"},
     "comparison_record": {"run_record"},
     "auto_bench_report": {"components", "paired_tests", "report"},
-    "comparison_report": {"comparison_record", "paired_tests", "report", "run_record"},
+    "comparison_lines": {"comparison_record", "paired_tests"},
+    "comparison_report": {"comparison_record", "comparison_lines", "paired_tests", "report", "run_record"},
     "model_card": {"run_record", "report"},
     "stage_card": {"run_record", "model_card"},
     "hub_client": set(),

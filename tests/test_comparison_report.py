@@ -7,12 +7,12 @@ import pytest
 from matplotlib.axes import Axes
 from scipy import stats
 
+from hf_hpmkd.comparison_lines import lines
 from hf_hpmkd.comparison_record import ComparisonRecord, Look, MethodRecord, Result, Score, Trial
 from hf_hpmkd.comparison_report import (
     against,
     draw_compression,
     draw_plots,
-    lines,
     overview,
     show,
     summary,

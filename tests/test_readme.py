@@ -13,8 +13,9 @@ from hf_hpmkd.auto_bench_report import summary as auto_summary
 from hf_hpmkd.bench import bench_table
 from hf_hpmkd.bench_pipeline import pipeline_table
 from hf_hpmkd.cli import build_parser
+from hf_hpmkd.comparison_lines import common_part
 from hf_hpmkd.comparison_record import ComparisonRecord
-from hf_hpmkd.comparison_report import against, common_part, overview, table
+from hf_hpmkd.comparison_report import against, overview, table
 from hf_hpmkd.comparison_report import summary as comparison_summary
 from hf_hpmkd.recipe import load_recipe
 from hf_hpmkd.run_record import RunRecord

@@ -253,6 +253,9 @@ class TabularForClassification(PreTrainedModel):
             if not getattr(module.weight, "_is_hf_initialized", False):
                 nn.init.zeros_(module.weight[0])
 
+    def get_input_embeddings(self) -> None:
+        """There is no vocabulary. (FSDP asks.)"""
+
     def forward(
         self, numeric: torch.Tensor, categorical: torch.Tensor, labels: torch.Tensor | None = None
     ) -> SequenceClassifierOutput:

@@ -159,6 +159,13 @@ class ImageRows(Rows):
         dataset = self.dataset.select(positions.tolist())
         return ImageRows(dataset, self.column, self.labels[positions], self.class_names, self.augmentation, images)
 
+    def in_colour(self) -> "ImageRows":
+        """The same rows with three channels, grey ones repeated. Images that are decoded on demand stay as they are."""
+        if self.images is None:
+            return self
+        images = to_channels(self.images, 3).contiguous()
+        return ImageRows(self.dataset, self.column, self.labels, self.class_names, self.augmentation, images)
+
     def view_key(self) -> dict[str, Any]:
         return {} if self.augmentation is None else self.augmentation.describe()
 
