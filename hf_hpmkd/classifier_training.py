@@ -214,6 +214,8 @@ def train_or_load(
     num_views = num_views if teachers or train.keeps_labels else 0
     done = done_file(folder)
     if done.is_file():
+        if PartialState().is_main_process:  # left by a stop between the last two steps of saving
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         saved = json.loads(done.read_text(encoding="utf-8"))
         classifier.model = type(classifier.model).from_pretrained(folder)
         return Trained(classifier, **saved, resumed=True)

@@ -1,7 +1,8 @@
 """The command line: parse and dispatch, no logic. What a handler needs is imported inside it, so that --help is quick.
 
-Exit codes: 0 done; 2 a fault in what was asked, told in one message; 130 stopped by Ctrl-C; 143
-stopped by SIGTERM, which job schedulers and containers send and which ends a run as Ctrl-C does.
+Exit codes: 0 done; 1 stopped because the reader of the output has left; 2 a fault in what was asked, told in one
+message; 130 stopped by Ctrl-C; 143 stopped by SIGTERM, which job schedulers and containers send and which ends a run as
+Ctrl-C does.
 """
 
 import argparse
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from hf_hpmkd.recipe import Recipe
 
 _LINE = ("teacher", "student", "dataset")
+_NOTHING_LOST = "Nothing was left half done."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of our output (head, less) has left. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if args.after_stop == _NOTHING_LOST:
+            return 0
+        _say(f"hpmkd: stopped, because the reader of its output has left. {args.after_stop}", sys.stderr)
+        return 1
     except (ValueError, OSError, ImportError) as error:
         if args.debug:
             traceback.print_exc()
@@ -89,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hpmkd", description="HPM-KD: several large teachers into one small student, for Hugging Face."
     )
-    parser.set_defaults(after_stop="Nothing was left half done.")
+    parser.set_defaults(after_stop=_NOTHING_LOST)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(group: argparse._SubParsersAction, name: str, text: str, handler: object) -> argparse.ArgumentParser:
@@ -396,7 +401,8 @@ def _run_comparison(
 ) -> None:
     from hf_hpmkd.compare import Settings, compare
 
-    folder, seeds = args.output or Path(f"{recipe.output.dir}{suffix}"), _seeds(args.seeds)
+    folder = (args.output or Path(f"{recipe.output.dir}{suffix}")).expanduser()
+    seeds = _seeds(args.seeds)
     settings = Settings(methods, seeds, folder, baseline, args.teacher_seed, args.final, args.jobs, tune)
     compare(recipe, settings, shlex.join(words), say=_say)
 

@@ -22,6 +22,7 @@ from hf_hpmkd.comparison_lines import (
     same_students,
 )
 from hf_hpmkd.comparison_record import COMPARISON_FILE, ComparisonRecord
+from hf_hpmkd.gantt import plain_names
 from hf_hpmkd.paired_tests import Mean
 from hf_hpmkd.report import markdown
 from hf_hpmkd.run_record import last_name
@@ -262,7 +263,8 @@ def draw_plots(record: ComparisonRecord, folder: Path) -> list[Path]:
     }
     written = []
     for name, draw in drawings.items():
-        draw(record, part).savefig(folder / name, dpi=120, metadata={"Software": None})
+        with plain_names():
+            draw(record, part).savefig(folder / name, dpi=120, metadata={"Software": None})
         written.append(folder / name)
     return written
 

@@ -63,7 +63,7 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
     A finished run of the same recipe is left as it is and its table shown again. Raises ValueError (with the rule, what
     arrived and the way out) on anything that cannot work, before the long work starts.
     """
-    folder = Path(recipe.output.dir)
+    folder = Path(recipe.output.dir).expanduser()
     if recipe.hub.push and recipe.hub.repo_id is not None:
         check_can_push(recipe.hub.repo_id)
     # Several processes without a GPU find each other (gloo) only where the CPU is asked for in so many words.

@@ -115,7 +115,12 @@ def run_jobs(
     while True:
         for job, worker in scheduler.next(time.time()):
             attempts[job.name] += 1
-            future = pool.submit(worker, _call, do, job.name, log_file(logs, job.name))
+            words = (worker, _call, do, job.name, log_file(logs, job.name))
+            try:
+                future = pool.submit(*words)
+            except BrokenProcessPool:  # it died while it waited
+                pool.renew(worker)
+                future = pool.submit(*words)
             running[future] = (job, worker, time.time())
         if not running:
             break

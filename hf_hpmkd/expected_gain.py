@@ -29,6 +29,7 @@ _MOST_ROWS = 2_000  # of a member, so that many examples cost no more time
 _MOST_GAIN = 10.0  # points that a gain counts for; what gains more has compared with a student that had hardly begun
 _PENALTY = 30.0  # of the linear part
 _UNKNOWN = -100.0
+_OWN = "data sets of the memory"
 _OWN_WEIGHT = 3.0  # of a run of the user's own memory, against one of the shipped prior
 _ALIKE = 80  # examples that are asked how far they ended from what was expected of them
 _TIE = 1e-3  # keeps in order what is expected to gain the same
@@ -339,8 +340,11 @@ def likeness(features: Mapping[str, float], examples: Sequence[Example]) -> np.n
 
 
 def most_alike(features: Mapping[str, float], examples: Sequence[Example], count: int = 3) -> list[str]:
-    """Names of the data sets whose runs were most alike, the nearest first."""
+    """Names of the data sets whose runs were most alike, the nearest first. Those of a memory stay its own: a card is
+    read by others.
+    """
     if not examples:
         return []
     order = np.argsort(-likeness(features, examples), kind="stable")
-    return list(dict.fromkeys(examples[index].data for index in order if examples[index].data))[:count]
+    names = (_OWN if (one := examples[index]).own else one.data for index in order)
+    return list(dict.fromkeys(name for name in names if name))[:count]

@@ -1,8 +1,10 @@
 """Schedules as Gantt charts: who did which job when. Draws; knows nothing of where the times come from."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -20,6 +22,11 @@ class Bar:
     worker: str
     start: float
     end: float
+
+
+def plain_names() -> AbstractContextManager[None]:
+    """Names are drawn as they are: matplotlib would set what stands between two $ as mathematics, or fail at it."""
+    return rc_context({"text.parse_math": False})
 
 
 def gantt(bars: Sequence[Bar], title: str) -> Figure:

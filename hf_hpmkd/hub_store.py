@@ -1,6 +1,6 @@
 """The only writer of models to the Hub: publishes a finished run as one commit, and reads back that it arrived.
 
-Of ours it imports run_record and hub_client alone. Trains nothing, changes nothing in the run's folder.
+Of ours it imports run_record, model_card and hub_client alone. Trains nothing, changes nothing in the run's folder.
 """
 
 import json
@@ -12,6 +12,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 
 from hf_hpmkd import hub_client
 from hf_hpmkd.hub_client import FAILURES, HubFile, HubPushError, RepositoryError, check_repo_id, push_error
+from hf_hpmkd.model_card import named_sources
 from hf_hpmkd.run_record import RECORD_FILE, RunRecord
 
 # The run's card stands for the student's copy of it. `training_args.bin` is Trainer's pickle: it runs code when read
@@ -84,7 +85,7 @@ def _published_files(run_dir: Path) -> list[HubFile]:
             f"The run in {run_dir} is recorded as completed but lacks {' and '.join(missing)}. Restore it from a copy, "
             "or run again with `output.overwrite=true`."
         )
-    public = json.dumps(record.public().to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    public = json.dumps(named_sources(record.public()).to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     files = [HubFile(path, local) for path, local in _files_below(student) if path not in _NOT_PUBLISHED]
     files += [HubFile(f"chain/{path}", local) for path, local in _stage_files(run_dir / "chain")]
     files += [HubFile(f"plots/{path}", local) for path, local in _files_below(run_dir / "plots")]
@@ -104,10 +105,11 @@ def _stage_files(chain: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _files_below(folder: Path) -> Iterator[tuple[str, Path]]:
-    """The files under a folder with their paths in it, hidden ones and bytecode left out."""
+    """The files under a folder with their paths in it; hidden ones, bytecode and checkpoints are left out."""
     for local in sorted(folder.rglob("*")):
         path = local.relative_to(folder)
-        if local.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in path.parts):
+        left_out = any(part.startswith(".") or part in ("__pycache__", "checkpoints") for part in path.parts)
+        if local.is_file() and not left_out:
             yield path.as_posix(), local
 
 

@@ -45,7 +45,7 @@ class _Model:
 
 def plan(recipe: Recipe) -> str:
     """The plan as text. Trains nothing, downloads nothing. Raises what opening local data raises."""
-    parts = _local_parts(recipe)
+    parts = local_parts(recipe)
     rows = parts.train if parts else _stand_in_rows(recipe)
     chosen = recipe.student
     student = _built("student", "student", chosen.model, rows, chosen.revision, chosen.trust_remote_code, measure=True)
@@ -68,7 +68,8 @@ def plan(recipe: Recipe) -> str:
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def _local_parts(recipe: Recipe) -> DataParts | None:
+def local_parts(recipe: Recipe) -> DataParts | None:
+    """The parts of data that are on this disk; None for a Hub id, which is not opened."""
     path = recipe.data.path
     local = path.startswith("sklearn:") or looks_local(path) or Path(path).expanduser().exists()
     if not local:

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_hpmkd.components.parallel_pipeline import Graph, Schedule, equal_workers, simulate
-from hf_hpmkd.gantt import Bar, gantt
+from hf_hpmkd.gantt import Bar, gantt, plain_names
 from hf_hpmkd.job_graph import corrected, run_graph
-from hf_hpmkd.recipe import Recipe, recipe_parts
+from hf_hpmkd.plan import local_parts
+from hf_hpmkd.recipe import Recipe
 from hf_hpmkd.report import markdown
 from hf_hpmkd.run_environment import environment
 from hf_hpmkd.run_memory import open_memory
@@ -31,14 +32,23 @@ def plan_schedule(recipe: Recipe, workers: Sequence[int], picture: Path | None =
         ]
         picture.parent.mkdir(parents=True, exist_ok=True)
         title = f"{recipe.student.model} on {workers[-1]} workers, estimated"
-        gantt(bars, title).savefig(picture, dpi=120, metadata={"Software": None})
+        with plain_names():
+            gantt(bars, title).savefig(picture, dpi=120, metadata={"Software": None})
         lines.append(f"Drawn into {picture}.")
     return "\n".join(lines)
 
 
 def estimated_graph(recipe: Recipe) -> Graph:
-    """The jobs of a recipe with the seconds that its memory suggests for this machine."""
-    graph = run_graph(recipe, recipe_parts(recipe))
+    """The jobs of a recipe with the seconds that its memory suggests for this machine. Raises ValueError for data that
+    are not on this disk.
+    """
+    parts = local_parts(recipe)
+    if parts is None:
+        raise ValueError(
+            f"A schedule is estimated from the rows, which must be on this disk; {recipe.data.path} is not. Give a "
+            "folder as data.path, or leave --workers out."
+        )
+    graph = run_graph(recipe, parts)
     past = open_memory(recipe).records()[0] if recipe.memory.use else []
     return corrected(graph, past, environment()[1])
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from hf_hpmkd.gantt import Bar, gantt
+from hf_hpmkd.gantt import Bar, gantt, plain_names
 from hf_hpmkd.run_record import ModelRecord, RunRecord, last_name
 
 HEADER = ("model", "parameters", "compression", "test accuracy", "retention", "training s", "ms/sample")
@@ -290,11 +290,11 @@ def draw_plots(record: RunRecord, folder: Path) -> list[Path]:
     written = []
     for name, draw in drawings.items():
         path = folder / name
-        figure = draw(record)
-        if figure is None:
-            path.unlink(missing_ok=True)
-            continue
-        figure.savefig(path, dpi=120, metadata={"Software": None})
+        with plain_names():
+            if (figure := draw(record)) is None:
+                path.unlink(missing_ok=True)
+                continue
+            figure.savefig(path, dpi=120, metadata={"Software": None})
         written.append(path)
     return written
 

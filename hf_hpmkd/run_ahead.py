@@ -84,7 +84,9 @@ def run_ahead(run: Run, parts: DataParts) -> None:
         return
     done = _finished(run, parts)
     raw, graph = raw.without(done), graph.without(done)
-    if not any(name.split()[0] != "outputs" for name in raw.jobs):
+    if not raw.jobs:
+        return
+    if config.engine == "auto" and all(name.split()[0] == "outputs" for name in raw.jobs):
         return  # what is left is a matter of moments
     reason = "as the recipe asks"
     if config.engine == "auto":
@@ -97,8 +99,8 @@ def run_ahead(run: Run, parts: DataParts) -> None:
 
 def _devices() -> list[str]:
     """The CUDA devices that this process sees, as CUDA_VISIBLE_DEVICES names them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    visible, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    return visible.split(",")[:count] if visible else [str(index) for index in range(count)]
 
 
 def _groups(devices: list[str], size: int) -> list[str]:

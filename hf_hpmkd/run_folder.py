@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -73,8 +73,7 @@ def require_same_rows(
     if changed := [part for part, told in now.items() if before.get(part, told) != told]:
         raise RunFolderError(
             f"The rows of {' and '.join(changed)} are others than the run in {folder} was trained on: the data have "
-            "changed since. Restore them, choose another folder (`output.dir=FOLDER`, or --output), or replace a "
-            "run with `output.overwrite=true`."
+            "changed since. Restore them, choose another folder (`output.dir=FOLDER`, or --output), or remove this one."
         )
     return now
 
@@ -83,12 +82,13 @@ def claim(folder: Path, fingerprint: str, overwrite: bool = False) -> RunRecord 
     """Makes `folder` this run's own, before any work starts.
 
     Returns the record of an interrupted or finished run of the same recipe, or None where the run starts anew.
-    overwrite: what lies in the folder, if it is a run, is removed first. Raises RunFolderError if the folder holds
+    overwrite: a run that lies in the folder is removed first, but an unfinished one of the same recipe, which goes on:
+    the command that began it says so whether it overwrites or not. Raises RunFolderError if the folder holds
     another run, something that is no run, or cannot be written.
     """
     record_file = folder / RECORD_FILE
     make_folder(folder)
-    if record_file.is_file() and overwrite:
+    if record_file.is_file() and overwrite and not _is_unfinished(record_file, fingerprint):
         for name in contents(folder):
             _remove(folder / name)
     if not record_file.is_file():
@@ -108,6 +108,14 @@ def claim(folder: Path, fingerprint: str, overwrite: bool = False) -> RunRecord 
             f"{record.status}). Choose another with `output.dir=FOLDER`, or replace it with `output.overwrite=true`."
         )
     return record
+
+
+def _is_unfinished(record_file: Path, fingerprint: str) -> bool:
+    """Whether a run of this recipe was begun there and not finished."""
+    with suppress(ValueError):  # a record that cannot be read is none to go on with
+        record = RunRecord.load(record_file)
+        return record.recipe_fingerprint == fingerprint and record.status != "completed"
+    return False
 
 
 def _remove(path: Path) -> None:

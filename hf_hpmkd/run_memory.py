@@ -27,7 +27,7 @@ def outputs_folder(recipe: Recipe) -> Path:
     if chosen:
         return Path(chosen).expanduser()
     if not memory.use:
-        return Path(recipe.output.dir) / "teacher_outputs"
+        return Path(recipe.output.dir).expanduser() / "teacher_outputs"
     if memory.path is None or is_hub_place(memory.path):
         return default_outputs_root()
     return Path(memory.path).expanduser() / "teacher_outputs"

@@ -347,7 +347,8 @@ def _open(file: Wanted, warn: bool = True) -> Stored | None:
     """The stored outputs; None if there are none, or none that are sound."""
     try:
         stored = read(file)
-        os.utime(file.path)
+        with suppress(OSError):  # somebody else's, or read-only: it serves all the same
+            os.utime(file.path)
         return stored
     except FileNotFoundError:
         return None

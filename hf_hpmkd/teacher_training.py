@@ -102,10 +102,11 @@ def _network(
             trained = train_or_load(
                 part_name, build, recipe, schedule, into, rows, parts.validation, num_views=parts.num_views
             )
-            if store is not None and memory.is_main and not (into / _ABOUT).is_file():
-                accuracy = measure(trained.classifier, parts.validation, batch_size)
-                About(key, Training.of(trained), accuracy).save(into / _ABOUT)
-                store.keep_model(key, into)
+            if store is not None and memory.is_main:
+                if not (into / _ABOUT).is_file():
+                    accuracy = measure(trained.classifier, parts.validation, batch_size)
+                    About(key, Training.of(trained), accuracy).save(into / _ABOUT)
+                store.keep_model(key, into)  # also what a worker or a run before an interruption has trained
         model, feed = trained.classifier.model, trained.classifier.feed
         names = parts.class_names
         return TorchTeacher(model, feed, name=name, data_names=names, source=config.model), trained.seconds

@@ -247,7 +247,8 @@ class OptimizationMemory:
             warnings.warn(f"The model {key} in {self.root} is damaged ({error}) and is removed.", stacklevel=3)
             self._remove(folder)
             return None
-        os.utime(folder / MANIFEST)
+        with suppress(OSError):  # somebody else's, or read-only: it serves all the same
+            os.utime(folder / MANIFEST)
         return folder
 
     def _fetch_model(self, key: str) -> Path | None:
