@@ -3,7 +3,10 @@
 import gc
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from hf_hpmkd.classifier_training import (
     _last_complete_checkpoint,
     old_garbage_left,
     student_schedule,
+    teacher_schedule,
     total_steps,
     train_or_load,
     training_arguments,
@@ -23,12 +27,13 @@ from hf_hpmkd.classifier_training import (
 from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.data import DataConfig, DataParts, load_parts
 from hf_hpmkd.recipe import fingerprint, read_recipe, recipe_tree
+from hf_hpmkd.run_memory import run_memory
 from hf_hpmkd.sklearn_teachers import train_sklearn
 from hf_hpmkd.table_runs import spare_time
 from hf_hpmkd.tasks.text import TextRows
 from hf_hpmkd.tasks.word_dropout import WordDropout
 from hf_hpmkd.teacher_cache import TeacherCache
-from hf_hpmkd.teacher_training import network_key
+from hf_hpmkd.teacher_training import network_key, train_teacher
 
 
 @pytest.mark.parametrize(
@@ -179,6 +184,44 @@ def test_a_try_leaves_the_checkpoint_that_it_goes_on_from_and_the_seconds_until_
     assert 0 < begun(tmp_path / "again", None).seconds < 500
 
 
+def test_checkpoints_that_a_stop_left_beside_a_finished_training_go_when_it_is_loaded(tmp_path: Path) -> None:
+    whole = begun(tmp_path / "student", None)
+    left = tmp_path / "student" / "checkpoints"
+    assert not left.exists()
+    (left / "checkpoint-9").mkdir(parents=True)
+    (left / "checkpoint-9" / "optimizer.pt").write_bytes(b"x")
+    again = begun(tmp_path / "student", None)
+    assert again.resumed and again.steps == whole.steps and not left.exists()
+    assert (tmp_path / "student" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("folds", [0, 2])
+def test_a_network_that_was_trained_before_an_interruption_is_kept_too(tmp_path: Path, folds: int) -> None:
+    """Stopped after the training and before it was kept; or a worker had trained it, with a memory of its own."""
+    parts = load_parts(DataConfig(path="sklearn:wine"), teachers_saw_train=False)
+    places = [tmp_path / "teacher", *(tmp_path / "teacher" / f"fold{fold}" for fold in range(folds))]
+    written = []
+    for memory_folder in ("one", "two"):
+        tree = {
+            "data": {"path": "sklearn:wine"},
+            "teachers": [{"model": "mlp-4", "epochs": 1, "folds": folds}],
+            "student": {"model": "mlp-2"},
+            "memory": {"path": str(tmp_path / memory_folder)},
+        }
+        recipe = read_recipe(tree, "a test")
+        schedule = teacher_schedule(recipe, recipe.teachers[0])
+        with run_memory(recipe, is_main=True) as memory:
+            train_teacher(recipe.teachers[0], "mlp-4", schedule, memory, parts, tmp_path / "teacher")
+            keys = [json.loads((place / "training.json").read_text())["key"] for place in places]
+            assert len(set(keys)) == 1 + folds
+            assert keys[0] == network_key("mlp-4", schedule, recipe, parts.train, parts)
+            for key, place in zip(keys, places, strict=True):
+                kept = memory.store.find_model(key)
+                assert (kept / "model.safetensors").read_bytes() == (place / "model.safetensors").read_bytes()
+        written.append([(place / "model.safetensors").stat().st_mtime_ns for place in places])
+    assert written[0] == written[1]  # nothing was trained again
+
+
 def test_an_incomplete_checkpoint_may_be_removed_by_another_process(tmp_path: Path, monkeypatch) -> None:
     begun(tmp_path / "student", 7)
     last = tmp_path / "student" / "checkpoints" / "checkpoint-7"
@@ -192,3 +235,53 @@ def test_an_incomplete_checkpoint_may_be_removed_by_another_process(tmp_path: Pa
     monkeypatch.setattr("hf_hpmkd.classifier_training.shutil.rmtree", outrun)
     assert _last_complete_checkpoint(last.parent, distills=False) != str(last)
     assert not last.exists()
+
+
+_CUT_OVER_TWO = """
+import dataclasses, sys
+from pathlib import Path
+import torch
+from accelerate import PartialState
+import hf_hpmkd.classifier_training as training
+from hf_hpmkd.classifiers import build_classifier
+from hf_hpmkd.recipe import read_recipe, recipe_parts
+torch.set_num_threads(1)
+tree = {"data": {"path": "sklearn:wine"}, "teachers": [{"model": "sklearn:LogisticRegression"}],
+        "student": {"model": "mlp-4"}, "training": {"epochs": 1, "batch_size": 16, "evaluations": 1}}
+recipe = read_recipe(tree, "a test")
+parts = recipe_parts(recipe)
+PartialState(cpu=True)
+usual = training.training_arguments
+
+def cut(*words):
+    made = usual(*words)
+    fields = {one.name: getattr(made, one.name) for one in dataclasses.fields(made) if one.init}
+    fields |= {"fsdp": "full_shard", "fsdp_config": {"version": 2, "auto_wrap_policy": "NO_WRAP"}}
+    made = type(made)(**fields)
+    assert made.device.type == "cpu"
+    made.use_cpu = False  # accelerate has it for GPUs alone, though gloo does as well
+    PartialState._shared_state["distributed_type"] = "MULTI_GPU"
+    return made
+
+training.training_arguments = cut
+build = lambda: build_classifier("mlp-4", parts.train, seed=0)
+trained = training.train_or_load("student", build, recipe, training.student_schedule(recipe), Path(sys.argv[1]),
+                                 parts.train, parts.validation)
+torch.save(trained.classifier.model.state_dict(), sys.argv[1] + f".{PartialState().process_index}.pt")
+"""
+
+
+def test_a_model_that_is_cut_over_two_processes_is_saved_and_whole_again(tmp_path: Path) -> None:
+    """FSDP puts a model together in all processes at once: one that saves alone waits for ever."""
+    (tmp_path / "cut.py").write_text(_CUT_OVER_TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [*command, str(tmp_path / "cut.py"), str(tmp_path / "student")],
+        env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, other = (torch.load(tmp_path / f"student.{rank}.pt") for rank in range(2))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert {type(value) for value in one.values()} == {torch.Tensor}
+    assert not (tmp_path / "student" / "training_args.bin").exists()

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image as PILImage
@@ -202,6 +203,17 @@ def pictures(size, mode, rows=20):
     features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
     columns = {"image": [PILImage.fromarray(v) for v in values], "label": [0, 1] * (rows // 2)}
     return Dataset.from_dict(columns, features=features)
+
+
+def test_one_colour_image_gives_all_parts_three_channels(tmp_path):
+    """Else what is fitted on grey parts fails at the last one that is opened."""
+    (tmp_path / "data").mkdir()
+    pictures((8, 8), "L", 40).to_parquet(tmp_path / "data" / "train.parquet")
+    pictures((8, 8), "RGB", 2).to_parquet(tmp_path / "data" / "test.parquet")
+    parts = load_parts(DataConfig(path=str(tmp_path / "data")), teachers_saw_train=False)
+    assert {part: getattr(parts, part).channels for part in PARTS} == dict.fromkeys(PARTS, 3)
+    image = parts.train.raw(torch.arange(1))["image"][0]
+    assert torch.equal(image[0], image[1]) and parts.train.supports_views
 
 
 @pytest.mark.parametrize(

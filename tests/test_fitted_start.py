@@ -138,3 +138,56 @@ def test_a_warm_build_fits_and_says_so_in_its_key():
     for one, other, known in zip(made.model.parameters(), again.model.parameters(), expected.parameters(), strict=True):
         assert torch.equal(one, other) and torch.equal(one, known)
     assert warm.describe()["fitted"] and "fitted" not in WarmBuild(build, [], table).describe()
+
+
+def test_a_teacher_that_reads_the_columns_in_another_order_is_no_start():
+    from datasets import Dataset
+
+    from hf_hpmkd.tasks import TableRows
+    from hf_hpmkd.teacher_kinds import TorchTeacher
+
+    columns = {"age": [2.0, 3.0, 4.0, 5.0], "size": [9.0, 7.0, 1.0, 0.0], "label": [0, 1, 0, 1]}
+    table, turned = (
+        TableRows.from_dataset(Dataset.from_dict({name: columns[name] for name in names}), None, "label", ["no", "yes"])
+        for names in (["age", "size", "label"], ["size", "age", "label"])
+    )
+    teachers = [
+        TorchTeacher.of(name, build_classifier("mlp-32x32", rows, seed=1), table, device="cpu")
+        for name, rows in (("turned", turned), ("straight", table))
+    ]
+
+    def build(*, meta=False):
+        return build_classifier("mlp-6", table, seed=0, meta=meta)
+
+    assert not WarmBuild(build, teachers[:1], table).can_start
+    both = WarmBuild(build, teachers, table)
+    assert both.can_start and both() is not None and both.origin == "straight"
+
+
+def test_a_teacher_of_another_vocabulary_keeps_its_words():
+    from datasets import Dataset
+
+    from hf_hpmkd.tasks.text import TextRows
+    from hf_hpmkd.teacher_kinds import TorchTeacher
+
+    def texts(words):
+        dataset = Dataset.from_dict({"label": [0, 1] * 6})
+        return TextRows(
+            dataset, [f"{words[i % 4]} {words[(i + 1) % 4]}" for i in range(12)], [0, 1] * 6, ["cat", "dog"]
+        )
+
+    own, foreign = texts(["aa", "bb", "cc", "dd"]), texts(["ee", "ff", "gg", "hh"])
+    above = [build_classifier("bert-1x16", rows, seed=1) for rows in (own, foreign)]
+    assert len({len(one.feed.processor) for one in above}) == 1  # of one size
+
+    def started_from(teacher):
+        warm = WarmBuild(lambda meta=False: build_classifier("bert-1x16", own, seed=0, meta=meta), [teacher], own)
+        return warm().model.get_input_embeddings().weight, warm.describe()
+
+    teachers = [
+        TorchTeacher.of(name, one, own, device="cpu") for name, one in zip(("own", "foreign"), above, strict=True)
+    ]
+    (taken, known), (kept, told) = (started_from(teacher) for teacher in teachers)
+    assert torch.equal(taken, above[0].model.get_input_embeddings().weight) and "other_vocabulary" not in known
+    unborn = build_classifier("bert-1x16", own, seed=0).model.get_input_embeddings().weight
+    assert torch.equal(kept, unborn) and told["other_vocabulary"]

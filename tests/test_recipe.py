@@ -180,6 +180,10 @@ def test_message_counts_the_faults_and_names_the_source() -> None:
         ("distillation.epochs=3", "Did you mean `teachers.0.epochs` or `chain.epochs` or `training.epochs`?"),
         ("distillation.topk=5", "distillation.topk: is for teacher_outputs topk, got teacher_outputs full"),
         ("distillation.teacher_outputs=topk", "distillation.topk: teacher_outputs topk needs the number"),
+        (
+            "distillation={kd_kind: standardized_kl, teacher_outputs: topk, topk: 3}",
+            "distillation.kd_kind: standardized_kl divides by the spread of all logits",
+        ),
         ("distillation.feature_weight=1", "distillation.feature_weight: above 0 needs teacher_outputs live"),
         ("task.type=text-classification", "is for image-classification, but task.type is text-classification"),
         ("student.model=mlp-16", "all models must be for one task"),
@@ -196,6 +200,7 @@ def test_message_counts_the_faults_and_names_the_source() -> None:
         ("student.model.width=3", "`student.model` holds one value ('cifar-resnet-8'), it has no key 'width'"),
         ("hub.repo_id=alone", "hub.repo_id: must have the form user/name, got 'alone'"),
         ("training.epochs=[1", "not valid YAML"),
+        ("data.path={{DATA}}", "line 1, column 2: not valid YAML: {'DATA': None} cannot be a key"),
         ("training.epochs", "an override has the form section.key=value"),
     ],
 )
@@ -273,6 +278,42 @@ def test_yaml_faults_name_the_line(tmp_path: Path) -> None:
             load_recipe(file)
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match="has 1 fault"):
+        load_recipe(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("data:\n  path: {{DATA}}\n", "line 2, column 10: not valid YAML: {'DATA': None} cannot be a key"),
+        ("? [a, b]\n: 1\n", "line 1, column 3: not valid YAML: ['a', 'b'] cannot be a key"),
+    ],
+)
+def test_a_key_of_more_than_one_value_is_a_fault_with_its_place(tmp_path: Path, text: str, told: str) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match=re.escape(told)):
+        load_recipe(file)
+
+
+def test_merged_keys_may_be_given_again(tmp_path: Path) -> None:
+    text = (
+        "data: {path: 'sklearn:digits'}\n"
+        "teachers:\n"
+        "  - &first {model: cifar-resnet-14, epochs: 7, batch_size: 32}\n"
+        "  - <<: *first\n"
+        "    name: other\n"
+        "    epochs: 9\n"
+        "  - {epochs: 3, <<: [{model: cifar-resnet-20}, *first]}\n"
+        "student: {model: cifar-resnet-8}\n"
+    )
+    file = tmp_path / "a.yaml"
+    file.write_text(text, encoding="utf-8")
+    first, second, third = load_recipe(file).teachers
+    assert (first.model, first.epochs, first.batch_size, first.name) == ("cifar-resnet-14", 7, 32, None)
+    assert (second.model, second.epochs, second.batch_size, second.name) == ("cifar-resnet-14", 9, 32, "other")
+    assert (third.model, third.epochs, third.batch_size) == ("cifar-resnet-20", 3, 32)
+    file.write_text(text.replace("    epochs: 9\n", "    epochs: 9\n    epochs: 8\n"), encoding="utf-8")
+    with pytest.raises(RecipeError, match="line 7.*key 'epochs' is given twice"):
         load_recipe(file)
 
 

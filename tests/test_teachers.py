@@ -103,6 +103,8 @@ def plain_feed():
         (["Ice Cream", "HOT-DOG"], ["hot_dog", "icecream"], [1, 0]),
         (["A", "a"], ["a", "A"], [1, 0]),  # exact names come first
         (["1", "0"], ["0", "1"], [1, 0]),  # numbers as names are names
+        (["0", "1", "2", "10"], ["0", "1", "10", "2"], [0, 1, 3, 2]),  # also where they only count
+        (["LABEL_0", "LABEL_1"], ["LABEL_1", "LABEL_0"], [1, 0]),
     ],
 )
 def test_labels_are_aligned_by_name(teacher, data, expected):

@@ -469,6 +469,111 @@ def test_settings_that_need_guide_rows_say_so_before_training(tmp_path, teachers
         trainer.train()
 
 
+def test_what_changed_between_two_trainings_is_seen(tmp_path, teachers):
+    """As in a search over hyperparameters, or where rows are added: a trainer may be asked again."""
+    settings = {"gate": "uniform", "calibrate_teachers": False, "temperature_schedule": "constant"}
+    trainer = train(tmp_path, teachers, **settings)
+    first, distiller = trainer._outputs, trainer.distiller
+    trainer.train()
+    assert trainer._outputs is first and trainer.distiller is not distiller
+    trainer.train_dataset = tiny.TinyImages(30, seed=8)
+    trainer.train()
+    assert trainer._outputs is not first and trainer._outputs.num_rows == 30
+    trainer.args.alpha = 0.0
+    trainer.train()
+    assert trainer.distiller is None
+    trainer.args.alpha = 0.5
+    trainer.train()
+    assert trainer.distiller is not None
+
+
+def test_a_search_over_alpha_may_begin_with_labels_alone(tmp_path, teachers):
+    class Search(HPMKDTrainer):
+        def _inner_training_loop(self, *args, **kwargs):
+            self.args.alpha = 0.5  # where upstream has set a trial's values
+            return super()._inner_training_loop(*args, **kwargs)
+
+    trainer = Search(
+        tiny.tiny_vit(), teachers, tiny.arguments(tmp_path, alpha=0.0), train_dataset=tiny.TinyImages(),
+        guide_dataset=tiny.TinyImages(40, seed=3),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.distiller is not None and trainer.loss_is_scaled_for_ga
+
+
+def test_guide_rows_of_other_classes_are_refused(tmp_path, teachers):
+    data = image_dataset()
+
+    def trainer(names):
+        guide = data.cast_column("label", datasets.ClassLabel(names=names)).with_transform(to_pixels)
+        return HPMKDTrainer(
+            tiny.tiny_vit(), teachers, tiny.arguments(tmp_path), train_dataset=data.with_transform(to_pixels),
+            guide_dataset=guide, data_collator=lambda rows: {
+                "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+                "labels": torch.tensor([row["labels"] for row in rows]),
+            },
+        )  # fmt: skip
+
+    for names in (["dog", "cat", "emu"], ["cat", "dog", "emu", "fox"]):
+        with pytest.raises(ValueError, match="guide rows must have the classes of the training rows"):
+            trainer(names).train()
+    assert not (tmp_path / "cache").exists()  # no teacher was asked
+    trainer(["cat", "dog", "emu"]).train()
+
+
+def test_a_loss_of_ones_own_is_refused_beside_teachers(tmp_path, teachers):
+    with pytest.raises(ValueError, match="`compute_loss_func` does not go with teachers"):
+        HPMKDTrainer(tiny.tiny_vit(), teachers, tiny.arguments(tmp_path), compute_loss_func=lambda *a, **k: None)
+    HPMKDTrainer(tiny.tiny_vit(), None, tiny.arguments(tmp_path), compute_loss_func=lambda *a, **k: None)
+
+
+def text_rows(texts, tokenizer, **columns):
+    features = {name: datasets.Value("string") for name in ("text", *columns)}
+    features["label"] = datasets.ClassLabel(names=["cat", "dog"])
+    known = {"text": texts, "label": [int("dog" in text.lower()) for text in texts], **columns}
+    data = datasets.Dataset.from_dict(known, features=datasets.Features(features))
+    return data.map(lambda row: tokenizer(row["text"].lower()))
+
+
+def test_stored_answers_are_of_the_raw_text_and_not_of_what_the_student_sees(tmp_path):
+    from transformers import DataCollatorWithPadding
+
+    from hf_hpmkd.dataset_rows import DatasetRows
+    from hf_hpmkd.tasks.text import train_tokenizer
+
+    texts = ["a cat sat", "the dog ran far"] * 3
+    tokenizer = train_tokenizer(texts, vocab_size=100)
+    collate = DataCollatorWithPadding(tokenizer)
+
+    def rows(data):
+        tokens = data.remove_columns([name for name in data.column_names if name not in ("text", "label", *seen)])
+        return DatasetRows(
+            tokens, lambda samples: collate([{k: s[k] for k in (*seen, "label")} for s in samples]), None
+        )
+
+    seen = tokenizer.model_input_names
+    one, again = rows(text_rows(texts, tokenizer)), rows(text_rows(texts, tokenizer))
+    other = rows(text_rows([text.upper() for text in texts], tokenizer))
+    assert one.fingerprint == again.fingerprint != other.fingerprint
+    assert torch.equal(one.batch([0])["input_ids"], other.batch([0])["input_ids"])  # the student sees no difference
+    with pytest.warns(UserWarning, match="given the column 'text' and not 'question'"):
+        DatasetRows(
+            text_rows(texts, tokenizer, question=["which"] * 6), rows(text_rows(texts, tokenizer)).collate.collate, None
+        )
+
+
+def test_zscores_of_two_classes_are_warned_of(tmp_path):
+    names = {0: "cat", 1: "dog"}
+    rows = tiny.TinyImages(24, classes=2)
+    trainer = HPMKDTrainer(
+        tiny.tiny_vit(id2label=names), [tiny.tiny_vit(seed=1, id2label=names)],
+        tiny.arguments(tmp_path, kd_kind="standardized_kl", temperature_schedule="constant"),
+        train_dataset=rows, guide_dataset=rows,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="teaches nothing about two classes"):
+        trainer.train()
+
+
 def test_teacher_with_other_classes_is_refused(tmp_path):
     stranger = tiny.tiny_vit(id2label={0: "cat", 1: "dog", 2: "fox"})
     with pytest.raises(ValueError, match=r"emu[\s\S]*fox|fox[\s\S]*emu"):

@@ -18,6 +18,10 @@ from hf_hpmkd.training_args import HPMKDTrainingArguments
         ({"guide_every": 0}, "at least 1 step, got 0"),
         ({"teacher_outputs": "disk"}, "got disk"),
         ({"feature_weight": 0.1}, "needs `teacher_outputs=live`"),
+        (
+            {"kd_kind": "standardized_kl", "temperature_schedule": "constant", "teacher_outputs": "topk"},
+            "needs the logits of all classes",
+        ),
     ],
 )
 def test_bad_values_are_refused_with_the_value(tmp_path, settings, message):

@@ -278,6 +278,15 @@ def test_other_vocabularies_are_not_copied():
     assert started.total - started.tensors == 1 and started.fraction < 1
 
 
+def test_another_vocabulary_of_the_same_size_is_not_copied():
+    model, above = bert(16, 2)(0), bert(16, 2)(1)
+    own = model.bert.embeddings.word_embeddings.weight.clone()
+    started = warm_start(model, above, same_vocabulary=False)
+    assert torch.equal(model.bert.embeddings.word_embeddings.weight, own)
+    assert started.total - started.tensors == 1 and started.fraction < 1
+    assert torch.equal(model.classifier.weight, above.classifier.weight)
+
+
 def test_other_kernels_are_not_copied():
     model = vit(16, 2)(0)
     above = of_config(ViTConfig, hidden_size=16, num_attention_heads=2, intermediate_size=32, num_hidden_layers=2,
