@@ -228,6 +228,7 @@ def train_or_load(
     if stop_at is not None:  # with one alone upstream keeps the best, and not the one to go on from
         args.save_total_limit = max(2, args.save_total_limit or 2)
     clock = _Clock(checkpoint)
+    family = type(classifier.model)
     trainer = HPMKDTrainer(
         classifier.model,
         list(teachers) or None,
@@ -256,11 +257,19 @@ def train_or_load(
         trained.calibration = trainer.distiller.ensemble.calibration.tolist()
         trained.class_weights = trainer.distiller.class_weights()
         trainer.distiller.close()  # teachers outlive it
+    in_pieces = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if steps < trainer.state.max_steps:  # stopped on the way
+        if in_pieces and (stopped := _last_complete_checkpoint(folder / "checkpoints", bool(teachers))):
+            classifier.model = family.from_pretrained(stopped)
         return trained
-    trainer.save_model(str(folder))  # in all processes: a model that is cut over them is put together first
+    place = folder.with_name(f"{folder.name}.pieces") if in_pieces else folder
+    trainer.save_model(str(place))  # in all processes: a model that is cut over them is put together first
     if trainer.is_world_process_zero():
-        (folder / "training_args.bin").unlink()  # a pickle with this machine's paths; the run record says it all
+        if in_pieces:  # FSDP has made it one of a class of its own, which no other process could load
+            family.from_pretrained(place).save_pretrained(folder)
+            shutil.rmtree(place)
+        # A pickle with this machine's paths; the run record says it all.
+        (folder / "training_args.bin").unlink(missing_ok=True)
         if classifier.feed.processor is not None:
             classifier.feed.processor.save_pretrained(folder)
         saved = {key: getattr(trained, key) for key in ("seconds", "steps", "curve", "calibration", "class_weights")}
@@ -269,8 +278,8 @@ def train_or_load(
             shutil.move(trackers, folder.with_name(f"{folder.name}.runs"))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # what was trained is still in pieces
-        classifier.model = type(classifier.model).from_pretrained(folder)
+    if in_pieces:
+        classifier.model = family.from_pretrained(folder)
     return trained
 
 

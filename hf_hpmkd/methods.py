@@ -141,9 +141,10 @@ METHODS = (
     Method("fitnets", "a hint from the middle of the best network among teachers", _LIVE, "best-network", "fitnets"),
     Method("at", "attention maps of the best network among teachers", _LIVE, "best-network", "at"),
     Method("dml", "deep mutual learning with a second student, no teacher", _LIVE, "peer", "dml"),
-    Method("control-constant", "the recipe with teachers that answer every row alike", (), "constant"),
-    Method("control-shuffled", "the recipe with teachers that answer other rows", (), "shuffled"),
-    Method("control-permuted", "the recipe with teachers whose classes are exchanged", (), "permuted"),
+    # A start from such a teacher's weights would be a real one, so there is none.
+    Method("control-constant", "the recipe, from nothing, with teachers that answer every row alike", (), "constant"),
+    Method("control-shuffled", "the recipe, from nothing, with teachers that answer other rows", (), "shuffled"),
+    Method("control-permuted", "the recipe, from nothing, with teachers whose classes are exchanged", (), "permuted"),
 )
 
 

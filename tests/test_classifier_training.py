@@ -284,4 +284,7 @@ def test_a_model_that_is_cut_over_two_processes_is_saved_and_whole_again(tmp_pat
     one, other = (torch.load(tmp_path / f"student.{rank}.pt") for rank in range(2))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert {type(value) for value in one.values()} == {torch.Tensor}
-    assert not (tmp_path / "student" / "training_args.bin").exists()
+    names = {path.name for path in (tmp_path / "student").iterdir()}
+    assert names == {"config.json", "model.safetensors", "preprocessor_config.json", "tabular.py"}
+    auto_map = json.loads((tmp_path / "student" / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModel"] == "tabular.TabularForClassification"
