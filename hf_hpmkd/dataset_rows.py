@@ -1,6 +1,7 @@
 """Lets `HPMKDTrainer` take somebody's own dataset: adds row ids to its batches and shows it to teachers as `Rows`."""
 
 import hashlib
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from hf_hpmkd.tasks.text import TEXT_COLUMNS
 
 ROW_KEY, VIEW_KEY = "hpmkd_row", "hpmkd_view"
 _CHUNK = 256
+_ID = re.compile(r"(^|_)(id|idx|index)$", re.IGNORECASE)
 
 
 class RowIdDataset(Dataset):
@@ -81,9 +83,8 @@ class DatasetRows(Rows):
     """Any map-style dataset with a collator, seen as `Rows`.
 
     One pass over it hashes the collated inputs, and the raw image or text that a teacher with a feed of its own reads
-    (the fingerprint), and reads the labels. Warns where one of several text columns is taken for that text. stored:
-    teacher outputs are to be kept for these rows; raises ValueError where the dataset gives different inputs for the
-    same row twice, because they would belong to neither.
+    (the fingerprint), and reads the labels. stored: teacher outputs are to be kept for these rows; raises ValueError
+    where the dataset gives different inputs for the same row twice, because they would belong to neither.
     """
 
     def __init__(
@@ -126,6 +127,17 @@ class DatasetRows(Rows):
 
     def _hash_inputs(self, digest: Any) -> None:
         digest.update(self.fingerprint.encode())
+
+    def warn_of_other_texts(self) -> None:
+        """To be called where a teacher reads the raw text: warns where that is one of several columns."""
+        columns = self.dataset.features if isinstance(self.dataset, datasets.Dataset) else {}
+        others = [name for name, one in columns.items() if _is_text(one) and not _ID.search(name)]
+        if self.task == TEXT_CLASSIFICATION and (others := [name for name in others if name != self.raw_column]):
+            warnings.warn(
+                f"Teachers that read texts themselves are given the column {self.raw_column!r} and not "
+                f"{', '.join(map(repr, others))}. Where a text is made of several columns, join them in one.",
+                stacklevel=2,
+            )
 
     def subset(self, indices: Sequence[int] | torch.Tensor) -> "DatasetRows":
         raise ValueError("Rows of somebody's own dataset are used whole; select rows from the dataset itself.")
@@ -216,13 +228,6 @@ def _raw_column(dataset: datasets.Dataset | None) -> tuple[str, str | None]:
     named = [name for name in texts if name in TEXT_COLUMNS]
     # Of several texts (an id beside it, a pair of sentences) only a well-known name tells which one is meant.
     if len(named) == 1 or len(texts) == 1:
-        if len(texts) > 1:
-            others = [name for name in texts if name != named[0]]
-            warnings.warn(
-                f"Teachers that read texts themselves are given the column {named[0]!r} and not "
-                f"{', '.join(map(repr, others))}. Where a text is made of several columns, join them in one.",
-                stacklevel=2,
-            )
         return TEXT_CLASSIFICATION, (named or texts)[0]
     return "", None
 

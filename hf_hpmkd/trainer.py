@@ -19,8 +19,10 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from hf_hpmkd.dataset_rows import (
     ROW_KEY,
     VIEW_KEY,
+    DatasetRows,
     RowIdCollator,
     RowIdDataset,
+    SharedInputsFeed,
     as_rows,
     fetcher,
 )
@@ -181,6 +183,9 @@ class HPMKDTrainer(Trainer):
             guide, _ = as_rows(self.guide_dataset, collate, rows.class_names)
             _check_classes(guide.class_names, rows.class_names)
         teachers = [as_teacher(teacher, rows, device=self.args.device) for teacher in self.teachers]
+        shared = [isinstance(getattr(one, "feed", None), SharedInputsFeed) for one in teachers]
+        if isinstance(rows, DatasetRows) and not all(shared):
+            rows.warn_of_other_texts()
         _name_apart(teachers)
         self.teachers = teachers
         cache = self.teacher_cache or TeacherCache(self.args.teacher_cache_dir)

@@ -556,10 +556,27 @@ def test_stored_answers_are_of_the_raw_text_and_not_of_what_the_student_sees(tmp
     other = rows(text_rows([text.upper() for text in texts], tokenizer))
     assert one.fingerprint == again.fingerprint != other.fingerprint
     assert torch.equal(one.batch([0])["input_ids"], other.batch([0])["input_ids"])  # the student sees no difference
+
+
+def test_a_teacher_of_texts_that_gets_one_of_two_columns_is_warned_of(tmp_path):
+    from hf_hpmkd.tasks.text import train_tokenizer
+
+    texts = ["a cat sat", "the dog ran far"] * 6
+    tokenizer = train_tokenizer(texts, vocab_size=100)
+    tiny_bert(16, len(tokenizer)).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+
+    def train_on(teacher, **columns):
+        rows = text_rows(texts, tokenizer, **columns)
+        HPMKDTrainer(
+            tiny_bert(8, len(tokenizer)), teacher, tiny.arguments(tmp_path, max_steps=1), train_dataset=rows,
+            guide_dataset=rows, processing_class=tokenizer,
+        ).train()  # fmt: skip
+
     with pytest.warns(UserWarning, match="given the column 'text' and not 'question'"):
-        DatasetRows(
-            text_rows(texts, tokenizer, question=["which"] * 6), rows(text_rows(texts, tokenizer)).collate.collate, None
-        )
+        train_on(str(tmp_path / "teacher"), question=["which"] * 12, row_id=["x"] * 12)
+    train_on(str(tmp_path / "teacher"), row_id=["x"] * 12)  # (warnings are errors)
+    train_on(tiny_bert(16, len(tokenizer)), question=["which"] * 12)  # it takes the student's inputs
 
 
 def test_zscores_of_two_classes_are_warned_of(tmp_path):
