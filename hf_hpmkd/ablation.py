@@ -74,7 +74,9 @@ def _moving_temperature(recipe: Recipe) -> tuple[str, ...]:
     it = recipe.distillation
     legal = LEGAL_SCHEDULES[it.kd_kind]
     if "learned" in legal:
-        low, high = min(it.temperature, it.temperature_min), max(it.temperature, it.temperature_max)
-        ends = (f"distillation.temperature_min={low:g}", f"distillation.temperature_max={high:g}")
+        known = (it.temperature, it.temperature_min, it.temperature_max)
+        low, high = min(known), max(known)
+        high = high if high > low else 2 * low
+        ends = (f"distillation.temperature_min={low!r}", f"distillation.temperature_max={high!r}")
         return ("distillation.temperature_schedule=learned", *ends)
     return ("distillation.temperature_schedule=auto",) if "auto" in legal else ()

@@ -30,7 +30,6 @@ from hf_hpmkd.classifier_training import (
     Trained,
     copy_training,
     done_file,
-    move_training,
     old_garbage_left,
     remove_training,
     student_schedule,
@@ -257,8 +256,9 @@ class Workplace:
             size, proof = recipe.training.eval_batch_size, proof_needed(asked)
             run.record.kept = judge_students(plain.classifier, trained.classifier, self.parts, size, proof)
             if run.record.kept.kept == "direct":
-                if student != given_up:
-                    move_training(student, given_up)
+                if student != given_up:  # stopped anywhere here, it can be done again
+                    copy_training(student, given_up)
+                    remove_training(student)
                 copy_training(direct, job.student)
                 trained = plain
         run.keep_start(build_warm.share, build_warm.origin)

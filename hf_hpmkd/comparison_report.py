@@ -95,7 +95,7 @@ def overview(records: Sequence[ComparisonRecord], part: str, shown: Sequence[str
     seeds = sorted({column[name].accuracy.count for column in columns for name in methods if name in column})
     counts = " or ".join(str(count) for count in seeds)
     by_rows = {line.by_rows for column in columns for line in column.values() if line.p is not None}
-    tests = ["paired t"] * (by_rows != {True}) + ["McNemar's, with one seed,"] * (True in by_rows)
+    tests = ["paired t"] * (by_rows != {True}) + ["McNemar's with one seed"] * (True in by_rows)
     told = (
         f"{part.capitalize()} accuracy in percent, mean ± standard deviation over {counts} seeds; in brackets the "
         f"difference to {' or '.join(sorted({record.baseline for record in records}))} in points, with * where p < "

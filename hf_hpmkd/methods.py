@@ -19,7 +19,7 @@ Loss = Literal["", "as-printed", "at", "ctkd", "dml", "fitnets"]
 
 DEFAULT_METHODS = ("direct", "kd-best", "kd-mean", "hpmkd")
 SECTIONS = ("distillation", "chain", "auto", "training")
-RESERVED, RESERVED_ENDINGS = ("kept",), (".run", ".result")
+RESERVED, RESERVED_ENDINGS = ("kept", "teachers"), (".run", ".runs", ".result", ".json", ".log", ".lock")
 EQUAL_FOR_ALL = (
     "training.seed",
     "training.max_steps",

@@ -4,7 +4,7 @@ import pytest
 
 from hf_hpmkd.ablation import COMPONENTS, FULL, ablation_methods
 from hf_hpmkd.methods import method_recipe
-from hf_hpmkd.recipe import load_recipe
+from hf_hpmkd.recipe import bundled_recipes, load_recipe
 
 ALL_ON = ["chain.length=1", "distillation.temperature_schedule=learned", "auto.mode=fast"]
 COLD = "chain.warm_start=false"
@@ -46,3 +46,40 @@ def test_a_switched_component_is_really_switched_and_no_other(words):
 def test_the_full_recipe_is_untouched():
     recipe = load_recipe("quickstart", ALL_ON)
     assert method_recipe(recipe, ablation_methods(recipe)[0], recipe.training.seed) == recipe
+
+
+@pytest.mark.parametrize("name", bundled_recipes())
+def test_every_bundled_recipe_can_be_ablated(name):
+    recipe = load_recipe(name)
+    methods = ablation_methods(recipe)
+    made = {method.name: method_recipe(recipe, method, 0).distillation for method in methods}
+    assert made["with-temperature"].temperature_schedule != "constant"
+
+
+def with_temperature(*words):
+    """(T, its range, how it moves) where the ablation lets T move; None where it does not."""
+    recipe = load_recipe("quickstart", words)
+    method = next((one for one in ablation_methods(recipe) if one.name == "with-temperature"), None)
+    if method is None:
+        return None
+    it = method_recipe(recipe, method, 0).distillation
+    return it.temperature, (it.temperature_min, it.temperature_max), it.temperature_schedule
+
+
+def test_a_learned_temperature_begins_at_the_recipes():
+    """Its range reaches there, and is otherwise the recipe's."""
+    assert with_temperature("distillation.temperature=1") == (1, (1, 6), "learned")
+    assert with_temperature("distillation.temperature=4") == (4, (2, 6), "learned")
+    assert with_temperature("distillation.temperature=8") == (8, (2, 8), "learned")
+    assert with_temperature("distillation.temperature=7.1234549") == (7.1234549, (2, 7.1234549), "learned")
+    ends = (
+        "distillation.temperature_min=6",
+        "distillation.temperature_max=2",
+    )  # which nobody reads where T is constant
+    assert with_temperature(*ends) == (4, (2, 6), "learned")
+
+
+def test_the_temperature_moves_as_its_loss_allows():
+    for kind in ("dkd", "standardized_kl"):
+        assert with_temperature(f"distillation.kd_kind={kind}", "distillation.temperature=1") == (1, (2, 6), "auto")
+    assert with_temperature("distillation.kd_kind=dist") is None

@@ -16,7 +16,7 @@ from hf_hpmkd import auto_bench, prior_build
 from hf_hpmkd.auto_bench import Settings, bench_auto
 from hf_hpmkd.auto_bench_report import summary
 from hf_hpmkd.components.adaptive_configuration import DIRECT, FASTER, SPACE, Configuration
-from hf_hpmkd.configuration_examples import provenance, read_prior
+from hf_hpmkd.configuration_examples import SCHEMA, prior_row, provenance, read_prior
 from hf_hpmkd.distill import student_builder
 from hf_hpmkd.expected_gain import by_setting, contended
 from hf_hpmkd.prior_build import build_prior
@@ -291,6 +291,46 @@ def test_a_prior_of_another_version_is_not_gone_on_with(tables: Path, tmp_path: 
     (tmp_path / "prior.jsonl").write_text(json.dumps({"data": "red", "seed": 0, "last": True}) + "\n")
     with pytest.raises(ValueError, match="prior.jsonl must hold rows of this version"):
         build_prior(tables, 4, tmp_path / "prior.parquet")
+
+
+def test_a_prior_whose_rows_are_all_there_is_written_again(tables: Path, tmp_path: Path, monkeypatch) -> None:
+    """As after a run that was stopped before it wrote the Parquet file; no table is run for that."""
+    of_setting = {"student": "mlp-4", "taught_by": "mlp-8, mlp-16", "steps": 16, "base_learning_rate": 0.01, "seed": 0}
+    about = {**dict.fromkeys(SCHEMA.names), **of_setting}
+    examples = [replace(one, data="red") for one in read_prior()[:3]]
+    rows = [{**prior_row(one, about), "contender": True, "last": index == 2} for index, one in enumerate(examples)]
+    (tmp_path / "prior.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(prior_build, "_contenders_on_table", None)
+    monkeypatch.setattr(prior_build, "_rows_of_table", None)
+    assert build_prior(tables, 3, tmp_path / "prior.parquet", say=lambda line: None) == 3
+    found = read_prior(tmp_path / "prior.parquet")
+    assert [(one.data, one.configuration, one.gain) for one in found] == [
+        ("red", one.configuration, pytest.approx(one.gain)) for one in examples
+    ]
+    assert provenance(tmp_path / "prior.parquet")["runs"] == 3
+
+
+@pytest.mark.parametrize("test_rows", [0, 48])
+def test_judged_on_drawn_rows_where_a_table_has_no_test_split(tables: Path, tmp_path: Path, monkeypatch, test_rows):
+    """As many as its split has where that is small; without one, a recipe's usual share."""
+    if not test_rows:
+        (tables / "red" / "test.parquet").unlink()
+    asked, drawn = [], []
+
+    class Stopped(Exception):
+        pass
+
+    def look(*args, **sections):
+        asked.append(sections["data"])
+        drawn.append(len(TableRuns(*args, **sections).parts.test))
+        raise Stopped
+
+    monkeypatch.setattr(auto_bench, "TableRuns", look)
+    with pytest.raises(Stopped):
+        auto_bench._judge(Settings(tables, tmp_path / "bench"), tables / "red", 0)
+    (data,), (rows,) = asked, drawn
+    assert data.get("test_size", 0) == test_rows and ("test_size" in data) == bool(test_rows)
+    assert rows == test_rows if test_rows else 0 < rows < 130 / 2
 
 
 def test_small_tables_are_split_anew_for_each_seed(tables: Path, tmp_path: Path) -> None:

@@ -259,6 +259,25 @@ def test_looks_at_the_test_part_are_counted_and_its_figures_right(tmp_path, caps
     assert all("test" in teacher.accuracy for teacher in record(tmp_path).teachers["seed-0"])
 
 
+def test_teachers_test_accuracy_that_was_lost_is_measured_again(finished, tmp_path):
+    """A look that was stopped had scored the students and not written down the teachers; no other look is needed."""
+    shutil.copytree(finished / "out", tmp_path / "out")
+    words = ["--methods", "direct,kd-mean", "--seeds", "2", "--output", str(tmp_path / "out"), "--final"]
+    assert main(["compare", write_recipe(finished), *words]) == 0
+    whole = record(tmp_path)
+    file = tmp_path / "out" / "comparison.json"
+    tree = json.loads(file.read_text())
+    for teacher in (*tree["teachers"]["seed-0"], tree["teachers"]["seed-1"][1]):
+        del teacher["accuracy"]["test"]
+    file.write_text(json.dumps(tree))
+    assert main(["compare", write_recipe(finished), *words]) == 0
+    found = record(tmp_path)
+    assert found.teachers == whole.teachers and all(
+        "test" in teacher.accuracy for teachers in found.teachers.values() for teacher in teachers
+    )
+    assert found.looks == whole.looks and len(found.looks) == 1 and found.results == whole.results
+
+
 def test_one_teacher_seed_for_all(tmp_path):
     words = ["--methods", "direct,kd-mean", "--seeds", "1,2", "--teacher-seed", "5", "--output", str(tmp_path / "out")]
     assert main(["compare", write_recipe(tmp_path), *words]) == 0
@@ -281,6 +300,45 @@ def test_what_adaptive_chose_proves_itself_as_in_a_run(tmp_path, monkeypatch, ma
     run = RunRecord.load(folder / "adaptive.run" / "run_record.json")
     assert run.kept.kept == kept and run.kept.rows == run.num_rows("validation") + run.num_rows("guide")
     assert found.seconds > plain.seconds
+    # It knows of its teachers what a run would: how much better they are on the rows that taught them.
+    accuracies = [teacher.accuracy for teacher in record(tmp_path).teachers["seed-0"]]
+    beyond = [accuracy["train"] - accuracy["guide"] for accuracy in accuracies]
+    assert run.auto.features["overfit"] == pytest.approx(sum(beyond) / 2) and any(beyond)
+
+
+def test_an_adaptive_student_that_was_given_up_is_judged_as_before_after_a_stop(tmp_path, monkeypatch):
+    """Stopped while the two change places, and again before the result is written."""
+    monkeypatch.setattr(quick_validation, "HOPE", -1e9)
+    monkeypatch.setattr(quick_validation, "PROOF", 1e9)
+    judged, judge = [], compare_jobs.judge_students
+
+    def listen(*args):
+        judged.append(judge(*args))
+        return judged[-1]
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare_jobs, "judge_students", listen)
+    line = ["compare", write_recipe(tmp_path), "--methods", "direct,adaptive", "--seeds", "1"]
+    line += ["--output", str(tmp_path / "out")]
+    for place, name in ((compare_jobs, "copy_training"), (compare_jobs.Workplace, "score")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, stop)
+            assert main(line) == 130
+    folder = tmp_path / "out" / "seed-0"
+    both = [
+        json.loads((folder / "adaptive.run" / f"{name}.trained.json").read_text()) for name in ("direct", "distilled")
+    ]
+    assert not same(*(weights(folder / "adaptive.run" / name) for name in ("direct", "distilled")))
+    assert main(line) == 0
+    assert len(judged) == 3 and judged[0] == judged[1] == judged[2] and judged[0].gain != 0
+    run = RunRecord.load(folder / "adaptive.run" / "run_record.json")
+    assert run.kept == judged[0] and run.kept.kept == "direct"
+    found = result(tmp_path, "adaptive", 0)
+    assert found.seconds == pytest.approx(sum(one["seconds"] for one in both) + run.auto.extra_seconds)
+    assert same(weights(folder / "adaptive"), weights(folder / "direct"))
+    assert not (folder / "adaptive.run" / "distilled").exists()
 
 
 def test_every_method_trains_on_images(tmp_path):
@@ -351,6 +409,22 @@ def test_another_method_of_the_same_name_is_refused(finished, capsys):
     assert main([*line, "--method", "again: kd-mean distillation.temperature=2"]) == 2
     assert "holds a student of again, seed 0 that was trained with other values" in capsys.readouterr().err
     assert record(finished).methods == known  # it still says how its students were trained
+
+
+def test_a_refused_command_leaves_seeds_and_baseline_as_they_were(finished, tmp_path, capsys):
+    shutil.copytree(finished / "out", tmp_path / "out")
+    known, table = record(tmp_path), (tmp_path / "out" / "table.md").read_text()
+    line = ["compare", write_recipe(finished), "--methods", "direct,kd-mean", "--output", str(tmp_path / "out")]
+    line += ["--baseline", "kd-mean"]
+    assert main([*line, "--seeds", "3", "--method", "again: kd-mean distillation.temperature=2"]) == 2
+    assert "holds a student of again, seed 0 that was trained with other values" in capsys.readouterr().err
+    found = record(tmp_path)
+    assert (found.seeds, found.baseline) == (known.seeds, known.baseline) == ([0, 1], "direct")
+    assert (found.methods, found.results, found.teachers) == (known.methods, known.results, known.teachers)
+    assert main(["compare", "--table", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == table
+    assert main([*line, "--seeds", "2"]) == 0  # what is not refused has its baseline
+    assert record(tmp_path).baseline == "kd-mean" and record(tmp_path).seeds == [0, 1]
 
 
 def test_seeds_added_to_a_tuned_comparison_take_what_was_chosen(tmp_path, capsys, monkeypatch):

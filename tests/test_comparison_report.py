@@ -7,7 +7,7 @@ import pytest
 from matplotlib.axes import Axes
 from scipy import stats
 
-from hf_hpmkd.comparison_lines import lines
+from hf_hpmkd.comparison_lines import kept, lines
 from hf_hpmkd.comparison_record import ComparisonRecord, Look, MethodRecord, Result, Score, Trial
 from hf_hpmkd.comparison_report import (
     against,
@@ -62,6 +62,34 @@ def test_methods_that_ended_with_the_same_students_are_one_hypothesis():
     assert "Ended with the same students, which are compared once: kd and copy; direct and again." in text
 
 
+def test_students_that_differ_on_test_rows_alone_are_two_hypotheses():
+    """On either part, so that both are corrected for the same number."""
+    raw = stats.ttest_rel(SHARES["kd"], SHARES["direct"]).pvalue
+    for equal, count in ((True, 2), (False, 3)):
+        record = make(parts=("validation", "test"))
+        record.methods.append(MethodRecord("copy", "kd again"))
+        for one in record.of_method("kd").values():
+            scores = dict(one.scores)
+            if not equal:  # as many rows, but others
+                scores["test"] = Score.of(np.roll(one.scores["test"].right(), 1))
+            record.results.append(dataclasses.replace(one, method="copy", scores=scores))
+        for part in ("validation", "test"):
+            found = {line.method: line for line in lines(record, part)}
+            assert found["kd"].p == found["copy"].p == pytest.approx(count * raw, rel=1e-6)
+        text = summary(record).replace("\n", " ")
+        assert f"Holm's correction for {count} comparisons with direct." in text
+        assert ("Ended with the same students" in text) == equal
+
+
+def test_before_all_have_test_scores_students_are_told_apart_by_validation_rows():
+    record = make()
+    record.methods.append(MethodRecord("copy", "kd again"))
+    record.results += [dataclasses.replace(one, method="copy") for one in record.of_method("kd").values()]
+    for one in record.of_method("copy").values():
+        one.scores = {**one.scores, "test": Score.of(hits(0.5, one.seed, "copy"))}
+    assert "Ended with the same students, which are compared once: kd and copy." in summary(record)
+
+
 def test_a_learning_rate_at_the_edge_of_what_was_tried_is_told():
     record = make()
     record.recipe = {**RECIPE, "training": {"learning_rate": 0.1}}
@@ -109,6 +137,29 @@ def test_of_direct_and_hpmkd_the_one_that_validation_rows_choose():
     text = summary(record)
     assert "- kept: of hpmkd and direct" in text and text.index("| hpmkd") < text.index("| kept")
     assert "kept" not in summary(make())
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "chooses"),
+    [
+        ("distillation", {"keep": "better", "direct": True}, True),
+        ("distillation", {"keep": "distilled"}, False),
+        ("distillation", {"direct": False}, False),
+        ("auto", {"mode": "off"}, True),
+        ("auto", {"mode": "fast"}, False),
+    ],
+)
+def test_nothing_is_kept_where_a_run_of_the_recipe_does_not_choose(section, values, chooses):
+    record = make()
+    record.recipe = {**RECIPE, section: values}
+    record.methods = [
+        dataclasses.replace(one, name="hpmkd" if one.name == "kd" else one.name) for one in record.methods
+    ]
+    for one in record.results:
+        one.method = "hpmkd" if one.method == "kd" else one.method
+    assert list(kept(record)) == (list(SEEDS) if chooses else [])
+    assert ("- kept: " in summary(record)) == ("| kept" in summary(record)) == chooses
+    assert ("- `kept`: " in overview([record, record], "validation")) == chooses
 
 
 def test_lines_recomputed():
@@ -216,6 +267,15 @@ def test_several_comparisons_side_by_side():
     assert rows["direct"][0] == f" {100 * base.mean():.2f} ± {100 * base.std(ddof=1):.2f} "
     assert "*" not in rows["odd"][0] and rows["odd"][1] == " - "
     assert "over 4 seeds" in text and "difference to direct in points" in text
+
+
+def test_side_by_side_it_is_said_how_each_was_tested():
+    several, one = "paired t", "McNemar's with one seed"
+    told = {several: [make(), make()], one: [make([0]), make([0])], f"{several} or {one}": [make(), make([0])]}
+    for tests, records in told.items():
+        assert f"where p < 0.05 ({tests}," in overview(records, "validation")
+    assert "McNemar" not in overview(told[several], "validation")
+    assert "paired t" not in overview(told[one], "validation")
 
 
 def test_what_the_methods_are_is_said_once_below_all_columns():

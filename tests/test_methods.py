@@ -44,6 +44,13 @@ def test_every_method_is_a_sound_recipe(recipe, method):
     assert (made.data, made.teachers, made.student) == (recipe.data, recipe.teachers, recipe.student)
 
 
+def test_what_needs_all_logits_does_not_keep_the_largest_alone(recipe):
+    largest = read_recipe(recipe_tree(recipe), "a test", ["distillation.teacher_outputs=topk", "distillation.topk=3"])
+    for method in METHODS:
+        made = method_recipe(largest, method, 0).distillation  # sound
+        assert made.kd_kind != "standardized_kl" or (made.teacher_outputs, made.topk) == ("full", None)
+
+
 @pytest.mark.parametrize("name", ["kd-best", "kd-mean"])
 def test_plain_methods_stay_plain_whatever_the_recipe_sets(recipe, name):
     """A new field of the section has to be switched off for them, or named as shared above."""
@@ -101,6 +108,10 @@ def test_a_method_of_ones_own():
         ("a b: distillation.temperature=8", "has the form"),
         ("../x: distillation.temperature=8", "has the form"),
         ("direct: distillation.temperature=8", "comes with the package"),
+        ("kept: kd-mean", "'kept'.*Give yours another name"),
+        ("x.run: kd-mean", "'x.run'.*end in .run or .runs"),
+        ("x.result.json: kd-mean", "'x.result.json'.*end in .run or"),
+        ("teachers: kd-mean", "'teachers'.*what a comparison calls other things"),
         ("soft: kd-meen", "Did you mean `kd-mean`"),
         ("soft: kd-mean kd-best", "one method at most"),
     ],

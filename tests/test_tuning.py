@@ -40,6 +40,33 @@ def test_the_labels_alone_are_among_the_trials_where_the_method_allows_it():
     assert len(chained) == 3 * 4 * 5 and min(chained) == 0.5  # nobody would listen to the chain
 
 
+@pytest.mark.parametrize(
+    ("name", "alphas"),
+    [
+        ("paper", {0, 0.5, 0.9, 1}),
+        ("ctkd", {0, 0.5, 0.9, 1}),
+        ("dml", {0, 0.5, 0.9}),
+        ("at", {0, 0.5, 0.9}),
+        ("fitnets", {0, 0.5, 0.9}),
+    ],
+)
+def test_no_training_goes_to_a_temperature_that_nothing_reads(name, alphas):
+    """Nor to a term that leaves the student's classifier as it began."""
+    recipe = load_recipe("quickstart")
+    method = known_methods()[name]
+    found = [values(recipe, one) for one in trials(recipe, method, 99)]
+    assert {alpha for alpha, _, _ in found} == alphas
+    assert len({(alpha, rate) for alpha, _, rate in found}) == len(found) == len(alphas) * 5
+    assert {temperature for _, temperature, _ in found} == {method_recipe(recipe, method, 0).distillation.temperature}
+
+
+def test_a_learned_temperature_begins_within_its_range():
+    recipe = load_recipe("quickstart", ["distillation.temperature_schedule=learned"])
+    found = [values(recipe, one) for one in trials(recipe, known_methods()["hpmkd"], 99)]
+    assert {temperature for alpha, temperature, _ in found if alpha} == {2, 4}  # of 1, 2, 4 and 8 within 2 to 6
+    assert len(found) == (3 * 2 + 1) * 5
+
+
 def test_what_configures_itself_is_taken_as_it_is():
     recipe, adaptive = load_recipe("quickstart"), known_methods()["adaptive"]
     assert trials(recipe, adaptive, 8) == [adaptive]
