@@ -10,10 +10,13 @@ import yaml
 from safetensors.torch import load_file
 
 from hf_hpmkd import chain_probes, classifier_training
+from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.cli import main
 from hf_hpmkd.compare_jobs import chain_seconds
 from hf_hpmkd.comparison_record import Result
 from hf_hpmkd.components.progressive_chain import GainEstimate
+from hf_hpmkd.data import DataConfig, load_parts
+from hf_hpmkd.kept_classifiers import About
 from hf_hpmkd.models.tabular import TabularForClassification
 from hf_hpmkd.recipe import RecipeError, load_recipe
 from hf_hpmkd.run_record import ChainDecision, ChainRecord, RunRecord, StageRecord
@@ -280,6 +283,25 @@ def test_a_stage_says_by_which_key_it_is_found(tmp_path: Path) -> None:
     kept = tmp_path / "memory" / "models" / about["key"]
     one, two = (load_file(folder / "model.safetensors") for folder in (kept, tmp_path / "run" / "chain" / "stage-1"))
     assert all(one[key].equal(two[key]) for key in one)
+
+
+def test_what_lies_in_a_stages_folder_names_no_place_on_this_disk(tmp_path: Path) -> None:
+    """A student that is a folder gives its stages its name."""
+    student = tmp_path / "my models" / "small"
+    rows = load_parts(DataConfig(path="sklearn:wine"), teachers_saw_train=False).train
+    built = build_classifier("mlp-3", rows)
+    built.model.save_pretrained(student)
+    built.feed.processor.save_pretrained(student)
+    words = [f"student.model={student}", "training.epochs=1", "teachers=[{model: mlp-48x48, epochs: 1}]"]
+    record = run(tmp_path, *words, length=1)
+    [stage] = record.chain.stages
+    assert stage.model.startswith(f"{student}[")
+    folder = tmp_path / "run" / "chain" / "stage-1"
+    about = About.load(folder / "stage.json")
+    assert about.stage.model == stage.model.replace(str(student), "small")
+    kept = tmp_path / "memory" / "models" / about.key
+    for path in [*folder.iterdir(), *kept.iterdir()]:
+        assert not any(word in path.read_bytes() for word in (str(tmp_path).encode(), b"my models")), path
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,7 @@ def test_a_network_that_was_trained_before_an_interruption_is_kept_too(tmp_path:
             assert keys[0] == network_key("mlp-4", schedule, recipe, parts.train, parts)
             for key, place in zip(keys, places, strict=True):
                 kept = memory.store.find_model(key)
+                assert kept is not None, place
                 assert (kept / "model.safetensors").read_bytes() == (place / "model.safetensors").read_bytes()
         written.append([(place / "model.safetensors").stat().st_mtime_ns for place in places])
     assert written[0] == written[1]  # nothing was trained again

@@ -159,6 +159,34 @@ def test_sigterm_ends_a_run_as_ctrl_c_does(stub, capsys: pytest.CaptureFixture) 
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize(
+    ("words", "module", "code", "told"),
+    [
+        (["quickstart"], "distill", 1, "the reader of its output has left. The same command resumes the run"),
+        (["plan", "quickstart"], "plan", 0, ""),
+    ],
+)
+def test_a_reader_that_leaves_stops_a_long_command_which_says_so(
+    stub,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list,
+    module: str,
+    code: int,
+    told: str,
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise BrokenPipeError
+
+    stub(module, **{module: broken})
+    with open(tmp_path / "stdout", "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(words) == code
+    err = capsys.readouterr().err
+    assert told in err and len(err.splitlines()) == (1 if told else 0)
+
+
 @pytest.mark.parametrize(("rank", "prints"), [("0", True), ("1", False)])
 def test_only_rank_0_prints(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, rank: str, prints: bool
@@ -230,6 +258,21 @@ def test_push_is_private_unless_told(stub) -> None:
     assert main(["push", "run", "me/student", "--public"]) == 0
     assert [call.private for call in calls] == [True, False]
     assert (calls[0].dir, calls[0].id) == (Path("run"), "me/student")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [(["output.dir=~/runs/one"], "runs/one-compare"), (["--output", "~/two"], "two")]
+)
+def test_a_comparison_finds_the_home_too(stub, monkeypatch: pytest.MonkeyPatch, words: list, expected: str) -> None:
+    folders: list[Path] = []
+    stub(
+        "compare",
+        Settings=lambda methods, seeds, folder, *more: folder,
+        compare=lambda recipe, settings, source, say: folders.append(settings),
+    )
+    monkeypatch.setenv("HOME", "/home/jane")
+    assert main(["compare", "quickstart", *words]) == 0
+    assert folders == [Path("/home/jane") / expected]
 
 
 def test_bench_passes_its_options(stub) -> None:

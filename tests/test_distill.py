@@ -166,9 +166,32 @@ def test_an_interrupted_run_does_not_go_on_with_other_rows(tmp_path, capsys):
     record.status = "interrupted"
     record.save(file)
     table.assign(alcohol=-table["alcohol"]).to_csv(tmp_path / "rows.csv", index=False)
-    assert main(words) == 2
-    assert "the data have changed since" in " ".join(capsys.readouterr().err.split())
+    student = (tmp_path / "run" / "student" / "model.safetensors").stat().st_mtime_ns
+    for more in ([], ["output.overwrite=true"]):
+        assert main([*words, *more]) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert "the data have changed since" in told and "or remove this one" in told
+    table.to_csv(tmp_path / "rows.csv", index=False)
     assert main([*words, "output.overwrite=true"]) == 0
+    assert RunRecord.load(file).status == "completed"
+    assert (tmp_path / "run" / "student" / "model.safetensors").stat().st_mtime_ns == student
+
+
+def test_a_folder_below_the_home_is_written_with_a_tilde(tmp_path, monkeypatch, capsys):
+    """The teachers' outputs, which lie in it where there is no memory, included."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("HPMKD_CACHE")
+    monkeypatch.chdir(tmp_path)
+    words = ["distill", str(table_recipe(tmp_path, max_steps=2)), "teachers=[{model: 'sklearn:GaussianNB'}]"]
+    words += ["output.dir=~/runs/one", "memory.use=false"]
+    assert main(words) == 0
+    run = tmp_path / "home" / "runs" / "one"
+    assert RunRecord.load(run / "run_record.json").status == "completed"
+    assert list((run / "teacher_outputs").glob("*.safetensors"))
+    assert {path.name for path in tmp_path.iterdir()} == {"home", "recipe.yaml"}
+    capsys.readouterr()
+    assert main(words) == 0
+    assert "holds the finished run" in capsys.readouterr().out
 
 
 def test_a_distilled_student_of_nan_costs_the_run_nothing(tmp_path):

@@ -80,6 +80,23 @@ def test_a_job_whose_worker_is_killed_is_started_again_and_the_others_do_not_not
     assert len(set(pids(tmp_path, "dies 1"))) == 2 and len(pids(tmp_path, "other")) == 1
 
 
+def test_a_worker_that_is_killed_while_it_waits_ends_nothing(tmp_path):
+    """Between two jobs, and noticed before the second is handed to it."""
+    graph = Graph([Job("a", 1), Job("b", 1, ("a",))])
+    with LocalWorkers(1) as pool:
+
+        def kill(one):
+            if one.job == "a":
+                executor = pool._pools["1"]
+                os.kill(int(pids(tmp_path, "a")[0]), signal.SIGKILL)
+                while not executor._flags.broken:
+                    time.sleep(0.01)
+
+        ended = run_jobs(graph, Write(tmp_path), pool, tmp_path / "logs", kill)
+    assert [(one.job, one.attempts, one.error) for one in ended] == [("a", 1, None), ("b", 1, None)]
+    assert pids(tmp_path, "a") != pids(tmp_path, "b")
+
+
 def test_a_failed_job_names_itself_and_the_rest_goes_on_and_the_next_time_it_continues(tmp_path):
     jobs = [Job("first", 1), Job("fails", 1, ("first",)), Job("after", 1, ("fails",)), Job("dies 9", 1), Job("last", 1)]
     graph = Graph(jobs)

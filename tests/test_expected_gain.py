@@ -83,6 +83,17 @@ def test_few_runs_count_by_likeness() -> None:
     assert most_alike({"log_rows": 4.8, "log_classes": 1.9}, examples) == ["large", "small"]
 
 
+def test_data_sets_of_a_memory_are_not_named() -> None:
+    places = {"secret a": 2.0, "secret b": 2.1, "public": 3.0, "far": 5.0}
+    examples = [
+        Example({"log_rows": size, "log_classes": 5 - size}, SOFT, 1.0, data=name, own=name.startswith("secret"))
+        for name, size in places.items()
+    ]
+    here = {"log_rows": 2.0, "log_classes": 3.0}
+    assert most_alike(here, examples, count=2) == ["data sets of the memory", "public"]
+    assert most_alike(here, examples[2:]) == ["public", "far"]
+
+
 def test_nothing_known_expects_nothing_and_tries_the_usual() -> None:
     found = configurations(SPACE, DIRECT)
     prediction = predictor([]).predict({}, found)

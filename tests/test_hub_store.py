@@ -15,6 +15,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from hf_hpmkd import hub_client
 from hf_hpmkd.hub_store import HubPushError, push_run
+from hf_hpmkd.model_card import named_sources
 from hf_hpmkd.run_record import ModelRecord, RunRecord, TeacherRecord
 
 # huggingface_hub 2.4 sends large files by LFS with a parameter that httpx2 calls deprecated.
@@ -108,7 +109,30 @@ def test_the_published_record_names_no_local_path(client, run_dir):
     text = client.files(REPO)["run_record.json"].decode()
     assert "/home" not in text and str(run_dir) not in text
     record = RunRecord.from_dict(json.loads(text))
-    assert record == RunRecord.load(run_dir / "run_record.json").public()
+    assert record == named_sources(RunRecord.load(run_dir / "run_record.json").public())
+
+
+def test_the_published_record_names_no_folder_that_paths_led_through(client, run_dir):
+    record = RunRecord.load(run_dir / "run_record.json")
+    record.parts = {"path": "clients/x/churn.csv", "kind": "files"}
+    record.recipe |= {"data": {"path": "clients/x/churn.csv"}, "student": {"model": "clients/x/small"}}
+    record.recipe |= {"teachers": [{"model": "clients/x/big.skops"}], "output": {"dir": "clients/x/out"}}
+    record.teachers = [TeacherRecord("big", "clients/x/big.skops", "skops", None)]
+    record.save(run_dir / "run_record.json")
+    push_run(run_dir, REPO)
+    text = client.files(REPO)["run_record.json"].decode()
+    published = RunRecord.from_dict(json.loads(text))
+    assert "clients" not in text and "output" not in published.recipe
+    assert published.parts["path"] == published.recipe["data"]["path"] == "churn.csv"
+    assert published.teachers[0].source == published.recipe["teachers"][0]["model"] == "big.skops"
+    assert published.recipe["student"]["model"] == "small"
+
+
+def test_checkpoints_that_a_stop_left_are_not_published(client, run_dir):
+    tiny.tiny_vit(seed=9).save_pretrained(run_dir / "student" / "checkpoints" / "checkpoint-3")
+    push_run(run_dir, REPO)
+    assert "model.safetensors" in client.files(REPO)
+    assert not [path for path in client.files(REPO) if "checkpoint" in path]
 
 
 def test_a_public_repository_is_made_only_if_asked_for(client, run_dir):

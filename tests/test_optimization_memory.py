@@ -282,6 +282,17 @@ def test_a_model_is_found_by_its_key_and_loads(memory, model_folder):
     assert (memory.models_found, memory.models_computed) == (1, 1)
 
 
+def test_a_model_that_may_only_be_read_is_used(memory, model_folder, monkeypatch, recwarn):
+    kept = memory.keep_model("a", model_folder)
+
+    def refuse(*words, **settings):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert memory.find_model("a") == kept and (memory.models_found, memory.models_computed) == (1, 0)
+    assert not list(recwarn)
+
+
 def test_a_kept_model_is_data_alone(memory, model_folder):
     names = {path.name for path in memory.keep_model("a", model_folder).iterdir()}
     assert names == {"config.json", "model.safetensors", "stage.json", "memory.json"}

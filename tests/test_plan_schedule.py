@@ -4,6 +4,7 @@ import random
 import re
 
 import pytest
+import yaml
 
 from hf_hpmkd.bench_pipeline import pipeline_table, random_graph, simulator
 from hf_hpmkd.cli import main
@@ -80,3 +81,17 @@ def test_data_that_is_not_here_is_told():
     tree = {"data": {"path": "./nowhere"}, "teachers": [{"model": "mlp-4"}], "student": {"model": "mlp-2"}}
     with pytest.raises((ValueError, OSError), match="nowhere"):
         plan_schedule(read_recipe(tree, "test"), [2])
+
+
+def test_data_on_the_hub_is_not_opened_for_a_schedule(tmp_path, capsys, monkeypatch):
+    def opened(*words, **settings):
+        raise AssertionError("the data were opened")
+
+    monkeypatch.setattr("hf_hpmkd.recipe.load_parts", opened)
+    monkeypatch.chdir(tmp_path)
+    tree = {"data": {"path": "USER/DATA"}, "teachers": [{"model": "cifar-resnet-14"}]}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({**tree, "student": {"model": "cifar-resnet-8"}}))
+    assert main(["plan", "r.yaml"]) == 0
+    assert main(["plan", "r.yaml", "--workers", "2", "--gantt", "g.png"]) == 2
+    assert "the rows, which must be on this disk; USER/DATA is not" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "g.png").exists()

@@ -303,7 +303,7 @@ def test_merged_keys_may_be_given_again(tmp_path: Path) -> None:
         "  - <<: *first\n"
         "    name: other\n"
         "    epochs: 9\n"
-        "  - {epochs: 3, <<: [{model: cifar-resnet-20}, *first]}\n"
+        "  - {epochs: 3, <<: [*first, {name: third}]}\n"
         "student: {model: cifar-resnet-8}\n"
     )
     file = tmp_path / "a.yaml"
@@ -311,7 +311,7 @@ def test_merged_keys_may_be_given_again(tmp_path: Path) -> None:
     first, second, third = load_recipe(file).teachers
     assert (first.model, first.epochs, first.batch_size, first.name) == ("cifar-resnet-14", 7, 32, None)
     assert (second.model, second.epochs, second.batch_size, second.name) == ("cifar-resnet-14", 9, 32, "other")
-    assert (third.model, third.epochs, third.batch_size) == ("cifar-resnet-20", 3, 32)
+    assert (third.model, third.epochs, third.batch_size, third.name) == ("cifar-resnet-14", 3, 32, "third")
     file.write_text(text.replace("    epochs: 9\n", "    epochs: 9\n    epochs: 8\n"), encoding="utf-8")
     with pytest.raises(RecipeError, match="line 7.*key 'epochs' is given twice"):
         load_recipe(file)

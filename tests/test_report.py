@@ -4,9 +4,11 @@ import math
 
 import matplotlib.image
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from hf_hpmkd import report
-from hf_hpmkd.run_record import ModelRecord, RunRecord, TeacherRecord
+from hf_hpmkd.run_record import JobRecord, ModelRecord, RunRecord, TeacherRecord
 
 NAMES = ["learning_curves.png", "temperature.png", "teacher_weights.png", "class_weights.png"]
 
@@ -171,6 +173,31 @@ def test_the_heat_map_masks_classes_without_guide_rows():
     assert [text.get_text() for text in axes.texts] == ["0.70", "0.40", "0.30", "0.60"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["cat", "dog", "emu"]
     assert "no guide rows" in axes.get_xlabel()
+
+
+def test_names_with_dollars_are_drawn_as_they_are(tmp_path, monkeypatch):
+    """Between two of them matplotlib would read mathematics, and this one is none."""
+    saved, save = {}, Figure.savefig
+
+    def savefig(figure, path, **settings):
+        saved[path.name] = figure
+        save(figure, path, **settings)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    record = add_curves(make_record())
+    record.class_names = ["$0_$25k", "$25k_$50k", "more"]
+    record.teachers[0].name = "$5_$6"
+    for row in record.curves["student"][:2]:
+        row["weight/$5_$6"] = row.pop("weight/a")
+    job = {"worker": "main", "started": 1.0, "ended": 9.0, "kind": "train $5_$6", "estimated": 5.0}
+    record.jobs = [JobRecord("train $5_$6", **job)]
+    assert [path.name for path in report.draw_plots(record, tmp_path)] == [*NAMES, "pipeline.png"] == list(saved)
+    axes = saved["class_weights.png"].axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == record.class_names
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["$5_$6", "b|c"]
+    assert "teacher $5_$6" in lines_of(saved["teacher_weights.png"].axes[0])
+    for figure in saved.values():
+        assert not [text for text in figure.findobj(Text) if "$" in text.get_text() and text.get_parse_math()]
 
 
 @pytest.mark.parametrize("classes", [1, 21, 200])

@@ -272,6 +272,48 @@ def test_workers_are_taken_where_they_save_more_than_a_minute(tmp_path, monkeypa
         assert reason == "estimated at 2512 s, one process with 2 threads at 4000 s"
 
 
+@pytest.mark.parametrize(
+    ("engine", "left", "taken"),
+    [
+        ("local", "outputs", True),  # as the recipe asks
+        ("auto", "outputs", False),  # a matter of moments
+        ("auto", "outputs and training", True),
+        ("local", "nothing", False),
+    ],
+)
+def test_outputs_alone_are_for_workers_where_the_recipe_asks_for_them(tmp_path, monkeypatch, engine, left, taken):
+    recipe = read_recipe(
+        recipe_tree(tmp_path, memory={"use": False}), "test", [f"pipeline.engine={engine}", "pipeline.workers=2"]
+    )
+    parts, given = load_parts(recipe.data, teachers_saw_train=False), []
+    jobs = list(run_graph(recipe, parts).jobs)
+    done = {
+        "outputs": [name for name in jobs if not name.startswith("outputs")],
+        "outputs and training": jobs[:1],
+        "nothing": jobs,
+    }[left]
+    monkeypatch.setattr(run_ahead, "_devices", list)
+    monkeypatch.setattr(run_ahead, "_finished", lambda run, parts: done)
+    monkeypatch.setattr(run_ahead, "_can_pay", lambda run, graph, count: True)
+    monkeypatch.setattr(run_ahead, "_faster", lambda *about: "estimated so")
+    monkeypatch.setattr(run_ahead, "_do", lambda run, config, raw, *more: given.append(set(raw.jobs)))
+    with run_memory(recipe, is_main=True) as memory:
+        run_ahead.run_ahead(Run(tmp_path / "run", new_record(recipe), memory), parts)
+    assert given == ([set(jobs) - set(done)] if taken else [])
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "expected"),
+    [("-1", 0, []), ("", 0, []), (None, 0, []), (None, 2, ["0", "1"]), ("3,5", 2, ["3", "5"]), ("1,-1,0", 1, ["1"])],
+)
+def test_devices_are_those_that_are_seen_and_there(monkeypatch, visible, count, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert run_ahead._devices() == expected
+
+
 def test_settings_that_do_not_go_together_are_told():
     with pytest.raises(RecipeError, match="pipeline.address: is for engine ray, got engine local"):
         digits("pipeline.engine=local", "pipeline.address=auto")

@@ -531,6 +531,20 @@ def test_using_a_file_keeps_it_from_being_cleared(tmp_path):
     assert cache.clear(older_than=1).startswith("0 files deleted")
 
 
+def test_a_file_that_may_only_be_read_is_used(tmp_path, monkeypatch):
+    rows, one = image_rows(), teacher()
+    expected = everything(get(TeacherCache(tmp_path), [one], rows), rows, -1)
+    calls = one.model.calls
+
+    def refuse(*words, **settings):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    again = get(TeacherCache(tmp_path), [one], rows)
+    assert (again.hits, again.misses, one.model.calls) == (1, 0, calls)
+    assert torch.equal(everything(again, rows, -1), expected)
+
+
 def test_default_folder(monkeypatch):
     monkeypatch.setenv("HPMKD_CACHE", "/somewhere/else")
     assert TeacherCache().root == Path("/somewhere/else")
