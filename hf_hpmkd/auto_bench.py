@@ -29,6 +29,7 @@ from hf_hpmkd.components.adaptive_configuration import DIRECT, FASTER, SPACE, Co
 from hf_hpmkd.configuration_examples import SCHEMA, prior_row, read_prior, shipped_prior, write_prior
 from hf_hpmkd.distill import student_builder
 from hf_hpmkd.expected_gain import by_setting
+from hf_hpmkd.gantt import plain_names
 from hf_hpmkd.kept_student import judge_students
 from hf_hpmkd.quick_validation import configure, is_direct, proof_needed
 from hf_hpmkd.recipe import MIN_STEPS, Recipe, read_recipe, recipe_tree
@@ -139,7 +140,8 @@ def bench_auto(settings: Settings, say: Callable[[str], None] = print) -> str:
     shown = {name: str(value) for name, value in asdict(settings).items() if name not in ("data", "folder", "prior")}
     write_json(settings.folder / "bench.json", {**about, "settings": shown, "results": results})
     (settings.folder / "table.md").write_text(text + "\n", encoding="utf-8")
-    gains_plot(results).savefig(settings.folder / "gains.png", dpi=120, metadata={"Software": None})
+    with plain_names():
+        gains_plot(results).savefig(settings.folder / "gains.png", dpi=120, metadata={"Software": None})
     return text
 
 

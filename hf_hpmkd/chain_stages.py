@@ -30,7 +30,7 @@ from hf_hpmkd.kept_classifiers import NOT_IN_KEY, About, Training, answers_right
 from hf_hpmkd.models import TabularProcessor
 from hf_hpmkd.recipe import recipe_tree
 from hf_hpmkd.run_context import Run
-from hf_hpmkd.run_record import StageRecord, without_paths
+from hf_hpmkd.run_record import StageRecord, last_name
 from hf_hpmkd.stage_card import write_stage_card
 from hf_hpmkd.tasks.base import Feed, Rows, json_digest
 from hf_hpmkd.teacher_kinds import FoldedTeacher, Teacher, TorchTeacher, architecture
@@ -214,7 +214,7 @@ class Stages:
         """Makes the stage's folder usable alone, and keeps a copy for other runs."""
         if not self.run.is_main:
             return
-        public = dataclasses.replace(record, model=without_paths(record.model, "model"))  # the file may travel
+        public = dataclasses.replace(record, model=last_name(record.model))  # the file may travel
         About(key, Training.of(trained), stage=public).save(folder / STAGE_FILE)
         write_stage_card(self.run.record, record, folder)
         if self.store is not None and not record.reused:

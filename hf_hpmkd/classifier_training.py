@@ -214,8 +214,8 @@ def train_or_load(
     num_views = num_views if teachers or train.keeps_labels else 0
     done = done_file(folder)
     if done.is_file():
-        if PartialState().is_main_process:  # left by a stop between the last two steps of saving
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        if PartialState().is_main_process:  # a stop between the last two steps of saving leaves them
+            _clear_checkpoints(folder)
         saved = json.loads(done.read_text(encoding="utf-8"))
         classifier.model = type(classifier.model).from_pretrained(folder)
         return Trained(classifier, **saved, resumed=True)
@@ -274,13 +274,18 @@ def train_or_load(
             classifier.feed.processor.save_pretrained(folder)
         saved = {key: getattr(trained, key) for key in ("seconds", "steps", "curve", "calibration", "class_weights")}
         write_json(done, saved)
-        if (trackers := folder / "checkpoints" / "runs").is_dir():  # what report_to wrote
-            shutil.move(trackers, folder.with_name(f"{folder.name}.runs"))
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        _clear_checkpoints(folder)
     trainer.accelerator.wait_for_everyone()
     if in_pieces:
         classifier.model = family.from_pretrained(folder)
     return trained
+
+
+def _clear_checkpoints(folder: Path) -> None:
+    """Of a finished training; what report_to wrote among them stays, beside the folder."""
+    if (trackers := folder / "checkpoints" / "runs").is_dir():
+        shutil.move(trackers, folder.with_name(f"{folder.name}.runs"))
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def done_file(folder: Path) -> Path:

@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if args.after_stop == _NOTHING_LOST:
             return 0
-        _say(f"hpmkd: stopped, because the reader of its output has left. {args.after_stop}", sys.stderr)
+        with suppress(BrokenPipeError):  # stderr may have had the same reader
+            _say(f"hpmkd: stopped, because the reader of its output has left. {args.after_stop}", sys.stderr)
         return 1
     except (ValueError, OSError, ImportError) as error:
         if args.debug:

@@ -156,7 +156,8 @@ def show(
     if len(records) > 1:
         told.insert(0, overview(records, common_part(records), shown))
     if plot is not None:
-        told.append(f"Drawn into {draw_compression(records, common_part(records), plot, shown)}.")
+        with plain_names():
+            told.append(f"Drawn into {draw_compression(records, common_part(records), plot, shown)}.")
     return "\n\n".join(told)
 
 

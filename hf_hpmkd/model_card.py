@@ -126,6 +126,8 @@ def named_sources(record: RunRecord) -> RunRecord:
     for place in (record.parts, record.recipe.get("data", {})):
         if "path" in place:
             place["path"] = _shown(place["path"], data_on_hub(record))
+    for stage in (*record.chain.stages, *record.chain.left_out) if record.chain else ():
+        stage.model = last_name(stage.model)
     record.recipe.get("distillation", {}).pop("cache_dir", None)
     record.recipe.pop("output", None)
     record.recipe.pop("memory", None)

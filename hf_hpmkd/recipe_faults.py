@@ -7,7 +7,7 @@ five mistakes says five things.
 import difflib
 import json
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import yaml
@@ -19,20 +19,19 @@ Path = tuple[str | int, ...]
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-3 as a number (YAML 1.2), leaves dates as text and refuses a key given twice."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # its keys may be given again
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} cannot be a key", key_node.start_mark)
-            if key in seen:
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """Here keys are as they were written; what `<<` brings along may be given again."""
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is one value, not several", key.start_mark)
+            if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice; keep one of the two", key_node.start_mark
+                    None, None, f"key {key.value!r} is given twice; keep one of the two", key.start_mark
                 )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+            seen.add(key.value)
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -112,7 +112,7 @@ def claim(folder: Path, fingerprint: str, overwrite: bool = False) -> RunRecord 
 
 def _is_unfinished(record_file: Path, fingerprint: str) -> bool:
     """Whether a run of this recipe was begun there and not finished."""
-    with suppress(ValueError):  # a record that cannot be read is none to go on with
+    with suppress(ValueError, RecursionError):  # a record that cannot be read is none to go on with
         record = RunRecord.load(record_file)
         return record.recipe_fingerprint == fingerprint and record.status != "completed"
     return False

@@ -190,9 +190,12 @@ def test_checkpoints_that_a_stop_left_beside_a_finished_training_go_when_it_is_l
     assert not left.exists()
     (left / "checkpoint-9").mkdir(parents=True)
     (left / "checkpoint-9" / "optimizer.pt").write_bytes(b"x")
+    (left / "runs").mkdir()
+    (left / "runs" / "events").write_bytes(b"x")
     again = begun(tmp_path / "student", None)
     assert again.resumed and again.steps == whole.steps and not left.exists()
     assert (tmp_path / "student" / "model.safetensors").is_file()
+    assert (tmp_path / "student.runs" / "events").is_file()  # what a tracker wrote stays
 
 
 @pytest.mark.parametrize("folds", [0, 2])

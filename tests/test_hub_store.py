@@ -16,7 +16,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 from hf_hpmkd import hub_client
 from hf_hpmkd.hub_store import HubPushError, push_run
 from hf_hpmkd.model_card import named_sources
-from hf_hpmkd.run_record import ModelRecord, RunRecord, TeacherRecord
+from hf_hpmkd.run_record import ChainRecord, ModelRecord, RunRecord, StageRecord, TeacherRecord
 
 # huggingface_hub 2.4 sends large files by LFS with a parameter that httpx2 calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
@@ -118,6 +118,8 @@ def test_the_published_record_names_no_folder_that_paths_led_through(client, run
     record.recipe |= {"data": {"path": "clients/x/churn.csv"}, "student": {"model": "clients/x/small"}}
     record.recipe |= {"teachers": [{"model": "clients/x/big.skops"}], "output": {"dir": "clients/x/out"}}
     record.teachers = [TeacherRecord("big", "clients/x/big.skops", "skops", None)]
+    stage = StageRecord("stage-1", "clients/x/small[hidden_size=40]", 9)
+    record.chain = ChainRecord([stage])
     record.save(run_dir / "run_record.json")
     push_run(run_dir, REPO)
     text = client.files(REPO)["run_record.json"].decode()
