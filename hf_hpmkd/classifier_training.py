@@ -214,8 +214,9 @@ def train_or_load(
     num_views = num_views if teachers or train.keeps_labels else 0
     done = done_file(folder)
     if done.is_file():
-        if PartialState().is_main_process:  # a stop between the last two steps of saving leaves them
-            _clear_checkpoints(folder)
+        if PartialState().is_main_process:
+            with suppress(OSError):  # a stop between the last two steps of saving leaves them; they do no harm
+                _clear_checkpoints(folder)
         saved = json.loads(done.read_text(encoding="utf-8"))
         classifier.model = type(classifier.model).from_pretrained(folder)
         return Trained(classifier, **saved, resumed=True)
@@ -284,7 +285,7 @@ def train_or_load(
 def _clear_checkpoints(folder: Path) -> None:
     """Of a finished training; what report_to wrote among them stays, beside the folder."""
     if (trackers := folder / "checkpoints" / "runs").is_dir():
-        shutil.move(trackers, folder.with_name(f"{folder.name}.runs"))
+        shutil.copytree(trackers, folder.with_name(f"{folder.name}.runs"), dirs_exist_ok=True)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 

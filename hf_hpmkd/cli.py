@@ -1,8 +1,7 @@
 """The command line: parse and dispatch, no logic. What a handler needs is imported inside it, so that --help is quick.
 
-Exit codes: 0 done; 1 stopped because the reader of the output has left; 2 a fault in what was asked, told in one
-message; 130 stopped by Ctrl-C; 143 stopped by SIGTERM, which job schedulers and containers send and which ends a run as
-Ctrl-C does.
+Exit codes: 0 done; 1 the reader of the output has left; 2 a fault in what was asked, told in one message; 130 stopped
+by Ctrl-C; 143 by SIGTERM, which job schedulers and containers send and which ends a run as Ctrl-C does.
 """
 
 import argparse
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from hf_hpmkd.recipe import Recipe
 
 _LINE = ("teacher", "student", "dataset")
-_NOTHING_LOST = "Nothing was left half done."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,12 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _terminated_like_interrupted():
             args.handler(args)
     except KeyboardInterrupt as stop:
-        _say(f"\nhpmkd: stopped. {args.after_stop}", sys.stderr)
+        _say(f"\nhpmkd: stopped. {args.after_stop or 'Nothing was left half done.'}", sys.stderr)
         return 143 if isinstance(stop, _Terminated) else 130
     except BrokenPipeError:
         # The reader of our output (head, less) has left. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if args.after_stop == _NOTHING_LOST:
+        if not args.after_stop or getattr(args, "list", False) or getattr(args, "table", None):  # it only prints
             return 0
         with suppress(BrokenPipeError):  # stderr may have had the same reader
             _say(f"hpmkd: stopped, because the reader of its output has left. {args.after_stop}", sys.stderr)
@@ -95,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hpmkd", description="HPM-KD: several large teachers into one small student, for Hugging Face."
     )
-    parser.set_defaults(after_stop=_NOTHING_LOST)
+    parser.set_defaults(after_stop="")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(group: argparse._SubParsersAction, name: str, text: str, handler: object) -> argparse.ArgumentParser:
@@ -129,7 +127,9 @@ def build_parser() -> argparse.ArgumentParser:
     one = command(commands, "plan", "What a recipe would do: parameters, disk, memory, steps. Trains nothing.", _plan)
     one.add_argument("recipe", metavar="RECIPE")
     one.add_argument("words", nargs="*", metavar="section.key=value", help="overrides")
-    one.add_argument("--workers", metavar="N | A,B,C", help="also simulate its jobs on so many workers: 2, or 1,8,64")
+    one.add_argument(
+        "--workers", metavar="N | A,B,C", help="simulate its jobs on so many workers (local data): 2, or 1,8"
+    )
     one.add_argument("--gantt", type=Path, metavar="FILE", help="draw the last of these schedules (PNG)")
 
     one = command(commands, "compare", "Train several methods on equal terms over several seeds, and test.", _compare)
@@ -403,8 +403,7 @@ def _run_comparison(
     from hf_hpmkd.compare import Settings, compare
 
     folder = (args.output or Path(f"{recipe.output.dir}{suffix}")).expanduser()
-    seeds = _seeds(args.seeds)
-    settings = Settings(methods, seeds, folder, baseline, args.teacher_seed, args.final, args.jobs, tune)
+    settings = Settings(methods, _seeds(args.seeds), folder, baseline, args.teacher_seed, args.final, args.jobs, tune)
     compare(recipe, settings, shlex.join(words), say=_say)
 
 

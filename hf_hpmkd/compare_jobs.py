@@ -256,9 +256,9 @@ class Workplace:
             size, proof = recipe.training.eval_batch_size, proof_needed(asked)
             run.record.kept = judge_students(plain.classifier, trained.classifier, self.parts, size, proof)
             if run.record.kept.kept == "direct":
-                if student != given_up:  # stopped anywhere here, it can be done again
+                if student != given_up:
                     copy_training(student, given_up)
-                    remove_training(student)
+                remove_training(job.student)  # stopped anywhere here, it can be done again
                 copy_training(direct, job.student)
                 trained = plain
         run.keep_start(build_warm.share, build_warm.origin)

@@ -3,12 +3,12 @@
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
 import torch
+from datasets.utils.file_utils import xopen
 from torch.utils.data import Dataset
 
 from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, UNAUGMENTED, FedDataset, Rows
@@ -82,9 +82,9 @@ class SharedInputsFeed:
 class DatasetRows(Rows):
     """Any map-style dataset with a collator, seen as `Rows`.
 
-    One pass over it hashes the collated inputs, and the raw image or text that a teacher with a feed of its own reads
-    (the fingerprint), and reads the labels. stored: teacher outputs are to be kept for these rows; raises ValueError
-    where the dataset gives different inputs for the same row twice, because they would belong to neither.
+    One pass over it hashes the collated inputs (the fingerprint) and reads the labels. stored:
+    teacher outputs are to be kept for these rows; raises ValueError where the dataset gives different inputs for the
+    same row twice, because they would belong to neither.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class DatasetRows(Rows):
         # Columns that a transform reads, an image or a text, are still in the dataset behind it.
         columns = dataset.with_format(None) if isinstance(dataset, datasets.Dataset) else None
         self.task, self.raw_column = _raw_column(columns)
-        fingerprint, labels = self._read(columns)
+        fingerprint, labels = self._read()
         class_names = _label_names(columns) or class_names
         if class_names is None:
             raise ValueError(
@@ -128,11 +128,20 @@ class DatasetRows(Rows):
     def _hash_inputs(self, digest: Any) -> None:
         digest.update(self.fingerprint.encode())
 
-    def warn_of_other_texts(self) -> None:
-        """To be called where a teacher reads the raw text: warns where that is one of several columns."""
-        columns = self.dataset.features if isinstance(self.dataset, datasets.Dataset) else {}
-        others = [name for name, one in columns.items() if _is_text(one) and not _ID.search(name)]
-        if self.task == TEXT_CLASSIFICATION and (others := [name for name in others if name != self.raw_column]):
+    def will_be_read_raw(self) -> None:
+        """To be called before a teacher reads the raw image or text: takes it into the fingerprint, because the student
+        may be shown the same where it differs. Warns where the text is one of several columns.
+        """
+        columns = self.dataset
+        if self.raw_column is None or not isinstance(columns, datasets.Dataset):
+            return
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for value in _raw_values(columns, self.raw_column):
+            digest.update(len(value).to_bytes(8, "little") + value)
+        self.fingerprint = digest.hexdigest()
+        texts = [name for name, one in columns.features.items() if _is_text(one) and not _ID.search(name)]
+        others = [name for name in texts if name != self.raw_column]
+        if self.task == TEXT_CLASSIFICATION and others:
             warnings.warn(
                 f"Teachers that read texts themselves are given the column {self.raw_column!r} and not "
                 f"{', '.join(map(repr, others))}. Where a text is made of several columns, join them in one.",
@@ -142,10 +151,9 @@ class DatasetRows(Rows):
     def subset(self, indices: Sequence[int] | torch.Tensor) -> "DatasetRows":
         raise ValueError("Rows of somebody's own dataset are used whole; select rows from the dataset itself.")
 
-    def _read(self, columns: datasets.Dataset | None) -> tuple[str, torch.Tensor]:
+    def _read(self) -> tuple[str, torch.Tensor]:
         digest, labels = hashlib.sha256(), []
         size = len(self.source)
-        read_raw = _raw_reader(columns, self.raw_column)
         for start in range(0, size, _CHUNK):
             batch = self.batch(range(start, min(start + _CHUNK, size)))
             if "labels" not in batch:
@@ -162,8 +170,6 @@ class DatasetRows(Rows):
                     "views, or set teacher_outputs=live with teachers passed as model objects."
                 )
             digest.update(hashed)
-            for value in read_raw(start, min(start + _CHUNK, size)):
-                digest.update(len(value).to_bytes(8, "little") + value)
         return digest.hexdigest(), torch.cat(labels)
 
 
@@ -204,18 +210,20 @@ def _hash(batch: Mapping[str, Any]) -> bytes:
     return digest.digest()
 
 
-def _raw_reader(columns: datasets.Dataset | None, name: str | None) -> Callable[[int, int], list[bytes]]:
-    """A function that gives the raw images, as they are stored, or texts of the rows from one position to another."""
-    if columns is None or name is None:
-        return lambda start, stop: []
+def _raw_values(columns: datasets.Dataset, name: str) -> Iterator[bytes]:
+    """The raw images, as they are stored, or texts; nothing for a missing one."""
     rows = columns.select_columns([name])
-    if not isinstance(columns.features[name], datasets.Image):
-        return lambda start, stop: [str(text).encode() for text in rows[start:stop][name]]
-    stored = rows.cast_column(name, datasets.Image(decode=False))
-    return lambda start, stop: [
-        Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
-        for value in stored[start:stop][name]
-    ]
+    if isinstance(columns.features[name], datasets.Image):
+        rows = rows.cast_column(name, datasets.Image(decode=False))
+    for row in rows:
+        value = row[name]
+        if not isinstance(value, dict):
+            yield str(value).encode()
+        elif value["bytes"] is not None:
+            yield value["bytes"]
+        else:
+            with xopen(value["path"], "rb") as file:  # also what lies in an archive or elsewhere
+                yield file.read()
 
 
 def _raw_column(dataset: datasets.Dataset | None) -> tuple[str, str | None]:

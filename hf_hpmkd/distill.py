@@ -48,13 +48,28 @@ from hf_hpmkd.teacher_kinds import Teacher
 
 
 def check_launch(device_type: str) -> None:
-    """Raises ValueError where `accelerate launch` was asked for what it has for GPUs alone, and would leave out."""
+    """Raises ValueError where `accelerate launch` was asked for what it has for GPUs alone, and would leave out, or for
+    what would leave the finished student in pieces.
+    """
     for asked in ("FSDP", "DEEPSPEED"):
-        if device_type == "cpu" and os.environ.get(f"ACCELERATE_USE_{asked}", "").lower() == "true":
+        if device_type == "cpu" and _asked(asked):
             raise ValueError(
                 f"accelerate has {asked} for GPUs alone, but this process found none and would train as under DDP. "
                 "Launch with recipes/accelerate/ddp_cpu.yaml, or where there are GPUs."
             )
+
+    sharded = os.environ.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT") != "FULL_STATE_DICT"
+    third = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    if (_asked("FSDP") and sharded) or (_asked("DEEPSPEED") and third):
+        raise ValueError(
+            "A finished model is put together in one place, which takes FSDP with fsdp_state_dict_type "
+            "FULL_STATE_DICT, or DeepSpeed up to ZeRO stage 2. Change the launch configuration as in "
+            "recipes/accelerate."
+        )
+
+
+def _asked(what: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{what}", "").lower() == "true"
 
 
 def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:

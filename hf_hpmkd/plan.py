@@ -45,7 +45,7 @@ class _Model:
 
 def plan(recipe: Recipe) -> str:
     """The plan as text. Trains nothing, downloads nothing. Raises what opening local data raises."""
-    parts = local_parts(recipe)
+    parts = recipe_parts(recipe) if on_this_disk(recipe) else None
     rows = parts.train if parts else _stand_in_rows(recipe)
     chosen = recipe.student
     student = _built("student", "student", chosen.model, rows, chosen.revision, chosen.trust_remote_code, measure=True)
@@ -68,13 +68,10 @@ def plan(recipe: Recipe) -> str:
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def local_parts(recipe: Recipe) -> DataParts | None:
-    """The parts of data that are on this disk; None for a Hub id, which is not opened."""
+def on_this_disk(recipe: Recipe) -> bool:
+    """Whether the data can be opened without the Hub."""
     path = recipe.data.path
-    local = path.startswith("sklearn:") or looks_local(path) or Path(path).expanduser().exists()
-    if not local:
-        return None
-    return recipe_parts(recipe)
+    return path.startswith("sklearn:") or looks_local(path) or Path(path).expanduser().exists()
 
 
 def _stand_in_rows(recipe: Recipe) -> Rows | None:

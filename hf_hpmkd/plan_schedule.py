@@ -6,8 +6,8 @@ from pathlib import Path
 from hf_hpmkd.components.parallel_pipeline import Graph, Schedule, equal_workers, simulate
 from hf_hpmkd.gantt import Bar, gantt, plain_names
 from hf_hpmkd.job_graph import corrected, run_graph
-from hf_hpmkd.plan import local_parts
-from hf_hpmkd.recipe import Recipe
+from hf_hpmkd.plan import on_this_disk
+from hf_hpmkd.recipe import Recipe, recipe_parts
 from hf_hpmkd.report import markdown
 from hf_hpmkd.run_environment import environment
 from hf_hpmkd.run_memory import open_memory
@@ -17,10 +17,16 @@ _LONGEST_LIST = 40
 
 def plan_schedule(recipe: Recipe, workers: Sequence[int], picture: Path | None = None) -> str:
     """The simulated schedule of a run from its beginning on each number of workers, as text; that on the last number
-    also job by job, and as a Gantt chart into `picture` (PNG). Opens the data, which must be on this disk.
+    also job by job, and as a Gantt chart into `picture` (PNG). Opens the data.
 
-    A worker counts as fast as this machine with this process's threads, and starting a job as free.
+    A worker counts as fast as this machine with this process's threads, and starting a job as free. Raises ValueError
+    for data that are not on this disk: a plan downloads none.
     """
+    if not on_this_disk(recipe):
+        raise ValueError(
+            f"A schedule is estimated from the rows, which must be on this disk; {recipe.data.path} is not. Give a "
+            "folder as data.path, or leave --workers out."
+        )
     graph = estimated_graph(recipe)
     last = simulate(graph, equal_workers(workers[-1]))
     lines = [f"Pipeline: {len(graph.jobs)} jobs, {graph.work:,.0f} s of work (estimated)", "", scaling(graph, workers)]
@@ -39,16 +45,8 @@ def plan_schedule(recipe: Recipe, workers: Sequence[int], picture: Path | None =
 
 
 def estimated_graph(recipe: Recipe) -> Graph:
-    """The jobs of a recipe with the seconds that its memory suggests for this machine. Raises ValueError for data that
-    are not on this disk.
-    """
-    parts = local_parts(recipe)
-    if parts is None:
-        raise ValueError(
-            f"A schedule is estimated from the rows, which must be on this disk; {recipe.data.path} is not. Give a "
-            "folder as data.path, or leave --workers out."
-        )
-    graph = run_graph(recipe, parts)
+    """The jobs of a recipe with the seconds that its memory suggests for this machine."""
+    graph = run_graph(recipe, recipe_parts(recipe))
     past = open_memory(recipe).records()[0] if recipe.memory.use else []
     return corrected(graph, past, environment()[1])
 

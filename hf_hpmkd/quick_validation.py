@@ -363,9 +363,8 @@ class _Search:
         """Whether the student has the features that a configuration reads, a teacher the weights, and the teachers'
         outputs, as they are kept, tell what its loss asks.
         """
-        if one.kd_kind == "standardized_kl" and (
-            self.recipe.distillation.teacher_outputs == "topk" or len(self.parts.class_names) == 2
-        ):
+        too_little = self.recipe.distillation.teacher_outputs == "topk" or len(self.parts.class_names) == 2
+        if one.kd_kind == "standardized_kl" and too_little and "kd_kind" in free_fields(self.recipe):
             return False
         if one.warm_start:
             return self._can_start

@@ -30,13 +30,13 @@ _STANDARD_ERRORS = 2.0
 _LEAST_PACKED = 0.5
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     return re.sub(r"[\s_\-]+", "", name).casefold()
 
 
-def are_generic(names: Sequence[str]) -> bool:
+def _are_generic(names: Sequence[str]) -> bool:
     """Whether the names only count: LABEL_0, LABEL_1, ... or 0, 1, ..."""
-    return all(_plain(name) in (f"label{i}", str(i)) for i, name in enumerate(names))
+    return all(plain_name(name) in (f"label{i}", str(i)) for i, name in enumerate(names))
 
 
 def align_labels(teacher_names: Sequence[str], data_names: Sequence[str]) -> list[int]:
@@ -49,15 +49,15 @@ def align_labels(teacher_names: Sequence[str], data_names: Sequence[str]) -> lis
     if list(teacher_names) == list(data_names):
         return list(range(len(data_names)))
     exact = len(set(teacher_names)) == len(teacher_names) and set(teacher_names) == set(data_names)
-    if not exact and len(teacher_names) == len(data_names) and are_generic(teacher_names):
+    if not exact and len(teacher_names) == len(data_names) and _are_generic(teacher_names):
         warnings.warn(
             f"The teacher's classes have no names ({teacher_names[0]}, ...), so its outputs are taken in the data's "
             f"order: {', '.join(data_names[:5])}{', ...' if len(data_names) > 5 else ''}. Say `labels` to be sure.",
             stacklevel=2,
         )
         return list(range(len(data_names)))
-    teacher = list(teacher_names) if exact else [_plain(name) for name in teacher_names]
-    data = list(data_names) if exact else [_plain(name) for name in data_names]
+    teacher = list(teacher_names) if exact else [plain_name(name) for name in teacher_names]
+    data = list(data_names) if exact else [plain_name(name) for name in data_names]
     faults = [
         _listed(
             "missing from the teacher", [name for name, p in zip(data_names, data, strict=True) if p not in teacher]

@@ -29,7 +29,7 @@ from hf_hpmkd.dataset_rows import (
 from hf_hpmkd.distiller import Distiller, GuideRows, TeacherOutputs, check_guide
 from hf_hpmkd.tasks.base import UNAUGMENTED, FedDataset
 from hf_hpmkd.teacher_cache import LiveOutputs, TeacherCache
-from hf_hpmkd.teacher_kinds import Teacher, are_generic, own_class_names
+from hf_hpmkd.teacher_kinds import FoldedTeacher, Teacher, own_class_names, plain_name
 from hf_hpmkd.teachers import as_teacher
 from hf_hpmkd.training_args import HPMKDTrainingArguments
 
@@ -83,8 +83,8 @@ class HPMKDTrainer(Trainer):
         self._metrics: dict[str, dict[str, list[torch.Tensor | float]]] = {"train": defaultdict(list)}
         self._outputs: TeacherOutputs | None = None
         self._guide: GuideRows | None = None
-        self._prepared_for: tuple[Any, Any, tuple[str, int] | None] = (None, None, None)  # train, guide, what is kept
-        self._upstream_scales = self.loss_is_scaled_for_ga
+        self._prepared_for: tuple[list[Any], tuple[str, int] | None] = ([], None)  # data and teachers, what is kept
+        self._scales, self._upstream_scales = False, self.loss_is_scaled_for_ga
         if self.distills and self.compute_loss_func is not None:
             raise ValueError(
                 "`compute_loss_func` does not go with teachers: the loss is theirs and the labels' cross-entropy. "
@@ -158,12 +158,19 @@ class HPMKDTrainer(Trainer):
         """Loads the teachers and gets their outputs: from the cache, computed now, or live. Again where the data sets
         or what is kept have changed since.
         """
-        # The loss is a sum over the samples of a whole optimizer step divided by their number (`get_batch_samples`
-        # counts them), so accumulation steps and processes of any size add up to the same gradient.
-        self.loss_is_scaled_for_ga = self.distills or self._upstream_scales
+        if self.distills != self._scales:
+            # The loss is a sum over the samples of a whole optimizer step divided by their number (`get_batch_samples`
+            # counts them), so accumulation steps and processes of any size add up to the same gradient.
+            self._scales, self.loss_is_scaled_for_ga, self._upstream_scales = (
+                self.distills,
+                True if self.distills else self._upstream_scales,
+                self.loss_is_scaled_for_ga,
+            )
         kept = (self.args.teacher_outputs, self.args.teacher_outputs_topk)
-        train, guided, before = self._prepared_for
-        if not self.distills or (train is self.train_dataset and guided is self.guide_dataset and before == kept):
+        wanted = [self.train_dataset, self.guide_dataset, *self.teachers]
+        before, kept_before = self._prepared_for
+        same = len(before) == len(wanted) and all(a is b for a, b in zip(before, wanted, strict=True))
+        if not self.distills or (same and kept == kept_before):
             return
         self._check_before_capture()
         live = self.args.teacher_outputs == "live"
@@ -183,11 +190,11 @@ class HPMKDTrainer(Trainer):
             guide, _ = as_rows(self.guide_dataset, collate, rows.class_names)
             _check_classes(guide.class_names, rows.class_names)
         teachers = [as_teacher(teacher, rows, device=self.args.device) for teacher in self.teachers]
-        shared = [isinstance(getattr(one, "feed", None), SharedInputsFeed) for one in teachers]
-        if isinstance(rows, DatasetRows) and not all(shared):
-            rows.warn_of_other_texts()
+        if any(_reads_raw(one) for one in teachers):
+            for part in (rows, guide):
+                if isinstance(part, DatasetRows):
+                    part.will_be_read_raw()
         _name_apart(teachers)
-        self.teachers = teachers
         cache = self.teacher_cache or TeacherCache(self.args.teacher_cache_dir)
         capture: dict[str, Any] = {
             "batch_size": self.args.per_device_eval_batch_size,
@@ -215,7 +222,7 @@ class HPMKDTrainer(Trainer):
         if not live:
             for teacher in teachers:  # they have answered; the student has the device to itself
                 teacher.to("cpu")
-        self._prepared_for = (self.train_dataset, self.guide_dataset, kept)
+        self._prepared_for = (wanted, kept)
 
     def _check_before_capture(self) -> None:
         if self.args.n_gpu > 1:
@@ -355,6 +362,12 @@ class _DistillationCallback(TrainerCallback):
             self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
 
 
+def _reads_raw(teacher: Teacher) -> bool:
+    """Whether it makes its inputs itself of an image or text; one that is a column reads neither."""
+    feed = getattr(teacher.full if isinstance(teacher, FoldedTeacher) else teacher, "feed", None)
+    return teacher.kind == "sklearn" or (feed is not None and not isinstance(feed, SharedInputsFeed))
+
+
 def _name_apart(teachers: Sequence[Teacher]) -> None:
     """Numbers teachers of the same name (two modules of one class), because logs and plots go by name."""
     seen: dict[str, int] = {}
@@ -365,13 +378,16 @@ def _name_apart(teachers: Sequence[Teacher]) -> None:
 
 
 def _check_classes(guide: Sequence[str], train: Sequence[str]) -> None:
-    """Raises ValueError where a label means another class among the guide rows than among those to train on."""
-    nameless = are_generic(guide) or are_generic(train)
-    if len(guide) != len(train) or (not nameless and list(guide) != list(train)):
+    """Raises ValueError where a label means another class among the guide rows than among those to train on: there are
+    more or fewer, or one that both name has another number.
+    """
+    ours, theirs = ([plain_name(name) for name in names] for names in (train, guide))
+    moved = [name for name in theirs if name in ours and ours.index(name) != theirs.index(name)]
+    if len(guide) != len(train) or moved:
         raise ValueError(
             "The guide rows must have the classes of the training rows, in the same order, got "
-            f"{', '.join(guide)} and {', '.join(train)}. Give both the same ClassLabel: where the numbers agree by "
-            "guide.cast_column('label', train.features['label']), else by guide.align_labels_with_mapping."
+            f"{', '.join(guide)} and {', '.join(train)}. Give both the same ClassLabel, for instance by "
+            "`align_labels_with_mapping`."
         )
 
 

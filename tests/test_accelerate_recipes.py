@@ -41,3 +41,18 @@ def test_what_accelerate_leaves_out_without_a_gpu_is_refused(asked, monkeypatch)
     check_launch("cuda")
     with pytest.raises(ValueError, match=f"accelerate has {asked} for GPUs alone.*ddp_cpu.yaml"):
         check_launch("cpu")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
+        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    ],
+    ids=["fsdp", "deepspeed"],
+)
+def test_what_would_leave_a_student_in_pieces_is_refused(asked, monkeypatch):
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="FULL_STATE_DICT, or DeepSpeed up to ZeRO stage 2"):
+        check_launch("cuda")

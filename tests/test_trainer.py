@@ -479,9 +479,13 @@ def test_what_changed_between_two_trainings_is_seen(tmp_path, teachers):
     trainer.train_dataset = tiny.TinyImages(30, seed=8)
     trainer.train()
     assert trainer._outputs is not first and trainer._outputs.num_rows == 30
+    second = trainer._outputs
+    trainer.teachers = teachers[:1]
+    trainer.train()
+    assert trainer._outputs is not second and len(trainer._outputs.names) == 1
     trainer.args.alpha = 0.0
     trainer.train()
-    assert trainer.distiller is None
+    assert trainer.distiller is None and not trainer.loss_is_scaled_for_ga
     trainer.args.alpha = 0.5
     trainer.train()
     assert trainer.distiller is not None
@@ -514,11 +518,11 @@ def test_guide_rows_of_other_classes_are_refused(tmp_path, teachers):
             },
         )  # fmt: skip
 
-    for names in (["dog", "cat", "emu"], ["cat", "dog", "emu", "fox"]):
+    for names in (["Dog", "cat", "emu"], ["cat", "dog", "emu", "fox"]):
         with pytest.raises(ValueError, match="guide rows must have the classes of the training rows"):
             trainer(names).train()
     assert not (tmp_path / "cache").exists()  # no teacher was asked
-    trainer(["cat", "dog", "emu"]).train()
+    trainer(["CAT", "dog", "bird"]).train()  # written otherwise, or of another name: nothing says that it is another
 
 
 def test_a_loss_of_ones_own_is_refused_beside_teachers(tmp_path, teachers):
@@ -554,8 +558,28 @@ def test_stored_answers_are_of_the_raw_text_and_not_of_what_the_student_sees(tmp
     seen = tokenizer.model_input_names
     one, again = rows(text_rows(texts, tokenizer)), rows(text_rows(texts, tokenizer))
     other = rows(text_rows([text.upper() for text in texts], tokenizer))
+    assert one.fingerprint == again.fingerprint == other.fingerprint
+    for each in (one, again, other):
+        each.will_be_read_raw()
     assert one.fingerprint == again.fingerprint != other.fingerprint
     assert torch.equal(one.batch([0])["input_ids"], other.batch([0])["input_ids"])  # the student sees no difference
+
+
+def test_images_in_an_archive_are_read_raw_too(tmp_path):
+    import zipfile
+
+    from hf_hpmkd.dataset_rows import DatasetRows
+
+    image_dataset(2)[0]["image"].save(tmp_path / "a.png")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", "a.png")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    columns = {"image": [f"zip://a.png::{tmp_path / 'x.zip'}", None, str(tmp_path / "a.png")], "label": [0, 1, 0]}
+    data = datasets.Dataset.from_dict(columns, features=features)
+    rows = DatasetRows(data, lambda samples: {"labels": torch.tensor([one["label"] for one in samples])}, None)
+    before = rows.fingerprint
+    rows.will_be_read_raw()
+    assert rows.fingerprint != before
 
 
 def test_a_teacher_of_texts_that_gets_one_of_two_columns_is_warned_of(tmp_path):
