@@ -19,7 +19,7 @@ Path = tuple[str | int, ...]
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-3 as a number (YAML 1.2), leaves dates as text and refuses a key given twice."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Here keys are as they were written; what `<<` brings along may be given again."""
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()

@@ -67,7 +67,7 @@ def test_the_judgement_of_the_adaptive_configuration_is_that_of_its_record():
         for name in ("growth", "long_grid")
     )
     shown = f"{auto_summary(results)}\n\n## As the prior grows\n\n{growth(grown)}\n"
-    shown += f"\n## An image and a text, with a grid\n\n{auto_summary(long)}\n"
+    shown += f"\n## Images and a text, with a grid\n\n{auto_summary(long)}\n"
     assert (folder / "README.md").read_text(encoding="utf-8").split("\n\n", 2)[2] == shown
 
 

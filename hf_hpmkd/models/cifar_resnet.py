@@ -101,8 +101,9 @@ class CifarResNetForImageClassification(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def get_input_embeddings(self) -> None:
-        """There is no vocabulary. (FSDP asks.)"""
+    def get_input_embeddings(self) -> Any:
+        """None: there is no vocabulary. (FSDP asks.)"""
+        return None
 
     def forward(
         self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None

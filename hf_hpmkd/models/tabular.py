@@ -253,8 +253,9 @@ class TabularForClassification(PreTrainedModel):
             if not getattr(module.weight, "_is_hf_initialized", False):
                 nn.init.zeros_(module.weight[0])
 
-    def get_input_embeddings(self) -> None:
-        """There is no vocabulary. (FSDP asks.)"""
+    def get_input_embeddings(self) -> Any:
+        """None: there is no vocabulary. (FSDP asks.)"""
+        return None
 
     def forward(
         self, numeric: torch.Tensor, categorical: torch.Tensor, labels: torch.Tensor | None = None
