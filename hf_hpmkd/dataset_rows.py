@@ -82,9 +82,9 @@ class SharedInputsFeed:
 class DatasetRows(Rows):
     """Any map-style dataset with a collator, seen as `Rows`.
 
-    One pass over it hashes the collated inputs (the fingerprint) and reads the labels. stored:
-    teacher outputs are to be kept for these rows; raises ValueError where the dataset gives different inputs for the
-    same row twice, because they would belong to neither.
+    One pass over it hashes the collated inputs (the fingerprint) and reads the labels. stored: teacher outputs are to
+    be kept for these rows; raises ValueError where the dataset gives different inputs for the same row twice, because
+    they would belong to neither.
     """
 
     def __init__(
@@ -215,8 +215,7 @@ def _raw_values(columns: datasets.Dataset, name: str) -> Iterator[bytes]:
     rows = columns.select_columns([name])
     if isinstance(columns.features[name], datasets.Image):
         rows = rows.cast_column(name, datasets.Image(decode=False))
-    for row in rows:
-        value = row[name]
+    for value in (value for batch in rows.iter(_CHUNK) for value in batch[name]):
         if not isinstance(value, dict):
             yield str(value).encode()
         elif value["bytes"] is not None:

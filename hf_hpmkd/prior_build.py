@@ -88,10 +88,11 @@ def build_prior(
         )
     known = {_part(row) for row in rows if row.get("last")}
     rows = [row for row in rows if _part(row) in known]  # half done: anew
+    if rows:  # a stop between the two files leaves the prior behind
+        write_prior([_without_mark(row) for row in rows], _provenance(rows), output)
     for seed in itertools.count(-1):
         for folder in folders:
             if len(rows) >= runs:
-                write_prior([_without_mark(row) for row in rows], _provenance(rows), output)
                 return len(rows)
             if (folder.name, max(seed, 0), seed < 0) in known:
                 continue
@@ -99,6 +100,7 @@ def build_prior(
             new = list(_contenders_on_table(folder) if seed < 0 else _rows_of_table(folder, seed))
             rows += [{**row, "contender": seed < 0, "last": row is new[-1]} for row in new]
             write_whole(log, "".join(json.dumps(row) + "\n" for row in rows))
+            write_prior([_without_mark(row) for row in rows], _provenance(rows), output)
             gains = np.array([row["gain"] for row in new])
             what = "contenders" if seed < 0 else f"seed {seed}"
             say(

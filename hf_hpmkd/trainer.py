@@ -155,17 +155,16 @@ class HPMKDTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def _prepare_teachers(self) -> None:
-        """Loads the teachers and gets their outputs: from the cache, computed now, or live. Again where the data sets
-        or what is kept have changed since.
+        """Loads the teachers and gets their outputs: from the cache, computed now, or live. Again where data sets,
+        teachers or what is kept of them have changed since.
         """
-        if self.distills != self._scales:
+        if self.distills and not self._scales:
             # The loss is a sum over the samples of a whole optimizer step divided by their number (`get_batch_samples`
             # counts them), so accumulation steps and processes of any size add up to the same gradient.
-            self._scales, self.loss_is_scaled_for_ga, self._upstream_scales = (
-                self.distills,
-                True if self.distills else self._upstream_scales,
-                self.loss_is_scaled_for_ga,
-            )
+            self._scales, self._upstream_scales = True, self.loss_is_scaled_for_ga
+            self.loss_is_scaled_for_ga = True
+        elif self._scales and not self.distills:
+            self._scales, self.loss_is_scaled_for_ga = False, self._upstream_scales
         kept = (self.args.teacher_outputs, self.args.teacher_outputs_topk)
         wanted = [self.train_dataset, self.guide_dataset, *self.teachers]
         before, kept_before = self._prepared_for
