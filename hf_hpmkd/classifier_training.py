@@ -313,6 +313,15 @@ def copy_training(source: Path, target: Path) -> None:
         shutil.copy2(done_file(source), done_file(target))
 
 
+def give_way(student: Path, other: Path, aside: Path) -> None:
+    """Puts a copy of a finished training in the place of another, which is kept aside. Stopped anywhere, it can be done
+    again.
+    """
+    copy_training(student, aside)
+    remove_training(student)
+    copy_training(other, student)
+
+
 @contextmanager
 def old_garbage_left() -> Iterator[None]:
     """What is alive now is not searched for garbage meanwhile: the trainer searches at every start, which takes a third

@@ -30,6 +30,7 @@ from hf_hpmkd.classifier_training import (
     Trained,
     copy_training,
     done_file,
+    give_way,
     old_garbage_left,
     remove_training,
     student_schedule,
@@ -256,10 +257,7 @@ class Workplace:
             size, proof = recipe.training.eval_batch_size, proof_needed(asked)
             run.record.kept = judge_students(plain.classifier, trained.classifier, self.parts, size, proof)
             if run.record.kept.kept == "direct":
-                if student != given_up:
-                    copy_training(student, given_up)
-                remove_training(job.student)  # stopped anywhere here, it can be done again
-                copy_training(direct, job.student)
+                give_way(job.student, direct, given_up)
                 trained = plain
         run.keep_start(build_warm.share, build_warm.origin)
         run.keep_weights(trained, guides)

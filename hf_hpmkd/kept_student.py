@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from hf_hpmkd.classifier_training import Trained, copy_training, done_file, remove_training
+from hf_hpmkd.classifier_training import Trained, done_file, give_way
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.kept_classifiers import answers_right
@@ -70,7 +70,7 @@ def keep_better(run: Run, parts: DataParts, trained: dict[str, Trained], proof: 
     if kept.kept == "distilled":
         return
     if run.is_main:
-        _exchange(run.folder)
+        give_way(run.folder / "student", run.folder / "direct", run.folder / DISTILLED)
     PartialState().wait_for_everyone()
     trained[DISTILLED], trained["student"] = trained["student"], trained["direct"]
     models = run.record.models
@@ -84,12 +84,3 @@ def judge_students(
     """`judge` by the rows that decide it."""
     right, other = (rows_right(one, parts, batch_size, proof) for one in (direct, distilled))
     return judge(right, other, proof)
-
-
-def _exchange(folder: Path) -> None:
-    """Stopped anywhere, it can be done again."""
-    student = folder / "student"
-    if distilled_folder(folder) == student:
-        copy_training(student, folder / DISTILLED)
-    remove_training(student)
-    copy_training(folder / "direct", student)

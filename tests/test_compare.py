@@ -322,7 +322,7 @@ def test_an_adaptive_student_that_was_given_up_is_judged_as_before_after_a_stop(
     monkeypatch.setattr(compare_jobs, "judge_students", listen)
     line = ["compare", write_recipe(tmp_path), "--methods", "direct,adaptive", "--seeds", "1"]
     line += ["--output", str(tmp_path / "out")]
-    for place, name in ((compare_jobs, "copy_training"), (compare_jobs.Workplace, "score")):
+    for place, name in ((classifier_training, "copy_training"), (compare_jobs.Workplace, "score")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, stop)
             assert main(line) == 130
