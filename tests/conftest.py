@@ -28,3 +28,19 @@ def _same_start(tmp_path, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setenv("HPMKD_CACHE", str(tmp_path / "hpmkd-cache"))
     monkeypatch.setenv("HPMKD_MEMORY", str(tmp_path / "hpmkd-memory"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_runs():
+    from tiny import shorten_runs  # not above: the process that hands out the tests needs none of it
+
+    shorten_runs()
+
+
+@pytest.fixture(scope="module")
+def whole_runs():
+    """`full_runs` for the tests of a module."""
+    from tiny import full_runs
+
+    with full_runs():
+        yield

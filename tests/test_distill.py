@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from sklearn.datasets import load_wine
+from tiny import full_runs
 
 from hf_hpmkd import classifier_training
 from hf_hpmkd.cli import main
@@ -48,7 +49,8 @@ def finished(tmp_path_factory):
     """One finished run on a table."""
     folder = tmp_path_factory.mktemp("finished")
     os.environ["HPMKD_CACHE"] = str(folder / "cache")
-    assert main(["distill", str(table_recipe(folder))]) == 0
+    with full_runs():
+        assert main(["distill", str(table_recipe(folder))]) == 0
     return folder
 
 
@@ -141,12 +143,14 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tmp_path, monkeypatch, fin
             raise KeyboardInterrupt
 
     monkeypatch.setattr(classifier_training._Curve, "on_evaluate", stop_at_third)
-    assert main(["distill", str(recipe)]) == 130
+    with full_runs():  # as the finished one was
+        assert main(["distill", str(recipe)]) == 130
     assert RunRecord.load(tmp_path / "run" / "run_record.json").status == "interrupted"
     assert any((tmp_path / "run" / "student" / "checkpoints").glob("checkpoint-*"))
     direct = (tmp_path / "run" / "direct" / "model.safetensors").stat().st_mtime_ns
     monkeypatch.setattr(classifier_training._Curve, "on_evaluate", keep_curve)
-    assert main(["distill", str(recipe)]) == 0
+    with full_runs():
+        assert main(["distill", str(recipe)]) == 0
     assert (tmp_path / "run" / "direct" / "model.safetensors").stat().st_mtime_ns == direct
     one, two = (load_file(path / "run" / "student" / "model.safetensors") for path in (tmp_path, finished))
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -10,6 +10,8 @@ from matplotlib.text import Text
 from hf_hpmkd import report
 from hf_hpmkd.run_record import JobRecord, ModelRecord, RunRecord, TeacherRecord
 
+pytestmark = pytest.mark.usefixtures("whole_runs")  # figures
+
 NAMES = ["learning_curves.png", "temperature.png", "teacher_weights.png", "class_weights.png"]
 
 

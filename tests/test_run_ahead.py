@@ -26,6 +26,7 @@ from hf_hpmkd.run_memory import run_memory
 from hf_hpmkd.run_record import JobRecord, RunRecord
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("whole_runs")  # as the workers' runs are
 
 
 def recipe_tree(folder, **sections):
@@ -47,7 +48,7 @@ def distill(folder, *words, **sections):
 
 
 @pytest.fixture(scope="module")
-def one_thread():
+def one_thread(whole_runs):
     """Bits are those of one thread, here and in each worker."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,8 +1,13 @@
-"""Tiny models and data that several test files build on. Nothing here is downloaded or saved."""
+"""Tiny models and data that several test files build on, and short runs. Nothing here is downloaded or saved."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
+from hf_hpmkd import evaluation, report
+from hf_hpmkd.components.attention_ensemble import AttentionEnsemble
 from hf_hpmkd.training_args import HPMKDTrainingArguments
 
 CLASSES = 3
@@ -93,3 +98,30 @@ def arguments(folder, **settings):
 
 def weights_of(model):
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+_SHORT = pytest.MonkeyPatch()
+
+
+def shorten_runs():
+    """Until `full_runs`, runs in this process go without what takes two thirds of a small one, and few tests look at:
+    the gate warms up for a tenth of the default's steps, models are timed once, and no figure is drawn."""
+    whole = AttentionEnsemble.warm_up
+    default = HPMKDTrainingArguments.__dataclass_fields__["gate_warmup_steps"].default
+
+    def warm_up(self, features, teacher_logits, labels, steps, batch_size):
+        whole(self, features, teacher_logits, labels, steps // 10 if steps == default else steps, batch_size)
+
+    _SHORT.setattr(AttentionEnsemble, "warm_up", warm_up)
+    _SHORT.setattr(evaluation, "_LATENCY_ROUNDS", 1)
+    _SHORT.setattr(report, "draw_plots", lambda record, folder: [])
+
+
+@contextmanager
+def full_runs():
+    """As users have them: for tests of figures, and of runs that other processes do."""
+    _SHORT.undo()
+    try:
+        yield
+    finally:
+        shorten_runs()
