@@ -284,7 +284,7 @@ class Stages:
                 },
                 "schedule": schedule.key(),
                 "processes": batches_per_step(self.run.recipe),
-                "train": [rows.fingerprint, rows.view_key() if self.parts.num_views else None, self.parts.num_views],
+                "train": rows.training_key(self.parts.num_views),
                 "guide": self.parts.guide.fingerprint,
                 "validation": self.parts.validation.fingerprint,
                 "labels": [part.labels.tolist() for part in (rows, self.parts.guide)],

@@ -37,10 +37,7 @@ from hf_hpmkd.models import (
 from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TEXT_CLASSIFICATION, Feed, Rows
 from hf_hpmkd.tasks.images import ImageFeed, ProcessorFeed
 from hf_hpmkd.tasks.tables import TableFeed
-from hf_hpmkd.tasks.text import TextFeed, train_tokenizer
-
-MAX_TEXT_LENGTH = 128
-"""Tokens kept of a text, where the model does not take fewer."""
+from hf_hpmkd.tasks.text import MAX_TEXT_LENGTH, TextFeed, train_tokenizer
 
 _AUTO_MODEL = {
     IMAGE_CLASSIFICATION: AutoModelForImageClassification,
@@ -188,6 +185,7 @@ def attention_heads(hidden_size: int) -> int:
 
 def _bert(request: _Request) -> tuple[PreTrainedModel, Feed]:
     layers, hidden = request.name.numbers
+    longest = request.rows.max_length or MAX_TEXT_LENGTH
     tokenizer = request.processor
     if tokenizer is None:
         tokenizer = train_tokenizer(request.rows.raw(torch.arange(len(request.rows)))["text"])
@@ -197,11 +195,16 @@ def _bert(request: _Request) -> tuple[PreTrainedModel, Feed]:
         hidden_size=hidden,
         num_attention_heads=attention_heads(hidden),
         intermediate_size=4 * hidden,
-        max_position_embeddings=MAX_TEXT_LENGTH,
+        max_position_embeddings=longest,
         pad_token_id=tokenizer.pad_token_id,
         **request.labels,
     )
-    return _new_model(config, request), TextFeed(tokenizer, MAX_TEXT_LENGTH)
+    return _new_model(config, request), _text_feed(tokenizer, longest)
+
+
+def _text_feed(tokenizer: Any, longest: int) -> TextFeed:
+    tokenizer.model_max_length = longest  # for those who load the model: they read what it was trained on
+    return TextFeed(tokenizer, longest)
 
 
 def _image_feed(request: _Request, size: tuple[int, int]) -> Feed:
@@ -350,8 +353,11 @@ def _own_feed(request: _Request, source: str, config: PretrainedConfig) -> Feed:
         tokenizer.pad_token = tokenizer.eos_token  # decoders have none, and the mask hides what is padded
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
-    longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or MAX_TEXT_LENGTH)
-    return TextFeed(tokenizer, min(longest, MAX_TEXT_LENGTH))
+    asked, positions = request.rows.max_length, getattr(config, "max_position_embeddings", None)
+    longest = min(tokenizer.model_max_length, positions or asked or MAX_TEXT_LENGTH)
+    if asked is not None and asked > longest:
+        raise ValueError(f"`data.max_length` is {asked}, but {source!r} reads {longest} tokens at most. Lower it.")
+    return _text_feed(tokenizer, asked or min(longest, MAX_TEXT_LENGTH))
 
 
 def _load(request: _Request, source: str) -> tuple[PreTrainedModel, Feed]:

@@ -31,6 +31,7 @@ from hf_hpmkd.tasks.word_dropout import WordDropout
 WHOLE = "the whole split"
 PARTS = ("train", "guide", "validation", "test")
 _FEW_ROWS = 30  # of which one is three points and more
+_FEW_LONG = 0.05  # of the texts
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 LARGE_SIDE = 64  # auto augmentation: images up to this side are shifted, larger ones cropped and resized
 SMALL_SIDE = 16  # auto augmentation: below this side mirroring is left out; such images are mostly signs and digits
@@ -88,6 +89,11 @@ class DataConfig:
         description="How training rows are varied. auto: crop_flip for colour images up to 64 pixels, crop for grey "
         "or tiny ones, resized_crop_flip above 64 pixels; none for texts and tables, and where a teacher has one "
         "answer per row. word_dropout is for texts: a student that hears teachers sees a fifth of the words left out.",
+    )
+    max_length: Annotated[int, Field(ge=8)] | None = Field(
+        default=None,
+        description="Tokens read of each text by the student and by networks trained on the spot. Default: 128, or as "
+        "many as a smaller one can. Loaded teachers read up to 512.",
     )
     views: int = Field(default=6, ge=1, description="Different augmented views of each training image or text.")
     seed: int = Field(default=0, ge=0, description="Decides all draws and the augmented views.")
@@ -166,7 +172,9 @@ def load_parts(
             raise ValueError(f"Split {split!r} of {config.path!r} is empty.")
         _require_columns(config, split, rows)
     task, columns, notes = _choose_input(config, task, splits[chosen["train"]])
-    splits, class_names = with_classes(splits, config.label_column, source.untyped)
+    splits, class_names = with_classes(splits, config.label_column)
+    if config.max_length is not None and task != TEXT_CLASSIFICATION:
+        raise ValueError(f"`data.max_length` is for texts, and this is {task}. Leave it out.")
     augmentation = _choose_augmentation(config, task, splits[chosen["train"]], columns)
     if augmentation is not None and fixed_answers and config.augmentation == "auto":
         augmentation = None
@@ -185,7 +193,7 @@ def load_parts(
         warnings.append("The guide rows come from the training split, which a teacher trained elsewhere may have seen.")
     if teachers_saw_train and "test" not in chosen:
         warnings.append("The test rows come from the training split, which a teacher trained elsewhere may have seen.")
-    warnings += _few_rows(config, parts, teachers_saw_train)
+    warnings += _few_rows(config, parts, teachers_saw_train) + _long_texts(parts["train"])
     provenance = {
         "path": config.path,
         "name": config.name,
@@ -321,7 +329,9 @@ def _make_rows(
         return ImageRows.from_dataset(rows, columns[0], config.label_column, class_names, augmentation)
     if task == TEXT_CLASSIFICATION:
         assert not isinstance(augmentation, Augmentation)
-        return TextRows.from_dataset(rows, columns[0], config.label_column, class_names, augmentation)
+        return TextRows.from_dataset(
+            rows, columns[0], config.label_column, class_names, augmentation, config.max_length
+        )
     return TableRows.from_dataset(rows, columns, config.label_column, class_names)
 
 
@@ -457,3 +467,12 @@ def _few_rows(config: DataConfig, parts: Mapping[str, Rows], teachers_saw_train:
     if teachers_saw_train and elsewhere:  # else they are drawn from there anyway
         way_out += f", or draw them from the training rows, which loaded teachers may know: {' '.join(elsewhere)}"
     return [f"{told} are too few to choose by: chance decides much of what the run keeps. {way_out}."]
+
+
+def _long_texts(rows: Rows) -> list[str]:
+    if not isinstance(rows, TextRows) or rows.share_too_long < _FEW_LONG:
+        return []
+    return [
+        f"{rows.share_too_long:.0%} of the training texts have more than {rows.read_length} words, and students read "
+        f"the first {rows.read_length} tokens alone. `data.max_length` lets them read more, in more time."
+    ]

@@ -20,11 +20,11 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from hf_hpmkd.tasks.base import column_values
 
 FILE_KINDS = {".parquet": "parquet", ".csv": "csv"}
-UNTYPED_KINDS = ("csv", "json")  # formats that cannot say that a number or a string is a class
 SKLEARN_SETS = ("digits", "iris", "wine", "breast_cancer")  # those that come with scikit-learn; nothing is fetched
 SKLEARN_LICENSE = "cc-by-4.0"  # all four are from the UCI repository, which states this licence
 # The library's HTTP error and OSError, whichever HTTP library the Hub client is built on (httpx, httpx2).
 _NO_ANSWER: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
+_FEW_CLASSES = 50
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _SPLIT_WORDS = {
     "train": "train",
@@ -37,11 +37,10 @@ _SPLIT_WORDS = {
 
 @dataclass
 class Source:
-    """An opened data set. untyped: its file format has no class labels. commit, license: None if unknown."""
+    """An opened data set. commit, license: None if unknown."""
 
     splits: dict[str, Dataset]
     kind: str  # "hub", "folder", "file" or "sklearn"
-    untyped: bool = False
     commit: str | None = None
     license: str | None = None
 
@@ -79,10 +78,6 @@ def _plain(loaded: Dataset | DatasetDict) -> dict[str, Dataset]:
     return {"train": loaded} if isinstance(loaded, Dataset) else {str(split): rows for split, rows in loaded.items()}
 
 
-def _untyped(splits: Mapping[str, Dataset]) -> bool:
-    return any(rows.builder_name in UNTYPED_KINDS for rows in splits.values())
-
-
 def _open_files(path: str, files: list[str]) -> Source:
     if not files:
         raise FileNotFoundError(f"No file matches {path!r}.")
@@ -101,7 +96,7 @@ def _open_files(path: str, files: list[str]) -> Source:
         )
     kind = kinds.pop()
     assert kind is not None
-    return Source(_read(path, kind, data_files={"train": files}), "file", untyped=kind in UNTYPED_KINDS)
+    return Source(_read(path, kind, data_files={"train": files}), "file")
 
 
 def _open_folder(folder: Path, name: str | None) -> Source:
@@ -115,7 +110,7 @@ def _open_folder(folder: Path, name: str | None) -> Source:
         splits = _read(str(folder), str(folder), name)
     card = folder / "README.md"
     metadata = (metadata_load(card) if card.exists() else None) or {}
-    return Source(splits, "folder", _untyped(splits), license=_license(metadata.get("license")))
+    return Source(splits, "folder", license=_license(metadata.get("license")))
 
 
 def _read(where: str, *args: Any, **settings: Any) -> dict[str, Dataset]:
@@ -148,7 +143,7 @@ def _open_hub(path: str, name: str | None, revision: str | None) -> Source:
             f"There is no folder {path!r}, and the Hub gives no data set of that name: {error} "
             "Check the name; for a private set, log in with `hf auth login`."
         ) from error
-    return Source(splits, "hub", _untyped(splits), commit, license_name)
+    return Source(splits, "hub", commit, license_name)
 
 
 def _hub_facts(path: str, revision: str | None) -> tuple[str | None, str | None]:
@@ -199,32 +194,32 @@ def _open_sklearn(name: str) -> Source:
     return Source({"train": Dataset.from_dict(columns, features=features)}, "sklearn", license=SKLEARN_LICENSE)
 
 
-def with_classes(splits: Mapping[str, Dataset], column: str, untyped: bool) -> tuple[dict[str, Dataset], list[str]]:
+def with_classes(splits: Mapping[str, Dataset], column: str) -> tuple[dict[str, Dataset], list[str]]:
     """The splits with a ClassLabel column, and its names in order. Checks every label.
 
-    Numbers and strings become classes (in numeric or alphabetic order of all splits together) only if the format is
-    untyped. Raises ValueError for missing labels, regression targets, several labels per row, and plain numbers in a
-    typed format.
+    Whole numbers, strings and booleans become classes, in numeric or alphabetic order of all splits together. Raises
+    ValueError for missing labels, regression targets, several labels per row, and where most values occur once.
     """
     for split, rows in splits.items():
         _check_labels(split, rows, column)
     features = {split: rows.features[column] for split, rows in splits.items()}
-    first_split, first = next(iter(features.items()))
+    typed_first = sorted(features, key=lambda split: not isinstance(features[split], ClassLabel))
+    first = features[typed_first[0]]
     if isinstance(first, ClassLabel):
         for split, feature in features.items():
             if not isinstance(feature, ClassLabel) or feature.names != first.names:
                 raise ValueError(
-                    f"The splits must name the same classes in the same order: {first_split!r} has {first.names}, "
+                    f"The splits must name the same classes in the same order: {typed_first[0]!r} has {first.names}, "
                     f"{split!r} has {getattr(feature, 'names', feature)}. Cast both to one ClassLabel."
                 )
         return dict(splits), list(first.names)
-    if not untyped:
-        raise ValueError(
-            f"Column {column!r} holds plain values ({first.dtype}), so nothing names the classes and their order. Cast "
-            f"it and save the set again: `dataset = dataset.class_encode_column({column!r})`, or "
-            f"`dataset.cast_column({column!r}, datasets.ClassLabel(names=[...]))`."
-        )
     found = {value for rows in splits.values() for value in column_values(rows, column)}
+    count = sum(len(rows) for rows in splits.values())
+    if len(found) > max(_FEW_CLASSES, count / 2):
+        raise ValueError(
+            f"Column {column!r} holds {len(found):,} different values in {count:,} rows: that is a name or a quantity "
+            "of each row, and no class. Choose another with `label_column`."
+        )
     ordered = sorted(found) if len({type(value) for value in found}) == 1 else sorted(found, key=str)
     names = [str(value) for value in ordered]
     codes = {value: code for code, value in enumerate(ordered)}
@@ -252,13 +247,15 @@ def _check_labels(split: str, rows: Dataset, column: str) -> None:
             f"{len(missing)} of {len(rows)} labels in split {split!r} are missing (first: row {missing[0]}). "
             f"Remove them: `dataset.filter(lambda r: r[{column!r}] is not None)`."
         )
+    without = "A split with -1 was published without labels: choose another one (for GLUE, `test_split: validation`)."
     if isinstance(feature, ClassLabel):
         odd = sorted({value for value in values if not 0 <= value < len(feature.names)})
         if odd:
             raise ValueError(
-                f"Labels of split {split!r} must lie in 0..{len(feature.names) - 1}, got {odd[:5]}. A split with -1 "
-                "was published without labels: choose another one (for GLUE, `test_split: validation`)."
+                f"Labels of split {split!r} must lie in 0..{len(feature.names) - 1}, got {odd[:5]}. {without}"
             )
+    elif set(values) == {-1}:
+        raise ValueError(f"Labels of split {split!r} must be classes, and all are -1. {without}")
     elif "float" in feature.dtype or "decimal" in feature.dtype:
         raise ValueError(
             f"Column {column!r} holds real numbers ({feature.dtype}): that is regression, which is not supported. If "

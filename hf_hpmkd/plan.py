@@ -85,7 +85,7 @@ def _stand_in_rows(recipe: Recipe) -> Rows | None:
         pixels = torch.zeros(1, 3, _STAND_IN_SIDE, _STAND_IN_SIDE, dtype=torch.uint8)
         return ImageRows(Dataset.from_dict({"label": [0]}), "image", [0], names, images=pixels)
     if recipe.task.type == TEXT_CLASSIFICATION or "bert" in families:
-        return TextRows(Dataset.from_dict({"label": [0]}), ["stand-in"], [0], names)
+        return TextRows(Dataset.from_dict({"label": [0]}), ["stand-in"], [0], names, max_length=recipe.data.max_length)
     return None
 
 

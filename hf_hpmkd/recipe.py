@@ -363,10 +363,8 @@ def load_recipe(path_or_name: str | Path, overrides: Iterable[str] = (), check_f
 def read_recipe(tree: Any, source: str, overrides: Iterable[str] = (), check_files: bool = False) -> Recipe:
     """The recipe in a tree of plain values (from YAML or JSON); `source` names it in messages. Raises RecipeError."""
     if not isinstance(tree, dict):
-        raise RecipeError(
-            source,
-            [f"must hold sections ({', '.join(SECTION_TYPES)}), got {type(tree).__name__ if tree else 'nothing'}."],
-        )
+        found = type(tree).__name__ if tree else "nothing"
+        raise RecipeError(source, [f"must hold sections ({', '.join(SECTION_TYPES)}), got {found}."])
     tree = json.loads(json.dumps(tree, default=str))
     write_out(tree)
     override_faults = apply_overrides(tree, overrides)
@@ -421,8 +419,9 @@ def fingerprint(recipe: Recipe) -> str:
             del tree[section]
         else:
             tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
-    if not recipe.training.min_steps:  # as in recipes from before there was such a thing
-        del tree["training"]["min_steps"]
+    for section, key in (("training", "min_steps"), ("data", "max_length")):  # as in recipes from before these
+        if not tree[section][key]:
+            del tree[section][key]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 

@@ -135,7 +135,7 @@ def network_key(model: str, schedule: Schedule, recipe: Recipe, rows: Rows, part
             "settings": {name: value for name, value in settings.items() if name not in left_out},
             "schedule": schedule.key(),
             "processes": batches_per_step(recipe),
-            "train": [rows.fingerprint, rows.view_key() if views else None, views],
+            "train": rows.training_key(views),
             "labels": rows.labels.tolist(),
             "validation": parts.validation.fingerprint,
         }

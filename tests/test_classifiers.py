@@ -14,6 +14,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     Qwen3Config,
@@ -50,11 +51,11 @@ def image_rows(height=8, width=8, grey=False, names=ANIMALS, count=12):
     return ImageRows.from_dataset(Dataset.from_dict(data, features=features), "image", "label", names), pixels
 
 
-def text_rows(names=("bad", "good")):
+def text_rows(names=("bad", "good"), **more):
     texts = ["a dull film", "a fine film", "dull dull dull", "fine and short", "dull and long", "a film"] * 2
     features = Features({"text": Value("string"), "label": ClassLabel(names=list(names))})
     data = Dataset.from_dict({"text": texts, "label": [row % 2 for row in range(12)]}, features=features)
-    return TextRows.from_dataset(data, "text", "label", list(names))
+    return TextRows.from_dataset(data, "text", "label", list(names), **more)
 
 
 def table_rows():
@@ -213,6 +214,22 @@ def test_bert():
     assert logits(built, rows).shape == (12, 2)
     tokenizer = train_tokenizer(["quite other words"], 100)
     assert build_classifier("bert-1x16", rows, processor=tokenizer).feed.processor is tokenizer
+
+
+def test_how_much_of_a_text_is_read_is_for_the_rows_to_say(tmp_path):
+    few, many = text_rows(), text_rows(max_length=300)
+    for rows, length in ((few, 128), (many, 300), (many.subset([0, 1]), 300)):
+        built = build_classifier("bert-1x16", rows)
+        assert built.model.config.max_position_embeddings == built.feed.max_length == length
+        built.feed.processor.save_pretrained(tmp_path / "saved")
+        assert AutoTokenizer.from_pretrained(tmp_path / "saved").model_max_length == length
+    assert few.training_key(0) == [few.fingerprint, None, 0]  # as before there was a choice: what is kept is found
+    assert many.training_key(0) == [few.fingerprint, None, 0, 300]
+
+    bert_folder(tmp_path / "hub", ["bad", "good"])  # of 24 positions
+    assert build_classifier(str(tmp_path / "hub"), text_rows(max_length=20)).feed.max_length == 20
+    with pytest.raises(ValueError, match="`data.max_length` is 30, but .* reads 24 tokens at most"):
+        build_classifier(str(tmp_path / "hub"), text_rows(max_length=30))
 
 
 def test_attention_heads():

@@ -341,8 +341,9 @@ def plain(labels, feature):
 @pytest.mark.parametrize(
     ("dataset", "match"),
     [
-        (plain([0, 1] * 10, Value("int64")), "class_encode_column"),
-        (plain(["a", "b"] * 10, Value("string")), "class_encode_column"),
+        (plain(range(101, 201), Value("int64")), "100 different values in 100 rows: that is a name or a quantity"),
+        (plain([f"person {i % 60}" for i in range(100)], Value("string")), "60 different values in 100 rows"),
+        (plain([-1] * 20, Value("int64")), "published without labels"),
         (plain([0.5, 1.5] * 10, Value("float32")), "regression, which is not supported"),
         (
             plain([0, None] * 10, ClassLabel(names=["a", "b"])),
@@ -358,6 +359,40 @@ def test_labels_that_are_no_classes_are_refused(tmp_path, dataset, match):
     DatasetDict({"train": dataset}).save_to_disk(str(path))
     with pytest.raises(ValueError, match=match):
         load_parts(DataConfig(path=str(path)), teachers_saw_train=False)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "feature", "names"),
+    [
+        ([10, 9] * 20, [9, 11] * 5, Value("int64"), ["9", "10", "11"]),
+        (["b", "a"] * 20, ["a", "c"] * 5, Value("large_string"), ["a", "b", "c"]),
+        ([True, False] * 20, [True, False] * 5, Value("bool"), ["False", "True"]),
+        ([f"{i % 60:02}" for i in range(240)], ["00"] * 5, Value("string"), [f"{i:02}" for i in range(60)]),
+    ],
+)
+def test_plain_values_of_a_typed_set_become_classes(tmp_path, train, test, feature, names):
+    path = tmp_path / "set"
+    DatasetDict({"train": plain(train, feature), "test": plain(test, feature)}).save_to_disk(str(path))
+    parts = load_parts(DataConfig(path=str(path), guide_size=2, validation_size=2))
+    assert parts.class_names == names
+    assert [names[label] for label in parts.train.labels] == [str(label) for label in train]
+
+
+def test_texts_that_students_will_not_read_to_their_end_are_told(tmp_path):
+    long = [f"{i} " + "word " * (200 if i < 4 else 20) for i in range(40)]
+    rows = Dataset.from_dict({"text": long, "label": ["a", "b"] * 20})
+    DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "set"))
+
+    def told(**more):
+        config = DataConfig(path=str(tmp_path / "set"), guide_size=2, validation_size=2, test_size=2, **more)
+        parts = load_parts(config, teachers_saw_train=False)
+        return parts.train.max_length, [text for text in parts.provenance["warnings"] if "max_length" in text]
+
+    length, (text,) = told()
+    assert length is None and "of the training texts have more than 128 words" in text
+    assert told(max_length=256) == (256, [])
+    with pytest.raises(ValueError, match="is for texts, and this is tabular-classification. Leave it out"):
+        load_parts(DataConfig(path="sklearn:wine", max_length=256))
 
 
 def test_an_empty_split_is_refused(tmp_path):

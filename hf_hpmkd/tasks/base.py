@@ -38,6 +38,8 @@ class Rows(ABC):
     keeps_labels: bool = True
     """Whether a view of a row is of the row's class for sure. Where not, views are for what teachers answer, and
     `train_or_load` takes the rows as they are for learning from labels alone."""
+    max_length: int | None = None
+    """Tokens that a network built for these rows reads of a text; None: as many as it can, up to 128."""
 
     def __init__(self, dataset: Dataset, labels: Sequence[int] | Tensor, class_names: Sequence[str]) -> None:
         self.dataset = dataset
@@ -73,6 +75,11 @@ class Rows(ABC):
         digest.update(repr(self.class_names).encode())
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()
+
+    def training_key(self, num_views: int) -> list[Any]:
+        """All that a network trained on so many views of these rows reads; labels are not in it."""
+        length = [] if self.max_length is None else [self.max_length]
+        return [self.fingerprint, self.view_key() if num_views else None, num_views, *length]
 
     def raw(self, indices: Sequence[int] | Tensor, views: Tensor | None = None) -> dict[str, Any]:
         """The raw batch at these positions, in their order. views: `(batch,)`, UNAUGMENTED or 0..V-1; None leaves all

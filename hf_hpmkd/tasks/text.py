@@ -6,6 +6,7 @@ A raw batch is `{"text": list of strings}`.
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -21,13 +22,15 @@ from hf_hpmkd.tasks.word_dropout import WordDropout, drop_words
 
 SPECIAL_TOKENS = PAD, UNKNOWN, START, END, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 MAX_ALPHABET = 1000
+MAX_TEXT_LENGTH = 128
+"""Tokens that networks built here read of a text, where nobody says more and the network can."""
 
 TEXT_COLUMNS = ("text", "sentence")
 """What a column of texts is usually called."""
 
 
 class TextRows(Rows):
-    """Rows with one text each. Build with `from_dataset`. augmentation: None has no views."""
+    """Rows with one text each. Build with `from_dataset`. augmentation: None has no views. max_length: see `Rows`."""
 
     task = TEXT_CLASSIFICATION
 
@@ -38,8 +41,10 @@ class TextRows(Rows):
         labels: Sequence[int] | Tensor,
         class_names: Sequence[str],
         augmentation: WordDropout | None = None,
+        max_length: int | None = None,
     ) -> None:
         super().__init__(dataset, labels, class_names)
+        self.max_length = max_length
         self.augmentation = augmentation
         self.supports_views = augmentation is not None
         self.keeps_labels = augmentation is None
@@ -59,10 +64,21 @@ class TextRows(Rows):
         label_column: str,
         class_names: Sequence[str],
         augmentation: WordDropout | None = None,
+        max_length: int | None = None,
     ) -> "TextRows":
         """Raises ValueError for a row without a text. An empty text is a text."""
         texts, labels = column_values(dataset, text_column), column_values(dataset, label_column)
-        return cls(dataset, texts, labels, class_names, augmentation)
+        return cls(dataset, texts, labels, class_names, augmentation, max_length)
+
+    @property
+    def read_length(self) -> int:
+        """Tokens that a network built for these rows reads of a text, if it can."""
+        return self.max_length or MAX_TEXT_LENGTH
+
+    @cached_property
+    def share_too_long(self) -> float:
+        """Share of the texts that have more words than that, and so more tokens for sure."""
+        return sum(len(text.split()) > self.read_length for text in self.texts) / max(1, len(self))
 
     def _raw(self, positions: Tensor, views: Tensor | None) -> dict[str, Any]:
         texts = [self.texts[position] for position in positions.tolist()]
@@ -79,8 +95,8 @@ class TextRows(Rows):
     def subset(self, indices: Sequence[int] | Tensor) -> "TextRows":
         positions = torch.as_tensor(indices, dtype=torch.long)
         picked = positions.tolist()
-        texts = [self.texts[position] for position in picked]
-        return TextRows(self.dataset.select(picked), texts, self.labels[positions], self.class_names, self.augmentation)
+        dataset, texts = self.dataset.select(picked), [self.texts[position] for position in picked]
+        return TextRows(dataset, texts, self.labels[positions], self.class_names, self.augmentation, self.max_length)
 
     def view_key(self) -> dict[str, Any]:
         return {} if self.augmentation is None else self.augmentation.describe()
