@@ -37,7 +37,7 @@ from hf_hpmkd.models import (
 from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TEXT_CLASSIFICATION, Feed, Rows
 from hf_hpmkd.tasks.images import ImageFeed, ProcessorFeed
 from hf_hpmkd.tasks.tables import TableFeed
-from hf_hpmkd.tasks.text import MAX_TEXT_LENGTH, TextFeed, train_tokenizer
+from hf_hpmkd.tasks.text import MAX_TEXT_LENGTH, TextFeed, most_tokens, train_tokenizer
 
 _AUTO_MODEL = {
     IMAGE_CLASSIFICATION: AutoModelForImageClassification,
@@ -245,7 +245,8 @@ def _timm(request: _Request) -> tuple[PreTrainedModel, Feed]:
         hint = f" Did you mean {', '.join('timm/' + found for found in close)}?" if close else ""
         raise ValueError(f"timm {timm.__version__} has no architecture {architecture!r}.{hint}")
     if request.pretrained:
-        return _load(request, f"timm/{request.name.source}")
+        known = timm.get_pretrained_cfg(request.name.source, allow_unregistered=False)  # a bare name has usual weights
+        return _load(request, (known and known.hf_hub_id) or f"timm/{request.name.source}")
     usual = timm.get_pretrained_cfg(architecture)
     assert usual is not None
     _, *usual_size = usual.input_size
@@ -353,11 +354,10 @@ def _own_feed(request: _Request, source: str, config: PretrainedConfig) -> Feed:
         tokenizer.pad_token = tokenizer.eos_token  # decoders have none, and the mask hides what is padded
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
-    asked, positions = request.rows.max_length, getattr(config, "max_position_embeddings", None)
-    longest = min(tokenizer.model_max_length, positions or asked or MAX_TEXT_LENGTH)
-    if asked is not None and asked > longest:
-        raise ValueError(f"`data.max_length` is {asked}, but {source!r} reads {longest} tokens at most. Lower it.")
-    return _text_feed(tokenizer, asked or min(longest, MAX_TEXT_LENGTH))
+    asked, most = request.rows.max_length, most_tokens(tokenizer, config)
+    if asked is not None and most is not None and asked > most:
+        raise ValueError(f"`data.max_length` is {asked}, but {source!r} reads {most} tokens at most. Lower it.")
+    return _text_feed(tokenizer, asked or min(most or MAX_TEXT_LENGTH, MAX_TEXT_LENGTH))
 
 
 def _load(request: _Request, source: str) -> tuple[PreTrainedModel, Feed]:

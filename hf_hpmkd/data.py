@@ -10,22 +10,22 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from datasets import Dataset, Image, Value
+from datasets import Dataset
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from hf_hpmkd.data_columns import choose_input, require_columns
 from hf_hpmkd.data_source import Source, open_source, suggest, with_classes
 from hf_hpmkd.tasks.base import (
     IMAGE_CLASSIFICATION,
-    TABULAR_CLASSIFICATION,
     TASKS,
     TEXT_CLASSIFICATION,
     Rows,
     column_values,
 )
 from hf_hpmkd.tasks.images import Augmentation, ImageRows
-from hf_hpmkd.tasks.tables import TableRows, is_table_feature
-from hf_hpmkd.tasks.text import TEXT_COLUMNS, TextRows
+from hf_hpmkd.tasks.tables import TableRows
+from hf_hpmkd.tasks.text import TextRows
 from hf_hpmkd.tasks.word_dropout import WordDropout
 
 WHOLE = "the whole split"
@@ -170,8 +170,8 @@ def load_parts(
     for split, rows in splits.items():
         if not len(rows):
             raise ValueError(f"Split {split!r} of {config.path!r} is empty.")
-        _require_columns(config, split, rows)
-    task, columns, notes = _choose_input(config, task, splits[chosen["train"]])
+        require_columns(config.path, config.label_column, config.input_column, split, rows)
+    task, columns, notes = choose_input(config.label_column, config.input_column, task, splits[chosen["train"]])
     splits, class_names = with_classes(splits, config.label_column)
     if config.max_length is not None and task != TEXT_CLASSIFICATION:
         raise ValueError(f"`data.max_length` is for texts, and this is {task}. Leave it out.")
@@ -245,50 +245,6 @@ def _choose_splits(config: DataConfig, source: Source) -> dict[str, str]:
     if "validation" not in chosen and free:
         chosen["validation"] = free[0]
     return chosen
-
-
-def _require_columns(config: DataConfig, split: str, rows: Dataset) -> None:
-    wanted = {"label_column": [config.label_column], "input_column": config.input_column or []}
-    for key, columns in wanted.items():
-        for column in [columns] if isinstance(columns, str) else columns:
-            if column not in rows.column_names:
-                raise ValueError(
-                    f"`{key}` must be a column of {config.path!r}; split {split!r} has {', '.join(rows.column_names)}; "
-                    f"got {column!r}.{suggest(column, rows.column_names)} Name it with data.{key}=COLUMN."
-                )
-            if key == "input_column" and column == config.label_column:
-                raise ValueError(f"`input_column` must not be the label, got {column!r} for both.")
-
-
-def _is_string(feature: Any) -> bool:
-    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
-
-
-def _choose_input(config: DataConfig, task: str, rows: Dataset) -> tuple[str, list[str], list[str]]:
-    """(task, input columns, notes). What was not named is told from the types and names of the columns."""
-    features = {name: feature for name, feature in rows.features.items() if name != config.label_column}
-    named = [config.input_column] if isinstance(config.input_column, str) else config.input_column
-    candidates = features if named is None else {name: features[name] for name in named}
-    images = [name for name, feature in candidates.items() if isinstance(feature, Image)]
-    texts = [name for name, feature in candidates.items() if _is_string(feature)]
-    usual = [name for name in TEXT_COLUMNS if name in texts and named is None]
-    if task == "auto":
-        text = usual or (texts and not isinstance(config.input_column, list) and len(candidates) == 1)
-        task = IMAGE_CLASSIFICATION if images else TEXT_CLASSIFICATION if text else TABULAR_CLASSIFICATION
-    if task == TABULAR_CLASSIFICATION:
-        usable = [name for name, feature in candidates.items() if is_table_feature(feature)]
-        left_out = [name for name in candidates if name not in usable]
-        if not usable or (named is not None and left_out):
-            odd = ", ".join(f"{name} ({candidates[name]})" for name in left_out) or "no column"
-            raise ValueError(f"A table needs feature columns of numbers, truth values or strings, got {odd}.")
-        notes = [f"Columns left out of the table, by their type: {', '.join(left_out)}."] if left_out else []
-        return task, usable, notes
-    found = images if task == IMAGE_CLASSIFICATION else usual[:1] or texts
-    if len(found) != 1:
-        listed = ", ".join(f"{name} ({feature})" for name, feature in candidates.items()) or "no column"
-        kind = "image" if task == IMAGE_CLASSIFICATION else "string"
-        raise ValueError(f"{task} needs exactly one {kind} column, got {listed}. Name it with `input_column`.")
-    return task, found, []
 
 
 _Augmentation = Augmentation | WordDropout
@@ -414,7 +370,8 @@ def carve(labels: np.ndarray, sizes: Mapping[str, int], seed: int | list[int], k
         asked = ", ".join(f"{part} {size}" for part, size in sizes.items())
         raise ValueError(
             f"Too many rows are asked for ({asked}): {len(labels)} rows of {len(classes)} classes allow {free.sum()} "
-            f"in all{', with a row of every class staying behind' if keep_one else ''}. Lower the sizes."
+            f"in all{', with a row of every class staying behind' if keep_one else ''}. Lower the sizes, or "
+            "draw guide and validation rows from a larger split (data.guide_from, data.validation_from)."
         )
     parts = {}
     for part, size in sizes.items():

@@ -20,6 +20,8 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from hf_hpmkd.tasks.base import column_values
 
 FILE_KINDS = {".parquet": "parquet", ".csv": "csv"}
+# `datasets` reads 10,000 rows at a time, takes the types of the first for all, and fails on a later row of another.
+_CSV_WHOLE = {"chunksize": 2**31}
 SKLEARN_SETS = ("digits", "iris", "wine", "breast_cancer")  # those that come with scikit-learn; nothing is fetched
 SKLEARN_LICENSE = "cc-by-4.0"  # all four are from the UCI repository, which states this licence
 # The library's HTTP error and OSError, whichever HTTP library the Hub client is built on (httpx, httpx2).
@@ -96,7 +98,7 @@ def _open_files(path: str, files: list[str]) -> Source:
         )
     kind = kinds.pop()
     assert kind is not None
-    return Source(_read(path, kind, data_files={"train": files}), "file")
+    return Source(_read(path, kind, data_files={"train": files}, **_CSV_WHOLE if kind == "csv" else {}), "file")
 
 
 def _open_folder(folder: Path, name: str | None) -> Source:
@@ -107,7 +109,8 @@ def _open_folder(folder: Path, name: str | None) -> Source:
             )
         splits = _plain(load_from_disk(str(folder)))
     else:
-        splits = _read(str(folder), str(folder), name)
+        csv = any(folder.rglob("*.csv")) and not any(folder.rglob("*.parquet"))
+        splits = _read(str(folder), str(folder), name, **_CSV_WHOLE if csv else {})
     card = folder / "README.md"
     metadata = (metadata_load(card) if card.exists() else None) or {}
     return Source(splits, "folder", license=_license(metadata.get("license")))
@@ -245,7 +248,8 @@ def _check_labels(split: str, rows: Dataset, column: str) -> None:
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(rows)} labels in split {split!r} are missing (first: row {missing[0]}). "
-            f"Remove them: `dataset.filter(lambda r: r[{column!r}] is not None)`."
+            f"Remove them: `dataset.filter(lambda r: r[{column!r}] is not None)`. In CSV files None, NA, null and nan "
+            "are read as missing: give a class of such a name another one."
         )
     without = "A split with -1 was published without labels: choose another one (for GLUE, `test_split: validation`)."
     if isinstance(feature, ClassLabel):

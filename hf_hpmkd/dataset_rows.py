@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import torch
 from datasets.utils.file_utils import xopen
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, UNAUGMENTED, FedDataset, Rows
 from hf_hpmkd.tasks.images import image_to_tensor
@@ -24,7 +24,8 @@ class RowIdDataset(Dataset):
     """A map-style dataset whose samples carry their position as `hpmkd_row`."""
 
     def __init__(self, dataset: Any) -> None:
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        streams = isinstance(dataset, IterableDataset)
+        if streams or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise ValueError(
                 "Teacher outputs belong to rows, so the training dataset must have a length and be indexable, got "
                 f"{type(dataset).__name__}. Use a map-style dataset instead of a streaming one."

@@ -36,7 +36,7 @@ from hf_hpmkd.kept_student import distilled_folder, keep_better
 from hf_hpmkd.metrics import load_metric
 from hf_hpmkd.quick_validation import configure, is_direct, proof_needed
 from hf_hpmkd.recipe import Recipe, fingerprint, recipe_parts, recipe_tree
-from hf_hpmkd.recipe_rules import unread_parts, uses_teachers
+from hf_hpmkd.recipe_rules import start_told, unread_parts, uses_teachers
 from hf_hpmkd.run_ahead import run_ahead
 from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_environment import code_commit
@@ -127,6 +127,8 @@ def _run(run: Run) -> None:
         build_student = student_builder(recipe, parts)
         blueprint = build_student(meta=True)
         num_params = check_student(recipe, blueprint, len(parts.class_names))
+        if told := start_told(recipe):
+            run.say(told)
         named_stages(recipe, parts.train)  # a name that means nothing should be found out now
         if recipe.student.pretrained:
             record.commits["student"] = getattr(blueprint.model.config, "_commit_hash", None)

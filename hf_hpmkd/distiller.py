@@ -292,7 +292,7 @@ class Distiller:
         for part in chosen.split(_GATE_WARMUP_BATCH):
             outputs = self.student(**self.guide.fetch(part))
             features.append(self.reader.read().float())
-            logits.append(outputs["logits"].float())
+            logits.append((outputs["logits"] if isinstance(outputs, dict) else outputs[0]).float())
         self.student.train(was_training)
         for module in self.student.modules():
             if isinstance(module, FSDPModule):

@@ -125,12 +125,12 @@ def _push(api: HfApi, repo_id: str, private: bool, files: list[HubFile]) -> str:
             "private, or publish with --public (`hub.private=false`)."
         )
     held = [sibling.rfilename for sibling in before.siblings or []]
-    stale = _stale(held, {file.path for file in files})
-    if stale and RECORD_FILE not in held:
+    if RECORD_FILE not in held and (others := [path for path in held if _is_loaded(path)]):
         raise RepositoryError(
-            f"the repository holds a model that no run of hpmkd pushed, and its {', '.join(stale)} would be loaded "
-            "together with this student. Name another repository, or delete them there."
+            f"the repository holds a model that no run of hpmkd pushed ({', '.join(others)}), which this student would "
+            "replace or be loaded together with. Name another repository, or delete them there."
         )
+    stale = _stale(held, {file.path for file in files})
     operations: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(path) for path in stale]
     operations += [file.operation for file in files]
     commit = api.create_commit(
@@ -146,7 +146,11 @@ def _stale(held: list[str], sent: set[str]) -> list[str]:
     return [
         str(path)
         for path in left
-        if (len(path.parts) == 1 and path.suffix in _LOADED)
+        if _is_loaded(str(path))
         or (path.parts[0] == "plots" and path.suffix == ".png")
         or (path.parts[0] == "chain" and path.suffix in _LOADED)
     ]
+
+
+def _is_loaded(path: str) -> bool:
+    return "/" not in path and PurePosixPath(path).suffix in _LOADED

@@ -231,12 +231,14 @@ def license_warning(license: str | None) -> str | None:
 def _sections(
     record: RunRecord, config: dict[str, Any], student_folder: str, links: list[str], license: str | None
 ) -> list[str]:
+    repo_id = record.recipe.get("hub", {}).get("repo_id")
+    where = f'"{repo_id}"' if repo_id else f'"{student_folder}"  # the folder of the student, or its id on the Hub'
     return [
         _opening(record),
         "## Results\n\n" + report.markdown_table(record) + "\n\n" + _reading(record),
         _metrics(record),
         "\n\n".join(f"![{_CAPTIONS.get(Path(link).stem, Path(link).stem)}]({link})" for link in links),
-        usage(record, config, student_folder),
+        usage(record, config, where),
         _teachers(record),
         report.auto_section(record),
         report.chain_section(record),
@@ -309,9 +311,8 @@ def _metrics(record: RunRecord) -> str:
     return report.markdown(("part", "metric", *models), lines, left=2) if lines else ""
 
 
-def usage(record: RunRecord, config: dict[str, Any], student_folder: str) -> str:
-    repo_id = record.recipe.get("hub", {}).get("repo_id")
-    where = f'"{repo_id}"' if repo_id else f'"{student_folder}"  # the folder of the student, or its id on the Hub'
+def usage(record: RunRecord, config: dict[str, Any], where: str) -> str:
+    """where: what stands behind `student =`."""
     kind, model_type = task(record), str(config.get("model_type", ""))
     lines = [f"\nstudent = {where}"]
     note = ""
@@ -334,7 +335,7 @@ def usage(record: RunRecord, config: dict[str, Any], student_folder: str) -> str
         lines.insert(0, "from transformers import pipeline")
         lines += [
             f'classify = pipeline("{kind or "image-classification"}", model=student)',
-            'classify("A text to classify.")' if text else 'classify("image.png")',
+            'classify("A text to classify.", truncation=True)' if text else 'classify("image.png")',
         ]
     if model_type == "timm_wrapper":
         note = "It is a timm network: `AutoModelForImageClassification.from_pretrained(student).timm_model` is it bare."
@@ -364,10 +365,10 @@ def _teachers(record: RunRecord) -> str:
     if base_models(record):
         text += (
             "\n\nThe metadata names base models with the relation `finetune`, the Hub's nearest: a student is trained "
-            "on its teachers' outputs and holds none of their weights."
+            "on its teachers' outputs"
         )
-        if _start_of_student(record):
-            text += f" It began with the weights of `{_start_of_student(record)}`."
+        start = record.began_with or _start_of_student(record)
+        text += f". This one began with weights of `{start}`." if start else " and holds none of their weights."
     warnings = [f"- `{one.name}`: {' '.join(warning.split())}" for one in record.teachers for warning in one.warnings]
     return text + ("\n\n" + "\n".join(warnings) if warnings else "")
 

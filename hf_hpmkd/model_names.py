@@ -29,6 +29,9 @@ _VARIANT_FORM = (
 )
 # bert needs the number, because of bert-base-cased.
 _BUILT_HERE = re.compile(r"(cifar-resnet|mlp)(?![a-z])|(bert)-(?=\d)")
+TAKEN_FOR_A_TABLE = (
+    "The data was taken for a table; if it is texts or images, name their column with data.input_column=COLUMN."
+)
 TASK_OF = {"cifar-resnet": IMAGE_CLASSIFICATION, "bert": TEXT_CLASSIFICATION, "mlp": TABULAR_CLASSIFICATION}
 
 
@@ -130,4 +133,5 @@ def forms(task: str) -> str:
 
 def bad_name(name: str, task: str, why: str) -> ValueError:
     """The error for a name that means no model of a task."""
-    return ValueError(f"{name!r} names no model for {task}: {why}. Use one of: {forms(task)}.")
+    told = f"{name!r} names no model for {task}: {why}. Use one of: {forms(task)}."
+    return ValueError(f"{told} {TAKEN_FOR_A_TABLE}" if task == TABULAR_CLASSIFICATION else told)

@@ -20,7 +20,7 @@ from hf_hpmkd.data import PARTS, DataParts
 from hf_hpmkd.intermediate_models import build_intermediate, find_intermediates
 from hf_hpmkd.model_cost import activation_bytes, estimated_seconds, training_flops
 from hf_hpmkd.recipe import Recipe, TeacherConfig, recipe_parts
-from hf_hpmkd.recipe_rules import family, is_trained_here, looks_local, teacher_names, uses_teachers
+from hf_hpmkd.recipe_rules import family, is_trained_here, looks_local, start_told, teacher_names, uses_teachers
 from hf_hpmkd.run_memory import outputs_folder
 from hf_hpmkd.search_budget import budget_steps, most_candidates
 from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, Rows
@@ -55,7 +55,7 @@ def plan(recipe: Recipe) -> str:
     sections = [
         [f"Plan: {len(teachers)} teachers -> {recipe.student.model} on {recipe.data.path}"],
         _data_lines(recipe, parts, rows),
-        _model_lines(student, teachers),
+        _model_lines(student, teachers) + [f"         {told}" for told in [start_told(recipe)] if told],
         _cache_lines(recipe, parts, rows),
         _step_lines(recipe, parts),
         _auto_lines(recipe, parts, rows, student),

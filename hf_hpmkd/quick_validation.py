@@ -132,7 +132,8 @@ def free_fields(recipe: Recipe) -> list[str]:
 def _left_at_default(recipe: Recipe) -> list[str]:
     sections = {"distillation": recipe.distillation, "training": recipe.training, "chain": recipe.chain}
     defaults = {name: vars(type(section)()) for name, section in sections.items()}
-    defaults["training"] = {**defaults["training"], "learning_rate": usual_learning_rate(recipe.student.model)}
+    usual = usual_learning_rate(recipe.student.model, recipe.student.pretrained)
+    defaults["training"] = {**defaults["training"], "learning_rate": usual}
     return [name for name in SPACE if getattr(sections[_SECTION[name]], name) == defaults[_SECTION[name]][name]]
 
 

@@ -386,7 +386,7 @@ def _fill_learning_rate(tree: dict[str, Any]) -> None:
     """The one default that another value decides. What is no section or name yet is left for the faults to tell."""
     student, training = tree.get("student"), tree.setdefault("training", {})
     if isinstance(student, dict) and isinstance(student.get("model"), str) and isinstance(training, dict):
-        training.setdefault("learning_rate", usual_learning_rate(student["model"]))
+        training.setdefault("learning_rate", usual_learning_rate(student["model"], student.get("pretrained") is True))
 
 
 def check_recipe(recipe: Recipe, source: str = "the recipe") -> None:

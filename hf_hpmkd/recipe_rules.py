@@ -33,6 +33,9 @@ LEARNING_RATE = 0.001
 MLP_LEARNING_RATE = 0.01
 """The same of an MLP, which learns little by the other."""
 
+FINE_TUNING_RATE = 5e-5
+"""The same of a student that begins with pre-trained weights: the Trainer's own default."""
+
 
 def family(model: str) -> str:
     """What a model name stands for: cifar-resnet, mlp, bert, sklearn, timm, safetensors, skops, column or hub."""
@@ -59,9 +62,19 @@ def is_sklearn(model: str) -> bool:
     return family(model) == "sklearn"
 
 
-def usual_learning_rate(student: str) -> float:
+def usual_learning_rate(student: str, pretrained: bool = False) -> float:
     """Of a student by this name whose recipe names none."""
+    if pretrained:
+        return FINE_TUNING_RATE
     return MLP_LEARNING_RATE if family(student) == "mlp" else LEARNING_RATE
+
+
+def start_told(recipe: "Recipe") -> str:
+    """Says that of a student from elsewhere the architecture alone is taken, where that is so; else ""."""
+    student = recipe.student
+    if student.pretrained or family(student.model) not in ("hub", "timm"):
+        return ""
+    return f"Of {student.model} the architecture alone is taken; student.pretrained=true begins with its weights."
 
 
 def teacher_names(recipe: "Recipe") -> list[str]:

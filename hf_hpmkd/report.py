@@ -131,7 +131,7 @@ def kept_told(record: RunRecord) -> str:
         gain += f", {kept.needed:+.2f} asked for"
     if kept.kept == "distilled":
         return f"Kept: the {other} student ({gain})."
-    return f"Kept: the directly trained student ({gain}); the {other} one is in `distilled/`."
+    return f"Kept: the directly trained student ({gain}); the {other} one is in `distilled/` of the run's folder."
 
 
 def auto_section(record: RunRecord) -> str:

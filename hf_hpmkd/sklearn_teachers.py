@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 import pandas as pd
 import sklearn
 import torch
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, is_regressor
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -163,6 +164,9 @@ class SklearnTeacher(Teacher):
 
     def _outputs(self, rows: Rows, indices: Tensor, views: Tensor | None) -> Tensor:
         inputs = sklearn_inputs(rows.raw(indices, views))
+        fitted_on = getattr(self.estimator, "feature_names_in_", None)
+        if isinstance(inputs, pd.DataFrame) and fitted_on is not None and set(fitted_on) <= set(inputs.columns):
+            inputs = inputs[list(fitted_on)]
         expected = getattr(self.estimator, "n_features_in_", None)
         if isinstance(inputs, np.ndarray) and expected not in (None, inputs.shape[1]):
             raise ValueError(
@@ -220,7 +224,11 @@ def load_skops(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no scikit-learn teacher at {path}. Check the path.")
-    untrusted = [t for t in skops.io.get_untrusted_types(file=path) if t not in _HARMLESS and t not in trusted_types]
+    try:
+        types = skops.io.get_untrusted_types(file=path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is no skops file. Save the estimator with `skops.io.dump`.") from error
+    untrusted = [kind for kind in types if kind not in _HARMLESS and kind not in trusted_types]
     if untrusted:
         raise ValueError(
             f"{path.name} holds types that are not known to be safe: {', '.join(untrusted)}. Loading them may run "
@@ -260,6 +268,8 @@ def _file_sha256(path: Path) -> str:
 
 
 def _require_probabilities(estimator: Any, name: str) -> None:
+    if is_regressor(estimator):
+        raise ValueError(f"{name} is a regression model, and a teacher must classify. Choose a classifier.")
     if not hasattr(estimator, "predict_proba"):
         kind = type(estimator[-1] if isinstance(estimator, Pipeline) else estimator).__name__
         raise ValueError(
@@ -366,7 +376,14 @@ def train_sklearn(
     def fit(positions: np.ndarray, role: dict[str, Any]) -> SklearnTeacher:
         part = _take(inputs, positions)
         model = _build(short, params, rows.task, seed, part if isinstance(part, pd.DataFrame) else None)
-        model.fit(part, labels[positions])
+        try:
+            model.fit(part, labels[positions])
+        except ValueError as error:
+            rarest = np.unique(labels[positions], return_counts=True)[1].min()
+            raise ValueError(
+                f"{PREFIX}{short} cannot be trained on {len(positions)} rows, {rarest} of the rarest class: {error} "
+                "Change its `params`, or choose another estimator."
+            ) from error
         return SklearnTeacher(
             model,
             name=short,
@@ -388,6 +405,12 @@ def train_sklearn(
 def stratified_folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
     """The fold, 0..folds-1, that each row belongs to; each fold has about the same share of every class. `(rows,)`,
     long."""
+    most = np.unique(labels, return_counts=True)[1].max()
+    if folds > most:
+        raise ValueError(
+            f"`folds` must not exceed the {most} rows of the largest class, got {folds}. Lower it, or set it to 0 "
+            f"for no out-of-fold outputs; for the first teacher 'teachers.0.folds={most if most > 1 else 0}'."
+        )
     fold_of_row = np.zeros(len(labels), dtype=np.int64)
     with warnings.catch_warnings():
         # A class with fewer rows than folds is missing from some; its probability there is the floor.

@@ -41,7 +41,7 @@ def write_stage_card(record: RunRecord, stage: StageRecord, folder: str | os.Pat
         f"An intermediate model with {stage.num_params:,} parameters, trained with `hf_hpmkd` on {data_name(public)} "
         f"from {', '.join(stage.guides)}, to teach a smaller student ({student_name(public)}). It can be used alone."
         f"{accuracy} It was not measured on test rows.",
-        usage(public, config, folder.name),
+        usage(public, config, f'"chain/{folder.name}"  # the folder of this model'),
     ]
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
     path = folder / CARD_FILE

@@ -25,7 +25,7 @@ from hf_hpmkd.classifier_training import (
     train_or_load,
 )
 from hf_hpmkd.components.adaptive_configuration import Configuration
-from hf_hpmkd.data import TEXT_COLUMNS, DataParts
+from hf_hpmkd.data import DataParts
 from hf_hpmkd.distill import student_builder
 from hf_hpmkd.evaluation import evaluate_teachers, teacher_logits
 from hf_hpmkd.quick_validation import features_before, overrides_of, with_values
@@ -35,6 +35,7 @@ from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_memory import RunMemory
 from hf_hpmkd.run_steps import train
 from hf_hpmkd.tasks.base import Rows
+from hf_hpmkd.tasks.text import TEXT_COLUMNS
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
 from hf_hpmkd.teacher_training import fit_sklearn
 

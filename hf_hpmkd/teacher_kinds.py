@@ -7,7 +7,6 @@ import hashlib
 import inspect
 import math
 import re
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_hpmkd.class_names import align_labels
 from hf_hpmkd.heads import FeatureReader, find_classifier_head
 from hf_hpmkd.tasks.base import UNAUGMENTED, Feed, Rows, json_digest
 
@@ -28,62 +28,6 @@ _VOLATILE_CONFIG_KEYS = ("_name_or_path", "_commit_hash", "transformers_version"
 _WORTH_A_WARNING = 0.05
 _STANDARD_ERRORS = 2.0
 _LEAST_PACKED = 0.5
-
-
-def plain_name(name: str) -> str:
-    return re.sub(r"[\s_\-]+", "", name).casefold()
-
-
-def _are_generic(names: Sequence[str]) -> bool:
-    """Whether the names only count: LABEL_0, LABEL_1, ... or 0, 1, ..."""
-    return all(plain_name(name) in (f"label{i}", str(i)) for i, name in enumerate(names))
-
-
-def align_labels(teacher_names: Sequence[str], data_names: Sequence[str]) -> list[int]:
-    """For each class of the data the index of the teacher's output: by name, ignoring case, spaces, hyphens,
-    underscores.
-
-    Names that only count (LABEL_0, ...) and are not the data's are taken in order, with a warning. Raises ValueError
-    that lists every class which only one side has, and every name that either side has twice.
-    """
-    if list(teacher_names) == list(data_names):
-        return list(range(len(data_names)))
-    exact = len(set(teacher_names)) == len(teacher_names) and set(teacher_names) == set(data_names)
-    if not exact and len(teacher_names) == len(data_names) and _are_generic(teacher_names):
-        warnings.warn(
-            f"The teacher's classes have no names ({teacher_names[0]}, ...), so its outputs are taken in the data's "
-            f"order: {', '.join(data_names[:5])}{', ...' if len(data_names) > 5 else ''}. Say `labels` to be sure.",
-            stacklevel=2,
-        )
-        return list(range(len(data_names)))
-    teacher = list(teacher_names) if exact else [plain_name(name) for name in teacher_names]
-    data = list(data_names) if exact else [plain_name(name) for name in data_names]
-    faults = [
-        _listed(
-            "missing from the teacher", [name for name, p in zip(data_names, data, strict=True) if p not in teacher]
-        ),
-        _listed("unknown to the data", [name for name, p in zip(teacher_names, teacher, strict=True) if p not in data]),
-        _listed(
-            "twice in the teacher", [n for n, p in zip(teacher_names, teacher, strict=True) if teacher.count(p) > 1]
-        ),
-        _listed("twice in the data", [n for n, p in zip(data_names, data, strict=True) if data.count(p) > 1]),
-    ]
-    if any(faults):
-        way_out = "Choose another teacher."
-        if len(data_names) == len(teacher_names):
-            way_out = (
-                "If only the names differ, give the data's names in the teacher's order as `labels`, for "
-                "the first teacher 'teachers.0.labels=[a,b,...]'; else choose another teacher."
-            )
-        raise ValueError(
-            f"A teacher must know exactly the data's {len(data_names)} classes, by name; it has {len(teacher_names)}: "
-            f"{'; '.join(fault for fault in faults if fault)}. {way_out}"
-        )
-    return [teacher.index(name) for name in data]
-
-
-def _listed(what: str, names: list[str]) -> str:
-    return f"{what}: {', '.join(names)}" if names else ""
 
 
 class Teacher(ABC):

@@ -22,19 +22,20 @@ from transformers import (
 )
 from transformers.utils import cached_file, extract_commit_hash
 
+from hf_hpmkd.class_names import align_labels
 from hf_hpmkd.dataset_rows import DatasetRows, SharedInputsFeed
+from hf_hpmkd.model_names import TAKEN_FOR_A_TABLE
 from hf_hpmkd.sklearn_teachers import PREFIX as SKLEARN_PREFIX
 from hf_hpmkd.sklearn_teachers import SAVED_TYPES, SklearnTeacher, load_skops, train_sklearn
 from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TASKS, TEXT_CLASSIFICATION, Feed, Rows
 from hf_hpmkd.tasks.images import ImageFeed, ProcessorFeed
 from hf_hpmkd.tasks.tables import TableFeed
-from hf_hpmkd.tasks.text import TextFeed
+from hf_hpmkd.tasks.text import TextFeed, most_tokens
 from hf_hpmkd.teacher_kinds import (
     ColumnTeacher,
     FoldedTeacher,
     Teacher,
     TorchTeacher,
-    align_labels,
     check_teacher,
     own_class_names,
 )
@@ -60,8 +61,6 @@ _TRAINED_HERE = ("mlp-", "cifar-resnet-", "bert-", SKLEARN_PREFIX)
 _MOST_TOKENS = 512
 _TABULAR_MODEL_TYPE = "hpmkd_tabular_mlp"
 _HEADS = {IMAGE_CLASSIFICATION: "ForImageClassification", TEXT_CLASSIFICATION: "ForSequenceClassification"}
-# Position numbers of these start behind the padding index, so that many positions are never used.
-_POSITIONS_AFTER_PADDING = ("roberta", "camembert", "longformer", "mpnet")
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ def _from_transformers(source: str, rows: Rows, options: _Options) -> TorchTeach
     if rows.task == TABULAR_CLASSIFICATION:
         raise ValueError(
             f"{source} is a {config.model_type} model, but the data is a table. Use a tabular teacher: mlp-..., "
-            "sklearn:..., a .skops file, or a folder saved by this package."
+            f"sklearn:..., a .skops file, or a folder saved by this package. {TAKEN_FOR_A_TABLE}"
         )
     _require_task(config, source, rows.task)
     auto = AutoModelForImageClassification if rows.task == IMAGE_CLASSIFICATION else AutoModelForSequenceClassification
@@ -286,12 +285,7 @@ def _text_feed(source: str, config: PretrainedConfig, kwargs: dict[str, Any]) ->
             f"{source} has no tokenizer. Save the one it was trained with beside the model: "
             "`tokenizer.save_pretrained`."
         ) from error
-    limits = [_MOST_TOKENS, tokenizer.model_max_length]
-    positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions > 0:
-        after_padding = any(kind in config.model_type for kind in _POSITIONS_AFTER_PADDING)
-        limits.append(positions - (config.pad_token_id or 0) - 1 if after_padding else positions)
-    return TextFeed(tokenizer, int(min(limits)))
+    return TextFeed(tokenizer, min(_MOST_TOKENS, most_tokens(tokenizer, config) or _MOST_TOKENS))
 
 
 def _from_tabular(source: str, rows: Rows, options: _Options) -> TorchTeacher:

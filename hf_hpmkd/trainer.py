@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+from hf_hpmkd.class_names import plain_name
 from hf_hpmkd.dataset_rows import (
     ROW_KEY,
     VIEW_KEY,
@@ -29,7 +31,7 @@ from hf_hpmkd.dataset_rows import (
 from hf_hpmkd.distiller import Distiller, GuideRows, TeacherOutputs, check_guide
 from hf_hpmkd.tasks.base import UNAUGMENTED, FedDataset
 from hf_hpmkd.teacher_cache import LiveOutputs, TeacherCache
-from hf_hpmkd.teacher_kinds import FoldedTeacher, Teacher, own_class_names, plain_name
+from hf_hpmkd.teacher_kinds import FoldedTeacher, Teacher, own_class_names
 from hf_hpmkd.teachers import as_teacher
 from hf_hpmkd.training_args import HPMKDTrainingArguments
 
@@ -258,8 +260,13 @@ class HPMKDTrainer(Trainer):
         """Upstream's, over a dataset that knows its row ids."""
         if not self.distills or isinstance(self.train_dataset, FedDataset):
             return super().get_train_dataloader()
+        dataset: Any = self.train_dataset
+        if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
+            # Before it is wrapped, as upstream would: else raw images are decoded in each batch and thrown away. What a
+            # transform reads stays.
+            dataset = self._remove_unused_columns(dataset, "training")
         return self._get_dataloader(  # upstream's own call, transformers 5.23, with the dataset wrapped
-            dataset=RowIdDataset(self.train_dataset),
+            dataset=RowIdDataset(dataset),
             description="Training",
             batch_size=self._train_batch_size,
             sampler_fn=self._get_train_sampler,  # type: ignore[arg-type]

@@ -277,7 +277,7 @@ def test_tables_take_all_usable_columns(tmp_path):
     assert named.train.feature_columns == ["town"]
     text = load_parts(DataConfig(path=path, input_column="town"), teachers_saw_train=False)
     assert text.task == "text-classification"
-    with pytest.raises(ValueError, match=r"numbers, truth values or strings, got z"):
+    with pytest.raises(ValueError, match=r"numbers, truth values or words that come again, got z"):
         load_parts(DataConfig(path=path, input_column=["x", "z"]))
 
 
@@ -393,6 +393,33 @@ def test_texts_that_students_will_not_read_to_their_end_are_told(tmp_path):
     assert told(max_length=256) == (256, [])
     with pytest.raises(ValueError, match="is for texts, and this is tabular-classification. Leave it out"):
         load_parts(DataConfig(path="sklearn:wine", max_length=256))
+
+
+def test_columns_of_names_are_left_out_of_a_table(tmp_path):
+    columns = {"name": [f"person {i}" for i in range(120)], "town": ["a", "b"] * 60, "label": ["x", "y"] * 60}
+    DatasetDict({"train": Dataset.from_dict(columns)}).save_to_disk(str(tmp_path / "set"))
+
+    def load(**more):
+        return load_parts(DataConfig(path=str(tmp_path / "set"), **more), teachers_saw_train=False)
+
+    parts = load()
+    assert parts.train.feature_columns == ["town"]
+    assert "most rows have a value of their own there: name." in parts.provenance["warnings"][0]
+    assert load(input_column=["name", "town"]).train.feature_columns == ["name", "town"]
+    assert load(input_column="name").task == "text-classification"
+    columns["town"] = [f"street {i}" for i in range(120)]
+    DatasetDict({"train": Dataset.from_dict(columns)}).save_to_disk(str(tmp_path / "names"))
+    with pytest.raises(ValueError, match="If one holds texts to classify, name it: data.input_column=COLUMN"):
+        load_parts(DataConfig(path=str(tmp_path / "names")), teachers_saw_train=False)
+
+
+def test_types_of_a_csv_are_told_from_all_its_rows(tmp_path):
+    """`datasets` reads 10,000 rows at a time, and takes the types of the first."""
+    size = ["1"] * 12_000 + ["1.5"] * 10
+    pd.DataFrame({"size": size, "label": ["x", "y"] * 6005}).to_csv(tmp_path / "rows.csv", index=False)
+    for path in (tmp_path, tmp_path / "rows.csv"):
+        parts = load_parts(DataConfig(path=str(path)), teachers_saw_train=False)
+        assert parts.train.table["size"].max() == 1.5
 
 
 def test_an_empty_split_is_refused(tmp_path):

@@ -340,7 +340,15 @@ def test_the_command_of_a_public_push_says_so(client, run_dir):
 def test_a_model_of_other_origin_is_not_mixed_with_the_student(client, run_dir):
     repo = client.repos["models", REPO] = Repo(private=True)
     repo.add("by hand", {**repo.head.files, "adapter_config.json": Blob(b"{}", False)}, ["adapter_config.json"])
-    assert "adapter_config.json would be loaded" in refused(run_dir)
+    assert "adapter_config.json), which this student would replace or be loaded together with" in refused(run_dir)
+    assert len(repo.commits) == 2
+
+
+def test_a_model_of_other_origin_is_not_replaced(client, run_dir):
+    repo = client.repos["models", REPO] = Repo(private=True)
+    same = {name: Blob(b"{}", False) for name in ("config.json", "model.safetensors", "README.md")}
+    repo.add("push_to_hub", {**repo.head.files, **same}, list(same))
+    assert "no run of hpmkd pushed (config.json, model.safetensors)" in refused(run_dir)
     assert len(repo.commits) == 2
 
 

@@ -142,7 +142,8 @@ def test_a_student_that_began_with_weights_of_the_hub_names_them_first(record, t
     record.recipe["student"] = {"model": "timm/resnet18.a1_in1k", "pretrained": True}
     card = card_of(record, tmp_path)
     assert card.data.base_model == ["timm/resnet18.a1_in1k", "owner/vit"]
-    assert "It began with the weights of `timm/resnet18.a1_in1k`" in card.text
+    assert "This one began with weights of `timm/resnet18.a1_in1k`" in card.text
+    assert "holds none of their weights" not in card.text
     record.recipe["student"]["pretrained"] = False
     assert card_of(record, tmp_path).data.base_model == ["owner/vit"]
 

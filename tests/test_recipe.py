@@ -351,6 +351,14 @@ def test_the_tree_of_a_recipe_reads_back() -> None:
     assert read_recipe(json.loads(json.dumps(recipe_tree(recipe))), "x") == recipe
 
 
+def test_a_student_that_begins_with_weights_is_fine_tuned() -> None:
+    def rate(**student: object) -> float:
+        return read_recipe({**SOUND, "student": student}, "x").training.learning_rate
+
+    assert rate(model="timm/resnet18", pretrained=True) == 5e-5
+    assert rate(model="timm/resnet18") == 0.001
+
+
 def test_fingerprint_ignores_where_and_sees_what() -> None:
     def of(*words: str) -> str:
         return fingerprint(read_recipe(SOUND, "x", words))

@@ -9,7 +9,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.naive_bayes import GaussianNB
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
@@ -189,6 +189,7 @@ def test_calibrated_estimator_is_asked_for():
         ("DecisionTreeClassifier", {"depth": 3}, table_rows, "has no parameter depth. It has .*max_depth"),
         ("GaussianNB", {}, text_rows, "cannot read the sparse word counts of texts. For texts use one of Logistic"),
         ("MultinomialNB", {}, table_rows, "a table has negative numbers"),
+        ("SVC", {"calibrate": True}, lambda: table_rows(12), "SVC cannot be trained on .* rows, . of the rarest class"),
     ],
 )
 def test_what_cannot_be_trained(name, params, rows, said):
@@ -253,6 +254,9 @@ def test_folds_out_of_range():
     for folds in (1, -1, 61):
         with pytest.raises(ValueError, match=f"must be 0 .* or between 2 and the number of rows, 60, got {folds}"):
             train_sklearn("GaussianNB", {}, table_rows(), folds=folds)
+    few = table_rows(12)
+    with pytest.raises(ValueError, match="must not exceed the 4 rows of the largest class, got 5.*teachers.0.folds=4"):
+        train_sklearn("GaussianNB", {}, few, folds=5)
     one_class = table_rows()
     one_class.labels[:] = 1
     with pytest.raises(ValueError, match="needs rows of at least two classes"):
@@ -315,6 +319,21 @@ def test_file_without_probabilities(tmp_path):
     skops.io.dump(LinearSVC().fit(rows.images.flatten(1).numpy(), rows.labels), tmp_path / "s.skops")
     with pytest.raises(ValueError, match="CalibratedClassifierCV"):
         load_teacher(tmp_path / "s.skops", rows)
+    skops.io.dump(LinearRegression().fit(rows.images.flatten(1).numpy(), rows.labels), tmp_path / "s.skops")
+    with pytest.raises(ValueError, match="is a regression model, and a teacher must classify"):
+        load_teacher(tmp_path / "s.skops", rows)
+    (tmp_path / "s.skops").write_bytes(b"pickled")
+    with pytest.raises(ValueError, match="is no skops file. Save the estimator with"):
+        load_teacher(tmp_path / "s.skops", rows)
+
+
+def test_a_frame_is_read_by_its_columns_names(tmp_path):
+    rows = table_rows()
+    turned = rows.table[["legs", "wild"]]  # not in the data's order, and not all of it
+    model = GaussianNB().fit(turned, rows.labels)
+    skops.io.dump(model, tmp_path / "m.skops")
+    teacher = load_teacher(tmp_path / "m.skops", rows, labels=NAMES)
+    assert np.array_equal(answers(teacher, rows).argmax(1).numpy(), model.predict(turned))
 
 
 def test_a_changed_file_has_another_fingerprint(tmp_path):

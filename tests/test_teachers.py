@@ -129,6 +129,11 @@ def test_one_error_lists_every_class_that_does_not_fit():
     assert "labels" not in message  # four names for three classes: other names would not help
     with pytest.raises(ValueError, match="as `labels`, for the first teacher 'teachers.0.labels="):
         align_labels(["cat", "cow", "pig"], ["cat", "dog", "emu"])
+    with pytest.raises(ValueError, match=r"""'teachers\.0\.labels=\["No", "Yes"\]'"""):  # which YAML reads as text
+        align_labels(["bad", "good"], ["No", "Yes"])
+    with pytest.raises(ValueError, match=r"it has 1000: .* and 990 more. Fine-tune it on these classes first") as error:
+        align_labels([f"LABEL_{i}" for i in range(1000)], ["cat", "dog"])
+    assert len(str(error.value)) < 500
 
 
 def test_permuted_outputs_are_put_right_and_labels_override():

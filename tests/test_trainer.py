@@ -373,6 +373,22 @@ def test_a_hub_dataset_with_a_transform_and_somebodys_collator(tmp_path, teacher
     assert trainer.state.global_step == 4
 
 
+def test_raw_images_are_not_decoded_for_a_student_that_reads_pixels(tmp_path, teachers, monkeypatch):
+    """As upstream does it: columns that the model does not take are dropped before a batch is read."""
+    raw = image_dataset()
+    data = raw.add_column("pixel_values", [x.tolist() for x in to_pixels(raw[:])["pixel_values"]]).with_format("torch")
+    trainer = HPMKDTrainer(
+        tiny.tiny_vit(), teachers, tiny.arguments(tmp_path, num_train_epochs=3), train_dataset=data, guide_dataset=data
+    )
+    decoded = []
+    whole = datasets.Image.decode_example
+    monkeypatch.setattr(
+        datasets.Image, "decode_example", lambda *args, **more: decoded.append(1) or whole(*args, **more)
+    )
+    loader = trainer.get_train_dataloader()
+    assert all(set(batch) == {"pixel_values", "labels", "hpmkd_row", "hpmkd_view"} for batch in loader) and not decoded
+
+
 def tiny_bert(width, vocab_size, **settings):
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -461,6 +477,18 @@ def test_random_inputs_cannot_have_stored_outputs(tmp_path, teachers):
 
     with pytest.raises(ValueError, match="different inputs for the same row twice"):
         train(tmp_path, teachers, train_dataset=Noisy())
+
+
+def test_a_streaming_dataset_is_refused_by_its_kind(tmp_path, teachers):
+    class Stream(torch.utils.data.IterableDataset):
+        def __len__(self):
+            return 4
+
+        def __iter__(self):
+            yield from tiny.TinyImages(4)
+
+    with pytest.raises(ValueError, match="must have a length and be indexable, got Stream"):
+        train(tmp_path, teachers, train_dataset=Stream())
 
 
 def test_settings_that_need_guide_rows_say_so_before_training(tmp_path, teachers):

@@ -36,9 +36,14 @@ def _decode(feature: Image, value: Mapping[str, Any] | None, row: int) -> Tensor
     """uint8 (channels, height, width) of a stored image: one channel for grey pictures, three for all others."""
     if value is None:
         raise ValueError(
-            f"Row {row} has no image. Remove such rows first: `dataset.filter(lambda r: r[column] is not None)`."
+            f"Row {row} of this part has no image. Remove such rows first: "
+            "`dataset.filter(lambda r: r[column] is not None)`."
         )
-    return image_to_tensor(feature.decode_example(value), row)
+    try:
+        return image_to_tensor(feature.decode_example(value), row)
+    except (OSError, SyntaxError) as error:  # Pillow's words for a damaged file
+        file = value.get("path") or "no path"
+        raise ValueError(f"The image of row {row} of this part ({file}) cannot be read: {error}") from error
 
 
 def image_to_tensor(image: Any, row: int) -> Tensor:

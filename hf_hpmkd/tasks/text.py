@@ -15,7 +15,8 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from hf_hpmkd.tasks.base import TEXT_CLASSIFICATION, Rows, column_values, json_digest
 from hf_hpmkd.tasks.word_dropout import WordDropout, drop_words
@@ -27,6 +28,10 @@ MAX_TEXT_LENGTH = 128
 
 TEXT_COLUMNS = ("text", "sentence")
 """What a column of texts is usually called."""
+
+
+# Position numbers of these start behind the padding index, so that many positions are never used.
+_POSITIONS_AFTER_PADDING = ("roberta", "camembert", "longformer", "mpnet")
 
 
 class TextRows(Rows):
@@ -185,6 +190,16 @@ class TextFeed:
             "inputs": sorted(tokenizer.model_input_names),
             "max_length": self.max_length,
         }
+
+
+def most_tokens(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int | None:
+    """Tokens that a model can read of a text, as its tokenizer and its positions have it; None where neither says."""
+    limits = [tokenizer.model_max_length] if tokenizer.model_max_length < VERY_LARGE_INTEGER else []
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        after_padding = any(kind in config.model_type for kind in _POSITIONS_AFTER_PADDING)
+        limits.append(positions - (config.pad_token_id or 0) - 1 if after_padding else positions)
+    return min(limits, default=None)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 8000) -> PreTrainedTokenizerFast:

@@ -231,8 +231,14 @@ def test_other_modes_become_colour_and_deep_ones_are_refused():
 
 
 def test_missing_images_and_wrong_types_are_refused():
-    with pytest.raises(ValueError, match="Row 1 has no image"):
+    with pytest.raises(ValueError, match="Row 1 of this part has no image"):
         rows_of([pixels(4, 4, 3), None])
+    damaged = io.BytesIO()
+    PILImage.fromarray(pixels(40, 40, 3)).save(damaged, "PNG")
+    stored = {"path": "cat/7.png", "bytes": damaged.getvalue()[:-200]}
+    dataset = Dataset.from_dict({"image": [stored], "label": [0]}).cast_column("image", Image())
+    with pytest.raises(ValueError, match="image of row 0 of this part .cat/7.png. cannot be read: .*truncated"):
+        ImageRows.from_dataset(dataset, "image", "label", NAMES)
     dataset = Dataset.from_dict({"image": [[1, 2]], "label": [0]})
     with pytest.raises(TypeError, match="cast_column"):
         ImageRows.from_dataset(dataset, "image", "label", NAMES)

@@ -1,0 +1,85 @@
+"""Which columns of a data set are read: those that the recipe names, else told from their types and names."""
+
+from typing import Any
+
+from datasets import Dataset, Image, Value
+
+from hf_hpmkd.data_source import suggest
+from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TEXT_CLASSIFICATION, column_values
+from hf_hpmkd.tasks.tables import is_table_feature
+from hf_hpmkd.tasks.text import TEXT_COLUMNS
+
+Columns = str | list[str] | None
+
+_FEW_VALUES = 50  # that a column of words always may have
+
+
+def require_columns(path: str, label_column: str, input_column: Columns, split: str, rows: Dataset) -> None:
+    """Raises ValueError if a split lacks a column that is named, or the label is named as an input."""
+    wanted = {"label_column": [label_column], "input_column": input_column or []}
+    for key, columns in wanted.items():
+        for column in [columns] if isinstance(columns, str) else columns:
+            if column not in rows.column_names:
+                raise ValueError(
+                    f"`{key}` must be a column of {path!r}; split {split!r} has {', '.join(rows.column_names)}; "
+                    f"got {column!r}.{suggest(column, rows.column_names)} Name it with data.{key}=COLUMN."
+                )
+            if key == "input_column" and column == label_column:
+                raise ValueError(f"`input_column` must not be the label, got {column!r} for both.")
+
+
+def choose_input(
+    label_column: str, input_column: Columns, task: str, rows: Dataset
+) -> tuple[str, list[str], list[str]]:
+    """(task, input columns, notes). What was not named is told from the types and names of the columns.
+
+    task: one of the three, or "auto". rows: of the training split. Raises ValueError where nothing fits.
+    """
+    features = {name: feature for name, feature in rows.features.items() if name != label_column}
+    named = [input_column] if isinstance(input_column, str) else input_column
+    candidates = features if named is None else {name: features[name] for name in named}
+    images = [name for name, feature in candidates.items() if isinstance(feature, Image)]
+    texts = [name for name, feature in candidates.items() if _is_string(feature)]
+    usual = [name for name in TEXT_COLUMNS if name in texts and named is None]
+    if task == "auto":
+        text = usual or (texts and not isinstance(input_column, list) and len(candidates) == 1)
+        task = IMAGE_CLASSIFICATION if images else TEXT_CLASSIFICATION if text else TABULAR_CLASSIFICATION
+    if task == TABULAR_CLASSIFICATION:
+        return task, *_table_columns(candidates, rows, chosen=named is not None)
+    found = images if task == IMAGE_CLASSIFICATION else usual[:1] or texts
+    if len(found) != 1:
+        listed = ", ".join(f"{name} ({feature})" for name, feature in candidates.items()) or "no column"
+        kind = "image" if task == IMAGE_CLASSIFICATION else "string"
+        raise ValueError(f"{task} needs exactly one {kind} column, got {listed}. Name it with `input_column`.")
+    return task, found, []
+
+
+def _is_string(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
+def _table_columns(candidates: dict[str, Any], rows: Dataset, chosen: bool) -> tuple[list[str], list[str]]:
+    """(columns, notes). chosen: by the recipe, so that none is left out."""
+    usable = [name for name, feature in candidates.items() if is_table_feature(feature)]
+    left_out = [name for name in candidates if name not in usable]
+    notes = [f"Columns left out of the table, by their type: {', '.join(left_out)}."] if left_out else []
+    if not chosen and (alone := [name for name in usable if _is_string(candidates[name]) and _all_differ(rows, name)]):
+        usable = [name for name in usable if name not in alone]
+        left_out += alone
+        notes.append(
+            f"Columns left out of the table, because most rows have a value of their own there: {', '.join(alone)}. "
+            "Name all columns of the table with data.input_column=[A,B,...] to keep them; if one holds the texts to "
+            "classify, name it alone."
+        )
+    if not usable or (chosen and left_out):
+        odd = ", ".join(f"{name} ({candidates[name]})" for name in left_out) or "no column"
+        raise ValueError(
+            f"A table needs feature columns of numbers, truth values or words that come again, got {odd}. If one holds "
+            "texts to classify, name it: data.input_column=COLUMN."
+        )
+    return usable, notes
+
+
+def _all_differ(rows: Dataset, column: str) -> bool:
+    """Whether most values come once: an identifier, a date, a text."""
+    return len(set(column_values(rows, column))) > max(_FEW_VALUES, len(rows) / 2)
