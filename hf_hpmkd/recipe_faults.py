@@ -146,7 +146,7 @@ def _messages(error: ValidationError, tree: Any, sections: dict[str, list[str]])
     for path, texts in rules.items():
         whole.setdefault(path, f"must be {' or '.join(dict.fromkeys(texts))}, got {_shown(_value(tree, path))}.")
         if "text" in texts and isinstance(_value(tree, path), bool | int | float):
-            whole[path] += f' Write it in quotes: "{_shown(_value(tree, path))}".'
+            whole[path] += ' YAML reads No, yes, 0 and the like as no text unless they are quoted: "No".'
         if isinstance(_value(tree, path), str) and texts[0].startswith("one of"):
             whole[path] += did_you_mean(str(_value(tree, path)), re.findall(r"'([^']*)'", texts[0]))
     return whole

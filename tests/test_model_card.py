@@ -306,7 +306,11 @@ def test_a_record_without_a_student_is_refused(record, tmp_path, student):
             ["import hf_hpmkd", "pipeline(", "trust_remote_code"],
         ),
         ("image-classification", {"model_type": "timm_wrapper"}, ['pipeline("image-classification"', ".timm_model"]),
-        ("text-classification", CONFIGS["text-classification"], ['pipeline("text-classification"', "A text"]),
+        (
+            "text-classification",
+            CONFIGS["text-classification"],
+            ['pipeline("text-classification"', "A text", "truncation=True"],
+        ),
         ("tabular-classification", CONFIGS["tabular-classification"], ["TabularForClassification", "predict(table)"]),
     ],
 )

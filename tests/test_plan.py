@@ -106,6 +106,8 @@ def test_student_larger_than_its_teachers_is_told() -> None:
 def test_imagenet_is_planned_without_network_and_data() -> None:
     text = plan(load_recipe("imagenet_timm"))
     assert "1000 classes (as the teachers have)" in text
+    assert "Of timm/resnet18 the architecture alone is taken; student.pretrained=true" in text
+    assert "architecture alone" not in plan(digits())
     assert "unknown until the data is loaded" in text
     known = {"convnext-base +teacher": 88_591_464, "resnet50 +teacher": 25_557_032, "student +student": 11_689_512}
     assert {line: number(rf"{line} +([\d,]+)", text) for line in known} == known

@@ -196,6 +196,7 @@ def test_message_counts_the_faults_and_names_the_source() -> None:
         ("teachers.1.epochs=3", "teachers.1.epochs: is for networks trained on the spot"),
         ("teachers.1.precision=bf16", "teachers.1.precision: is for networks that are loaded"),
         ("teachers.0.labels=[a]", "teachers.0.labels: is for teachers that are loaded"),
+        ("teachers.0.labels=[No,x]", "teachers.0.labels.0: must be text, got false. YAML reads No, yes, 0"),
         ("teachers.0.name=a/b", "teachers.0.name: must be text of the form"),
         ("teachers.5.name=a", "`teachers` is a list of 2, so the next word must be a position from 0 to 1, got '5'"),
         ("student.model.width=3", "`student.model` holds one value ('cifar-resnet-8'), it has no key 'width'"),
