@@ -101,6 +101,9 @@ def overview(records: Sequence[ComparisonRecord], part: str, shown: Sequence[str
         f"difference to {' or '.join(sorted({record.baseline for record in records}))} in points, with * where p < "
         f"{_SIGNIFICANT} ({' or '.join(tests)}, Holm's correction within a column)."
     )
+    if tuned := [_data_name(record) for record in records if record.trials]:
+        where = "" if len(tuned) == len(records) else f" of {', '.join(tuned)}"
+        told += f" What stands below is what each method{where} began its trials with; the table has what they chose."
     meaning: dict[str, dict[str, list[str]]] = {}  # name -> description -> data
     for record in records:
         for method in record.methods:

@@ -479,6 +479,21 @@ def test_random_inputs_cannot_have_stored_outputs(tmp_path, teachers):
         train(tmp_path, teachers, train_dataset=Noisy())
 
 
+def test_a_student_may_answer_with_a_tuple(tmp_path, teachers):
+    class Bare(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny.tiny_vit()
+            self.config = self.inner.config
+
+        def forward(self, pixel_values, labels=None):
+            answer = self.inner(pixel_values, labels=labels)
+            return (answer.logits,) if labels is None else (answer.loss, answer.logits)
+
+    named, bare = train(tmp_path / "named", teachers), train(tmp_path, teachers, Bare())
+    assert torch.equal(tiny.weights_of(named.model), tiny.weights_of(bare.model))
+
+
 def test_a_streaming_dataset_is_refused_by_its_kind(tmp_path, teachers):
     class Stream(torch.utils.data.IterableDataset):
         def __len__(self):
