@@ -14,7 +14,7 @@ from hf_hpmkd.paired_tests import Mean, mean_of
 from hf_hpmkd.report import markdown
 
 ENOUGH_ROWS = 1_000
-"""Training rows from which on sets are summed up apart too: with fewer, gains vary more."""
+"""Training rows, for regrets test rows, from which on sets are summed up apart too: with fewer, figures vary more."""
 
 _OTHERS = ("faster", "fixed")
 """Methods beside direct training and auto."""
@@ -61,11 +61,15 @@ def totals(results: Sequence[dict[str, Any]]) -> str:
     parts.append(_never_worse(sets))
     with_grid = [of_set for of_set in sets if _regrets(of_set)]
     if with_grid:
-        regrets = [_regrets(of_set) for of_set in with_grid]
-        told = ", ".join(f"{method} {np.mean([one[method] for one in regrets]):.2f}" for method in _everywhere(regrets))
         count = sum(bool(one["grid"]) for one in results)
         against = f"Mean regret against the best cell of the grid on test rows ({count} runs)"
-        parts.append(f"{against}: {told}; of the whole grid validation rows choose.")
+        parts.append(f"{against}: {_mean_regrets(with_grid)}; of the whole grid validation rows choose.")
+        surer = [of_set for of_set in with_grid if of_set[0]["test_rows"] >= ENOUGH_ROWS]
+        if 0 < len(surer) < len(with_grid):
+            parts.append(
+                f"The best of many cells is best by luck where few rows tell it. On the {len(surer)} sets with "
+                f"{ENOUGH_ROWS:,} test rows and more: {_mean_regrets(surer)}."
+            )
     seconds = [one["methods"]["auto"]["trial_seconds"] for one in results]
     deciding = [one["methods"]["auto"]["deciding_seconds"] for one in results]
     most = f"median {np.median(deciding):.1f} s (at most {max(deciding):.1f})"
@@ -86,6 +90,11 @@ def _mean_gains(sets: Sequence[list[dict[str, Any]]]) -> list[str]:
         gain = mean_of([float(np.mean([100 * _gain(one, method) for one in of_set])) for of_set in sets])
         told.append(f"{method} {gain.mean:+.2f}{_interval(gain)}")
     return told
+
+
+def _mean_regrets(sets: Sequence[list[dict[str, Any]]]) -> str:
+    regrets = [_regrets(of_set) for of_set in sets]
+    return ", ".join(f"{method} {np.mean([one[method] for one in regrets]):.2f}" for method in _everywhere(regrets))
 
 
 def _what_was_chosen(results: Sequence[dict[str, Any]]) -> str:

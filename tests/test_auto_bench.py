@@ -128,6 +128,16 @@ def test_regrets_are_of_the_seeds_that_trained_the_grid() -> None:
     assert next(line for line in text.splitlines() if line.startswith("| b ")).endswith("|  |  |  |  |  |")
 
 
+def test_regrets_of_sets_with_many_test_rows_are_told_apart() -> None:
+    grid = [(0.80, 0.9), (0.90, 0.5)]
+    few, many = result("a", 0, 0.80, 0.88, grid), result("b", 0, 0.80, 0.85, grid) | {"test_rows": 1_000}
+    assert "On the 1 sets with 1,000 test rows and more: direct 10.00, faster 9.00, fixed 12.00, auto 5.00," in summary(
+        [few, many]
+    )
+    for alike in ([few], [many]):
+        assert "test rows and more" not in summary(alike)
+
+
 def test_random_search_trains_as_much_as_auto_did_beside_direct_training() -> None:
     """One other try, and the whole student where that is another than the directly trained one."""
     one = result("a", 0, 0.80, 0.80, [(0.80, 0.5), (0.84, 0.6), (0.90, 0.9)])
