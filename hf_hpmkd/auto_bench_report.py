@@ -59,17 +59,8 @@ def totals(results: Sequence[dict[str, Any]]) -> str:
     if all("unproven" in auto for one in results if (auto := one["methods"]["auto"]).get("kept") == "direct"):
         parts.append(_cost_of_proof(sets))
     parts.append(_never_worse(sets))
-    with_grid = [of_set for of_set in sets if _regrets(of_set)]
-    if with_grid:
-        count = sum(bool(one["grid"]) for one in results)
-        against = f"Mean regret against the best cell of the grid on test rows ({count} runs)"
-        parts.append(f"{against}: {_mean_regrets(with_grid)}; of the whole grid validation rows choose.")
-        surer = [of_set for of_set in with_grid if of_set[0]["test_rows"] >= ENOUGH_ROWS]
-        if 0 < len(surer) < len(with_grid):
-            parts.append(
-                f"The best of many cells is best by luck where few rows tell it. On the {len(surer)} sets with "
-                f"{ENOUGH_ROWS:,} test rows and more: {_mean_regrets(surer)}."
-            )
+    if told := regrets(results):
+        parts.append(told)
     seconds = [one["methods"]["auto"]["trial_seconds"] for one in results]
     deciding = [one["methods"]["auto"]["deciding_seconds"] for one in results]
     most = f"median {np.median(deciding):.1f} s (at most {max(deciding):.1f})"
@@ -83,6 +74,23 @@ def totals(results: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def regrets(results: Sequence[dict[str, Any]]) -> str:
+    """How far each method stays behind the best cell of the grid, over all data sets that have one; "" for none."""
+    with_grid = [of_set for of_set in _by_set(results) if _regrets(of_set)]
+    if not with_grid:
+        return ""
+    count = sum(bool(one["grid"]) for one in results)
+    against = f"Mean regret against the best cell of the grid on test rows ({count} runs)"
+    told = f"{against}: {_mean_regrets(with_grid)}; of the whole grid validation rows choose."
+    surer = [of_set for of_set in with_grid if of_set[0]["test_rows"] >= ENOUGH_ROWS]
+    if 0 < len(surer) < len(with_grid):
+        told += (
+            f"\n\nThe best of many cells is best by luck where few rows tell it. On the {len(surer)} sets with "
+            f"{ENOUGH_ROWS:,} test rows and more: {_mean_regrets(surer)}."
+        )
+    return told
+
+
 def _mean_gains(sets: Sequence[list[dict[str, Any]]]) -> list[str]:
     """Of each method its name and mean gain, with the interval over the sets."""
     told = []
@@ -93,8 +101,8 @@ def _mean_gains(sets: Sequence[list[dict[str, Any]]]) -> list[str]:
 
 
 def _mean_regrets(sets: Sequence[list[dict[str, Any]]]) -> str:
-    regrets = [_regrets(of_set) for of_set in sets]
-    return ", ".join(f"{method} {np.mean([one[method] for one in regrets]):.2f}" for method in _everywhere(regrets))
+    found = [_regrets(of_set) for of_set in sets]
+    return ", ".join(f"{method} {np.mean([one[method] for one in found]):.2f}" for method in _everywhere(found))
 
 
 def _what_was_chosen(results: Sequence[dict[str, Any]]) -> str:

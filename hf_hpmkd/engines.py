@@ -116,12 +116,13 @@ def run_jobs(
         for job, worker in scheduler.next(time.time()):
             attempts[job.name] += 1
             words = (worker, _call, do, job.name, log_file(logs, job.name))
+            handed = time.time()  # before: an idle worker begins at once
             try:
                 future = pool.submit(*words)
             except BrokenProcessPool:  # it died while it waited
                 pool.renew(worker)
                 future = pool.submit(*words)
-            running[future] = (job, worker, time.time())
+            running[future] = (job, worker, handed)
         if not running:
             break
         for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -6,8 +6,6 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_hpmkd import evaluation, report
-from hf_hpmkd.components.attention_ensemble import AttentionEnsemble
 from hf_hpmkd.training_args import HPMKDTrainingArguments
 
 CLASSES = 3
@@ -106,6 +104,9 @@ _SHORT = pytest.MonkeyPatch()
 def shorten_runs():
     """Until `full_runs`, runs in this process go without what takes two thirds of a small one, and few tests look at:
     the gate warms up for a tenth of the default's steps, models are timed once, and no figure is drawn."""
+    from hf_hpmkd import evaluation, report  # not above: processes that tests start need none of it
+    from hf_hpmkd.components.attention_ensemble import AttentionEnsemble
+
     whole = AttentionEnsemble.warm_up
     default = HPMKDTrainingArguments.__dataclass_fields__["gate_warmup_steps"].default
 

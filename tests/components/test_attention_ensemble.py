@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hf_hpmkd.components import attention_ensemble as ae
 
 CLASSES, ROWS, WIDTH = 6, 600, 8
+pytestmark = pytest.mark.usefixtures("whole_runs")  # the warm-up
 
 
 def world(seed=0):
