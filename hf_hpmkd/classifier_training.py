@@ -27,6 +27,7 @@ from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.distiller import Distiller
 from hf_hpmkd.progress import progress_bar
 from hf_hpmkd.recipe import Recipe, TeacherConfig
+from hf_hpmkd.recipe_rules import usual_learning_rate
 from hf_hpmkd.tasks.base import FedDataset, Rows
 from hf_hpmkd.teacher_cache import TeacherCache
 from hf_hpmkd.teacher_kinds import Teacher
@@ -90,7 +91,7 @@ def teacher_schedule(recipe: Recipe, config: TeacherConfig) -> Schedule:
     return Schedule(
         epochs=config.epochs or training.epochs,
         max_steps=-1,
-        learning_rate=config.learning_rate or training.learning_rate,
+        learning_rate=config.learning_rate or _rate_from_nothing(recipe, config.model),
         batch_size=config.batch_size or training.batch_size,
         seed=training.seed,
         min_steps=0 if config.epochs else training.min_steps,
@@ -103,9 +104,14 @@ def stage_schedule(recipe: Recipe) -> Schedule:
     return dataclasses.replace(
         schedule,
         epochs=config.epochs or schedule.epochs,
-        learning_rate=config.learning_rate or schedule.learning_rate,
+        learning_rate=config.learning_rate or _rate_from_nothing(recipe, recipe.student.model),
         min_steps=0 if config.epochs else schedule.min_steps,
     )
+
+
+def _rate_from_nothing(recipe: Recipe, model: str) -> float:
+    """The student's rate, but where that is for fine-tuning: then the usual one of such a model."""
+    return usual_learning_rate(model) if recipe.student.pretrained else recipe.training.learning_rate
 
 
 def batches_per_step(recipe: Recipe) -> int:

@@ -37,7 +37,7 @@ from hf_hpmkd.models import (
 from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TEXT_CLASSIFICATION, Feed, Rows
 from hf_hpmkd.tasks.images import ImageFeed, ProcessorFeed
 from hf_hpmkd.tasks.tables import TableFeed
-from hf_hpmkd.tasks.text import MAX_TEXT_LENGTH, TextFeed, most_tokens, train_tokenizer
+from hf_hpmkd.tasks.text import MAX_TEXT_LENGTH, TextFeed, most_positions, train_tokenizer
 
 _AUTO_MODEL = {
     IMAGE_CLASSIFICATION: AutoModelForImageClassification,
@@ -245,8 +245,7 @@ def _timm(request: _Request) -> tuple[PreTrainedModel, Feed]:
         hint = f" Did you mean {', '.join('timm/' + found for found in close)}?" if close else ""
         raise ValueError(f"timm {timm.__version__} has no architecture {architecture!r}.{hint}")
     if request.pretrained:
-        known = timm.get_pretrained_cfg(request.name.source, allow_unregistered=False)  # a bare name has usual weights
-        return _load(request, (known and known.hf_hub_id) or f"timm/{request.name.source}")
+        return _load(request, f"timm/{_with_tag(request.name.source)}")
     usual = timm.get_pretrained_cfg(architecture)
     assert usual is not None
     _, *usual_size = usual.input_size
@@ -273,6 +272,15 @@ def _timm(request: _Request) -> tuple[PreTrainedModel, Feed]:
             f"{with_variant(architecture, request.name.variant)!r} cannot be built for {size[0]} x {size[1]} images "
             f"({error}). Choose {other}."
         ) from error
+
+
+def _with_tag(name: str) -> str:
+    """A bare architecture's name with the tag of its usual weights, as the Hub has it: resnet18.a1_in1k."""
+    import timm
+
+    usual = timm.get_pretrained_cfg(name) if "." not in name else None
+    known = (usual.hf_hub_id or "").removeprefix("timm/") if usual is not None else ""
+    return known if known.startswith(f"{name}.") else name
 
 
 def _from_hub(request: _Request) -> tuple[PreTrainedModel, Feed]:
@@ -354,10 +362,8 @@ def _own_feed(request: _Request, source: str, config: PretrainedConfig) -> Feed:
         tokenizer.pad_token = tokenizer.eos_token  # decoders have none, and the mask hides what is padded
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
-    asked, most = request.rows.max_length, most_tokens(tokenizer, config)
-    if asked is not None and most is not None and asked > most:
-        raise ValueError(f"`data.max_length` is {asked}, but {source!r} reads {most} tokens at most. Lower it.")
-    return _text_feed(tokenizer, asked or min(most or MAX_TEXT_LENGTH, MAX_TEXT_LENGTH))
+    longest = request.rows.max_length or min(MAX_TEXT_LENGTH, tokenizer.model_max_length)
+    return _text_feed(tokenizer, min(longest, most_positions(config) or longest))
 
 
 def _load(request: _Request, source: str) -> tuple[PreTrainedModel, Feed]:

@@ -260,7 +260,10 @@ def _choose_augmentation(config: DataConfig, task: str, train: Dataset, columns:
         return WordDropout(seed=config.seed)
     if policy == "none" or task != IMAGE_CLASSIFICATION:
         return None
-    image = train.with_format(None)[0][columns[0]]
+    try:
+        image = train.with_format(None)[0][columns[0]]
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"The image of row 0 of the training split cannot be read: {error}") from error
     if image is None:
         raise ValueError(f"Row 0 of the training split has no image in column {columns[0]!r}. Remove such rows first.")
     side = max(image.size)
@@ -409,7 +412,8 @@ def _missing_classes(parts: Mapping[str, Rows]) -> list[str]:
         present = set(parts[part].labels.tolist())
         missing = [name for label, name in enumerate(parts[part].class_names) if label not in present]
         if missing:
-            warnings.append(f"Part {part} has no row of {len(missing)} classes: {', '.join(missing)}.")
+            named = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+            warnings.append(f"Part {part} has no row of {len(missing)} classes: {named}.")
     return warnings
 
 

@@ -7,21 +7,32 @@ import difflib
 import glob
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Value,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 from huggingface_hub import HfApi, metadata_load
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from hf_hpmkd.tasks.base import column_values
 
 FILE_KINDS = {".parquet": "parquet", ".csv": "csv"}
-# `datasets` reads 10,000 rows at a time, takes the types of the first for all, and fails on a later row of another.
-_CSV_WHOLE = {"chunksize": 2**31}
+# `datasets` reads 10,000 rows at a time, takes the types of the first for all, and fails on a later row of another. So
+# does pandas' faster parser with parts of a megabyte.
+_CSV_WHOLE = {"chunksize": 2**31, "engine": "python"}
 SKLEARN_SETS = ("digits", "iris", "wine", "breast_cancer")  # those that come with scikit-learn; nothing is fetched
 SKLEARN_LICENSE = "cc-by-4.0"  # all four are from the UCI repository, which states this licence
 # The library's HTTP error and OSError, whichever HTTP library the Hub client is built on (httpx, httpx2).
@@ -98,7 +109,7 @@ def _open_files(path: str, files: list[str]) -> Source:
         )
     kind = kinds.pop()
     assert kind is not None
-    return Source(_read(path, kind, data_files={"train": files}, **_CSV_WHOLE if kind == "csv" else {}), "file")
+    return Source(_read(path, kind, data_files={"train": files}), "file")
 
 
 def _open_folder(folder: Path, name: str | None) -> Source:
@@ -109,8 +120,7 @@ def _open_folder(folder: Path, name: str | None) -> Source:
             )
         splits = _plain(load_from_disk(str(folder)))
     else:
-        csv = any(folder.rglob("*.csv")) and not any(folder.rglob("*.parquet"))
-        splits = _read(str(folder), str(folder), name, **_CSV_WHOLE if csv else {})
+        splits = _read(str(folder), str(folder), name)
     card = folder / "README.md"
     metadata = (metadata_load(card) if card.exists() else None) or {}
     return Source(splits, "folder", license=_license(metadata.get("license")))
@@ -121,6 +131,9 @@ def _read(where: str, *args: Any, **settings: Any) -> dict[str, Dataset]:
     try:
         return _plain(load_dataset(*args, **settings))
     except datasets.exceptions.DatasetGenerationError as error:
+        if load_dataset_builder(*args, **settings).name == "csv":
+            with suppress(datasets.exceptions.DatasetGenerationError):
+                return _plain(load_dataset(*args, **settings, **_CSV_WHOLE))
         reason = str(error.__cause__ or error).splitlines()[-1]
         raise ValueError(
             f"The files of {where!r} cannot be read as one data set ({reason}). Give the folder of one data set, whose "
@@ -201,7 +214,8 @@ def with_classes(splits: Mapping[str, Dataset], column: str) -> tuple[dict[str, 
     """The splits with a ClassLabel column, and its names in order. Checks every label.
 
     Whole numbers, strings and booleans become classes, in numeric or alphabetic order of all splits together. Raises
-    ValueError for missing labels, regression targets, several labels per row, and where most values occur once.
+    ValueError for missing labels, regression targets (real numbers, or more than 50 whole ones that do not count from
+    0), several labels per row, splits of different kinds, and where most values occur once.
     """
     for split, rows in splits.items():
         _check_labels(split, rows, column)
@@ -216,12 +230,17 @@ def with_classes(splits: Mapping[str, Dataset], column: str) -> tuple[dict[str, 
                     f"{split!r} has {getattr(feature, 'names', feature)}. Cast both to one ClassLabel."
                 )
         return dict(splits), list(first.names)
+    kinds = {split: "words" if "string" in feature.dtype else "numbers" for split, feature in features.items()}
+    if len(set(kinds.values())) > 1:
+        told = ", ".join(f"{split!r} holds {kind} ({features[split].dtype})" for split, kind in kinds.items())
+        raise ValueError(f"Column {column!r} must hold classes of one kind in all splits; {told}. Cast one of them.")
     found = {value for rows in splits.values() for value in column_values(rows, column)}
     count = sum(len(rows) for rows in splits.values())
-    if len(found) > max(_FEW_CLASSES, count / 2):
+    quantities = "numbers" in kinds.values() and found != set(range(len(found)))
+    if len(found) > max(_FEW_CLASSES, 0 if quantities else count / 2):
         raise ValueError(
             f"Column {column!r} holds {len(found):,} different values in {count:,} rows: that is a name or a quantity "
-            "of each row, and no class. Choose another with `label_column`."
+            "of each row, and no class. Choose another with `label_column`, or cast it to a ClassLabel if it is one."
         )
     ordered = sorted(found) if len({type(value) for value in found}) == 1 else sorted(found, key=str)
     names = [str(value) for value in ordered]

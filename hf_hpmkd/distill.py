@@ -44,6 +44,7 @@ from hf_hpmkd.run_folder import alone_in, claim, require_same_rows
 from hf_hpmkd.run_memory import run_memory
 from hf_hpmkd.run_record import RECORD_FILE, ModelRecord
 from hf_hpmkd.run_steps import get_teachers, student_builder
+from hf_hpmkd.tasks.text import TextFeed
 from hf_hpmkd.teacher_kinds import Teacher
 
 
@@ -189,8 +190,14 @@ def _run(run: Run) -> None:
 
 
 def check_student(recipe: Recipe, student: Classifier, num_classes: int) -> int:
-    """The student's parameters. Raises ValueError where the settings need features that its architecture lacks."""
+    """The student's parameters. Raises ValueError where the settings need what its architecture lacks."""
     assert student.model is not None
+    asked, feed = recipe.data.max_length, student.feed
+    if asked and isinstance(feed, TextFeed) and feed.max_length < asked:
+        raise ValueError(
+            f"`data.max_length` is {asked}, but {recipe.student.model} reads {feed.max_length} tokens at most. Lower "
+            "it, or leave it out."
+        )
     distillation = recipe.distillation
     reads = distillation.gate in ("mixture", "joint") or distillation.temperature_schedule == "learned"
     if uses_teachers(recipe) and (reads or distillation.feature_weight > 0):

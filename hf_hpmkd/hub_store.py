@@ -125,12 +125,12 @@ def _push(api: HfApi, repo_id: str, private: bool, files: list[HubFile]) -> str:
             "private, or publish with --public (`hub.private=false`)."
         )
     held = [sibling.rfilename for sibling in before.siblings or []]
-    if RECORD_FILE not in held and (others := [path for path in held if _is_loaded(path)]):
+    stale = _stale(held, {file.path for file in files})
+    if RECORD_FILE not in held and (others := sorted({*stale, *(path for path in held if _is_loaded(path))})):
         raise RepositoryError(
             f"the repository holds a model that no run of hpmkd pushed ({', '.join(others)}), which this student would "
             "replace or be loaded together with. Name another repository, or delete them there."
         )
-    stale = _stale(held, {file.path for file in files})
     operations: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(path) for path in stale]
     operations += [file.operation for file in files]
     commit = api.create_commit(

@@ -16,7 +16,15 @@ from pydantic.dataclasses import dataclass
 from hf_hpmkd.data import DataConfig, DataParts, load_parts
 from hf_hpmkd.engines import PipelineConfig
 from hf_hpmkd.recipe_faults import apply_overrides, did_you_mean, dotted, parse_yaml, validate, write_out
-from hf_hpmkd.recipe_rules import LEARNING_RATE, family, file_faults, is_trained_here, rule_faults, usual_learning_rate
+from hf_hpmkd.recipe_rules import (
+    LEARNING_RATE,
+    RATES,
+    family,
+    file_faults,
+    fill_learning_rate,
+    is_trained_here,
+    rule_faults,
+)
 from hf_hpmkd.search_budget import AutoConfig
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, validate_assignment=True)
@@ -193,9 +201,7 @@ class TrainingConfig:
     min_steps: int = Field(0, ge=0, description="At least so many steps where epochs decide, for data of few rows.")
     batch_size: int = Field(128, ge=1, description="Training rows per step and process.")
     eval_batch_size: int = Field(256, ge=1, description="Rows per step of evaluation and of the teachers.")
-    learning_rate: float = Field(
-        LEARNING_RATE, gt=0, description="Largest learning rate. Left out, an MLP has 0.01 and any other student 0.001."
-    )
+    learning_rate: float = Field(LEARNING_RATE, gt=0, description=f"Largest learning rate. {RATES}")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay.")
     optimizer: str = Field(
         "adamw_torch", description="Name of an optimizer of TrainingArguments.optim: adamw_torch, sgd."
@@ -369,7 +375,7 @@ def read_recipe(tree: Any, source: str, overrides: Iterable[str] = (), check_fil
     write_out(tree)
     override_faults = apply_overrides(tree, overrides)
     write_out(tree)
-    _fill_learning_rate(tree)
+    fill_learning_rate(tree)
     recipe, faults = validate(_ADAPTER, tree, section_keys(), _STAND_INS)
     lines = override_faults + [f"{dotted(path)}: {text}" for path, text in faults.items()]
     if recipe is not None:
@@ -380,13 +386,6 @@ def read_recipe(tree: Any, source: str, overrides: Iterable[str] = (), check_fil
     if lines:
         raise RecipeError(source, lines)
     return recipe
-
-
-def _fill_learning_rate(tree: dict[str, Any]) -> None:
-    """The one default that another value decides. What is no section or name yet is left for the faults to tell."""
-    student, training = tree.get("student"), tree.setdefault("training", {})
-    if isinstance(student, dict) and isinstance(student.get("model"), str) and isinstance(training, dict):
-        training.setdefault("learning_rate", usual_learning_rate(student["model"], student.get("pretrained") is True))
 
 
 def check_recipe(recipe: Recipe, source: str = "the recipe") -> None:

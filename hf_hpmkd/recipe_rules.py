@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_hpmkd.data_source import SKLEARN_SETS
 from hf_hpmkd.losses import LEGAL_SCHEDULES
@@ -35,6 +35,11 @@ MLP_LEARNING_RATE = 0.01
 
 FINE_TUNING_RATE = 5e-5
 """The same of a student that begins with pre-trained weights: the Trainer's own default."""
+
+RATES = (
+    f"Left out, an MLP has {MLP_LEARNING_RATE}, a student that begins with pre-trained weights {FINE_TUNING_RATE:f} "
+    f"(what is trained beside it from nothing has the usual one), any other {LEARNING_RATE}."
+)
 
 
 def family(model: str) -> str:
@@ -69,12 +74,22 @@ def usual_learning_rate(student: str, pretrained: bool = False) -> float:
     return MLP_LEARNING_RATE if family(student) == "mlp" else LEARNING_RATE
 
 
+def fill_learning_rate(tree: dict[str, Any]) -> None:
+    """The one default that another value decides. What is no section or name yet is left for the faults to tell."""
+    student, training = tree.get("student"), tree.setdefault("training", {})
+    if isinstance(student, dict) and isinstance(student.get("model"), str) and isinstance(training, dict):
+        training.setdefault("learning_rate", usual_learning_rate(student["model"], student.get("pretrained") is True))
+
+
 def start_told(recipe: "Recipe") -> str:
     """Says that of a student from elsewhere the architecture alone is taken, where that is so; else ""."""
     student = recipe.student
     if student.pretrained or family(student.model) not in ("hub", "timm"):
         return ""
-    return f"Of {student.model} the architecture alone is taken; student.pretrained=true begins with its weights."
+    told = f"Of {student.model} the architecture alone is taken"
+    if split_variant(student.model)[1]:  # sizes of one's own, for which there are no weights
+        return f"{told}."
+    return f"{told}; student.pretrained=true begins with its weights (usual learning rate: {FINE_TUNING_RATE:f})."
 
 
 def teacher_names(recipe: "Recipe") -> list[str]:

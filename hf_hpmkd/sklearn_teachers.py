@@ -165,7 +165,12 @@ class SklearnTeacher(Teacher):
     def _outputs(self, rows: Rows, indices: Tensor, views: Tensor | None) -> Tensor:
         inputs = sklearn_inputs(rows.raw(indices, views))
         fitted_on = getattr(self.estimator, "feature_names_in_", None)
-        if isinstance(inputs, pd.DataFrame) and fitted_on is not None and set(fitted_on) <= set(inputs.columns):
+        if isinstance(inputs, pd.DataFrame) and fitted_on is not None:
+            if missing := [str(column) for column in fitted_on if column not in inputs.columns]:
+                raise ValueError(
+                    f"Teacher {self.name!r} was fitted on columns that the table lacks: {', '.join(missing)}. If the "
+                    "data have them, name all columns of the table: data.input_column=[A,B,...]."
+                )
             inputs = inputs[list(fitted_on)]
         expected = getattr(self.estimator, "n_features_in_", None)
         if isinstance(inputs, np.ndarray) and expected not in (None, inputs.shape[1]):
@@ -268,9 +273,9 @@ def _file_sha256(path: Path) -> str:
 
 
 def _require_probabilities(estimator: Any, name: str) -> None:
-    if is_regressor(estimator):
-        raise ValueError(f"{name} is a regression model, and a teacher must classify. Choose a classifier.")
     if not hasattr(estimator, "predict_proba"):
+        if is_regressor(estimator):
+            raise ValueError(f"{name} is a regression model, and a teacher must classify. Choose a classifier.")
         kind = type(estimator[-1] if isinstance(estimator, Pipeline) else estimator).__name__
         raise ValueError(
             f"A teacher must give probabilities, but {name} ({kind}) has no `predict_proba` with these settings. "

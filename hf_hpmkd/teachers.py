@@ -30,7 +30,7 @@ from hf_hpmkd.sklearn_teachers import SAVED_TYPES, SklearnTeacher, load_skops, t
 from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TASKS, TEXT_CLASSIFICATION, Feed, Rows
 from hf_hpmkd.tasks.images import ImageFeed, ProcessorFeed
 from hf_hpmkd.tasks.tables import TableFeed
-from hf_hpmkd.tasks.text import TextFeed, most_tokens
+from hf_hpmkd.tasks.text import TextFeed, most_positions
 from hf_hpmkd.teacher_kinds import (
     ColumnTeacher,
     FoldedTeacher,
@@ -285,7 +285,7 @@ def _text_feed(source: str, config: PretrainedConfig, kwargs: dict[str, Any]) ->
             f"{source} has no tokenizer. Save the one it was trained with beside the model: "
             "`tokenizer.save_pretrained`."
         ) from error
-    return TextFeed(tokenizer, min(_MOST_TOKENS, most_tokens(tokenizer, config) or _MOST_TOKENS))
+    return TextFeed(tokenizer, min(_MOST_TOKENS, tokenizer.model_max_length, most_positions(config) or _MOST_TOKENS))
 
 
 def _from_tabular(source: str, rows: Rows, options: _Options) -> TorchTeacher:

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from hf_hpmkd.classifiers import (
+    _with_tag,
     attention_heads,
     build_classifier,
     count_parameters,
@@ -228,8 +229,14 @@ def test_how_much_of_a_text_is_read_is_for_the_rows_to_say(tmp_path):
 
     bert_folder(tmp_path / "hub", ["bad", "good"])  # of 24 positions
     assert build_classifier(str(tmp_path / "hub"), text_rows(max_length=20)).feed.max_length == 20
-    with pytest.raises(ValueError, match="`data.max_length` is 30, but .* reads 24 tokens at most"):
-        build_classifier(str(tmp_path / "hub"), text_rows(max_length=30))
+    assert build_classifier(str(tmp_path / "hub"), text_rows(max_length=30)).feed.max_length == 24
+
+
+def test_a_bare_timm_name_has_the_tag_of_its_usual_weights():
+    assert _with_tag("resnet18").startswith("resnet18.") and _with_tag("resnet18.of_mine") == "resnet18.of_mine"
+    usual = timm.get_pretrained_cfg("vit_base_patch32_clip_quickgelu_224").hf_hub_id
+    assert not usual.startswith("timm/vit_base_patch32_clip_quickgelu_224")  # of another network, so not taken
+    assert _with_tag("vit_base_patch32_clip_quickgelu_224") == "vit_base_patch32_clip_quickgelu_224"
 
 
 def test_attention_heads():

@@ -1,5 +1,6 @@
 """From a data section to four parts: sources, splits, columns, labels, draws, and the faults that are named."""
 
+import gc
 from types import SimpleNamespace
 
 import numpy as np
@@ -344,6 +345,7 @@ def plain(labels, feature):
         (plain(range(101, 201), Value("int64")), "100 different values in 100 rows: that is a name or a quantity"),
         (plain([f"person {i % 60}" for i in range(100)], Value("string")), "60 different values in 100 rows"),
         (plain([-1] * 20, Value("int64")), "published without labels"),
+        (plain([20 + i % 60 for i in range(6000)], Value("int64")), "60 different values in 6,000 rows"),  # ages
         (plain([0.5, 1.5] * 10, Value("float32")), "regression, which is not supported"),
         (
             plain([0, None] * 10, ClassLabel(names=["a", "b"])),
@@ -367,6 +369,7 @@ def test_labels_that_are_no_classes_are_refused(tmp_path, dataset, match):
         ([10, 9] * 20, [9, 11] * 5, Value("int64"), ["9", "10", "11"]),
         (["b", "a"] * 20, ["a", "c"] * 5, Value("large_string"), ["a", "b", "c"]),
         ([True, False] * 20, [True, False] * 5, Value("bool"), ["False", "True"]),
+        ([i % 60 for i in range(240)], [0] * 5, Value("int64"), [str(i) for i in range(60)]),  # codes of classes
         ([f"{i % 60:02}" for i in range(240)], ["00"] * 5, Value("string"), [f"{i:02}" for i in range(60)]),
     ],
 )
@@ -413,13 +416,34 @@ def test_columns_of_names_are_left_out_of_a_table(tmp_path):
         load_parts(DataConfig(path=str(tmp_path / "names")), teachers_saw_train=False)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # `datasets` leaves the file open
 def test_types_of_a_csv_are_told_from_all_its_rows(tmp_path):
     """`datasets` reads 10,000 rows at a time, and takes the types of the first."""
     size = ["1"] * 12_000 + ["1.5"] * 10
-    pd.DataFrame({"size": size, "label": ["x", "y"] * 6005}).to_csv(tmp_path / "rows.csv", index=False)
-    for path in (tmp_path, tmp_path / "rows.csv"):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    pd.DataFrame({"size": size, "label": ["x", "y"] * 6005}).to_csv(folder / "rows.csv", index=False)
+    for path in (folder, folder / "rows.csv"):
         parts = load_parts(DataConfig(path=str(path)), teachers_saw_train=False)
         assert parts.train.table["size"].max() == 1.5
+    # Words after numbers, farther apart than pandas' fast parser looks at a time.
+    wide = {f"c{column}": [1234567] * 60_000 for column in range(12)} | {"label": ["x", "y"] * 30_000}
+    wide["c5"] = [*wide["c5"][:-1], "7A"]
+    pd.DataFrame(wide).to_csv(folder / "rows.csv", index=False)
+    parts = load_parts(DataConfig(path=str(folder)), teachers_saw_train=False)
+    assert parts.train.dataset.features["c5"].dtype.endswith("string")
+    gc.collect()
+
+
+def test_an_image_folder_may_hold_csv_files(tmp_path):
+    """`datasets` reads a metadata.csv itself."""
+    for number in range(40):
+        folder = tmp_path / ("cat", "dog")[number % 2]
+        folder.mkdir(exist_ok=True)
+        PILImage.fromarray(np.full((8, 8), number, dtype=np.uint8)).save(folder / f"{number}.png")
+    (tmp_path / "cat" / "sizes.csv").write_text("size\n3\n")
+    parts = load_parts(DataConfig(path=str(tmp_path)), teachers_saw_train=False)
+    assert parts.task == "image-classification" and parts.class_names == ["cat", "dog"]
 
 
 def test_an_empty_split_is_refused(tmp_path):
@@ -436,6 +460,10 @@ def test_an_empty_split_of_a_saved_set_is_refused(monkeypatch):
 
 
 def test_splits_must_agree_on_the_classes(tmp_path):
+    numbers, words = plain([0, 1] * 10, Value("int64")), plain(["0", "1"] * 10, Value("string"))
+    DatasetDict({"train": numbers, "test": words}).save_to_disk(str(tmp_path / "mixed"))
+    with pytest.raises(ValueError, match="one kind in all splits; 'train' holds numbers .int64., 'test' holds words"):
+        load_parts(DataConfig(path=str(tmp_path / "mixed")))
     path = tmp_path / "set"
     other = plain([0, 1] * 10, ClassLabel(names=["b", "a"]))
     DatasetDict({"train": plain([0, 1] * 10, ClassLabel(names=["a", "b"])), "test": other}).save_to_disk(str(path))

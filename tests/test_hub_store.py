@@ -350,6 +350,9 @@ def test_a_model_of_other_origin_is_not_replaced(client, run_dir):
     repo.add("push_to_hub", {**repo.head.files, **same}, list(same))
     assert "no run of hpmkd pushed (config.json, model.safetensors)" in refused(run_dir)
     assert len(repo.commits) == 2
+    repo = client.repos["models", REPO] = Repo(private=True)
+    repo.add("by hand", {**repo.head.files, "plots/mine.png": Blob(PNG, False)}, ["plots/mine.png"])
+    assert "plots/mine.png" in refused(run_dir) and "plots/mine.png" in repo.head.files
 
 
 def test_a_commit_by_someone_else_meanwhile(client, run_dir, monkeypatch):

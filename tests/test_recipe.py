@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from hf_hpmkd import losses
+from hf_hpmkd.classifier_training import stage_schedule, student_schedule, teacher_schedule
 from hf_hpmkd.quick_validation import free_fields
 from hf_hpmkd.recipe import (
     Recipe,
@@ -25,7 +26,7 @@ from hf_hpmkd.recipe import (
     section_keys,
 )
 from hf_hpmkd.recipe_faults import parse_yaml
-from hf_hpmkd.recipe_rules import family, is_trained_here, teacher_names
+from hf_hpmkd.recipe_rules import family, is_trained_here, start_told, teacher_names
 from hf_hpmkd.recipe_text import recipe_text
 
 SOUND = {
@@ -358,6 +359,26 @@ def test_a_student_that_begins_with_weights_is_fine_tuned() -> None:
 
     assert rate(model="timm/resnet18", pretrained=True) == 5e-5
     assert rate(model="timm/resnet18") == 0.001
+
+
+def test_what_begins_from_nothing_beside_a_fine_tuned_student_keeps_the_usual_rate() -> None:
+    tree = {**SOUND, "student": {"model": "timm/resnet18", "pretrained": True}}
+    recipe = read_recipe(tree, "x")
+    assert student_schedule(recipe).learning_rate == 5e-5
+    assert teacher_schedule(recipe, recipe.teachers[0]).learning_rate == stage_schedule(recipe).learning_rate == 0.001
+    named = read_recipe(tree, "x", ["teachers.0.learning_rate=0.02", "chain.learning_rate=0.03"])
+    assert teacher_schedule(named, named.teachers[0]).learning_rate == 0.02
+    assert stage_schedule(named).learning_rate == 0.03
+    other = read_recipe(SOUND, "x", ["training.learning_rate=0.004"])
+    assert teacher_schedule(other, other.teachers[0]).learning_rate == stage_schedule(other).learning_rate == 0.004
+
+
+def test_it_is_told_that_an_architecture_alone_is_taken() -> None:
+    told = start_told(read_recipe({**SOUND, "student": {"model": "timm/resnet18"}}, "x"))
+    assert "student.pretrained=true begins with its weights (usual learning rate: 0.000050)" in told
+    sized = start_told(read_recipe({**SOUND, "student": {"model": "timm/resnet18[layers=1x1x1x1]"}}, "x"))
+    assert sized.endswith("the architecture alone is taken.")
+    assert start_told(read_recipe(SOUND, "x")) == ""
 
 
 def test_fingerprint_ignores_where_and_sees_what() -> None:

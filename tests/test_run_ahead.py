@@ -138,7 +138,7 @@ def test_a_failed_job_is_told_and_the_same_command_goes_on(tmp_path, alone, caps
     words = ["chain.length=1", "pipeline.engine=local", "pipeline.workers=2"]
     blocked = tmp_path / "run" / "teachers" / "mlp-16"
     with monkeypatch.context() as patch:
-        patch.setattr("hf_hpmkd.distill.load_parts", _stop)
+        patch.setattr("hf_hpmkd.distill.recipe_parts", _stop)
         assert distill(tmp_path, *words) == 130  # the folder is this run's now
     blocked.parent.mkdir(parents=True)
     blocked.write_text("a file where a folder should be")

@@ -334,6 +334,9 @@ def test_a_frame_is_read_by_its_columns_names(tmp_path):
     skops.io.dump(model, tmp_path / "m.skops")
     teacher = load_teacher(tmp_path / "m.skops", rows, labels=NAMES)
     assert np.array_equal(answers(teacher, rows).argmax(1).numpy(), model.predict(turned))
+    rows.table = rows.table.drop(columns="legs")
+    with pytest.raises(ValueError, match=r"columns that the table lacks: legs\. .* data.input_column=\[A,B,\.\.\.\]"):
+        answers(teacher, rows)
 
 
 def test_a_changed_file_has_another_fingerprint(tmp_path):

@@ -119,6 +119,7 @@ class TabularProcessor(FeatureExtractionMixin):
                 f"The table must have the columns of the fitted one: {', '.join(self.columns)}. Missing: "
                 f"{', '.join(missing) or 'none'}. Not known: {', '.join(map(str, extra)) or 'none'}"
                 f"{' (leave them out: table[processor.columns])' if extra and not missing else ''}."
+                f"{' Those of a data set are named with data.input_column=[A,B,...].' if missing else ''}"
             )
         numbers = [_numbers(table[column]) for column in self.numeric_columns]
         inputs = [

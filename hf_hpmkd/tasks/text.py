@@ -16,7 +16,6 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from hf_hpmkd.tasks.base import TEXT_CLASSIFICATION, Rows, column_values, json_digest
 from hf_hpmkd.tasks.word_dropout import WordDropout, drop_words
@@ -192,14 +191,13 @@ class TextFeed:
         }
 
 
-def most_tokens(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int | None:
-    """Tokens that a model can read of a text, as its tokenizer and its positions have it; None where neither says."""
-    limits = [tokenizer.model_max_length] if tokenizer.model_max_length < VERY_LARGE_INTEGER else []
+def most_positions(config: PretrainedConfig) -> int | None:
+    """Tokens that a model has positions for; None where its config does not say."""
     positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions > 0:
-        after_padding = any(kind in config.model_type for kind in _POSITIONS_AFTER_PADDING)
-        limits.append(positions - (config.pad_token_id or 0) - 1 if after_padding else positions)
-    return min(limits, default=None)
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    after_padding = any(kind in config.model_type for kind in _POSITIONS_AFTER_PADDING)
+    return positions - (config.pad_token_id or 0) - 1 if after_padding else positions
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 8000) -> PreTrainedTokenizerFast:
