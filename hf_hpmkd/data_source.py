@@ -4,8 +4,11 @@ Knows nothing of parts, tasks or models. Runs no code that comes with a data set
 """
 
 import difflib
+import gc
 import glob
 import re
+import traceback
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -131,6 +134,7 @@ def _read(where: str, *args: Any, **settings: Any) -> dict[str, Dataset]:
     try:
         return _plain(load_dataset(*args, **settings))
     except datasets.exceptions.DatasetGenerationError as error:
+        _close_files(error)
         if load_dataset_builder(*args, **settings).name == "csv":
             with suppress(datasets.exceptions.DatasetGenerationError):
                 return _plain(load_dataset(*args, **settings, **_CSV_WHOLE))
@@ -145,6 +149,17 @@ def _read(where: str, *args: Any, **settings: Any) -> dict[str, Dataset]:
         if "corresponds to no data" not in str(error):
             raise
         raise ValueError(f"A split of {where!r} is empty: {error} Remove its files.") from error
+
+
+def _close_files(error: BaseException) -> None:
+    """`datasets` leaves a file that it failed to read open for as long as the frames of the error are there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        one: BaseException | None = error
+        while one is not None:
+            traceback.clear_frames(one.__traceback__)
+            one = one.__cause__ or one.__context__
+        gc.collect()
 
 
 def _open_hub(path: str, name: str | None, revision: str | None) -> Source:

@@ -416,7 +416,6 @@ def test_columns_of_names_are_left_out_of_a_table(tmp_path):
         load_parts(DataConfig(path=str(tmp_path / "names")), teachers_saw_train=False)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # `datasets` leaves the file open
 def test_types_of_a_csv_are_told_from_all_its_rows(tmp_path):
     """`datasets` reads 10,000 rows at a time, and takes the types of the first."""
     size = ["1"] * 12_000 + ["1.5"] * 10
@@ -432,7 +431,7 @@ def test_types_of_a_csv_are_told_from_all_its_rows(tmp_path):
     pd.DataFrame(wide).to_csv(folder / "rows.csv", index=False)
     parts = load_parts(DataConfig(path=str(folder)), teachers_saw_train=False)
     assert parts.train.dataset.features["c5"].dtype.endswith("string")
-    gc.collect()
+    gc.collect()  # a file that was left open would be told of
 
 
 def test_an_image_folder_may_hold_csv_files(tmp_path):
