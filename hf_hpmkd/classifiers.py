@@ -93,12 +93,13 @@ def build_classifier(
 ) -> Classifier:
     """The classifier called `name` for these training rows, on the CPU, in training mode.
 
-    rows: give the task, the classes, and what a preprocessing learns (mean and deviation of pixels, a vocabulary, the
-    columns of a table). Images of up to 64 pixels keep their size; cifar-resnet gets larger or varied ones as 32 x 32.
-    seed: the initial weights depend on it alone; torch's own generator is left as it was. pretrained: False takes the
-    configuration of a timm or Hub model and draws new weights; True loads them, and only a classifier for the same
-    classes in the same order keeps its last layer. meta: no weights at all, on torch's meta device, to count
-    parameters. processor: use this one instead (image processor, tokenizer or TabularProcessor).
+    rows: give the task, the classes, and what a preprocessing learns (mean and deviation of pixels, a vocabulary,
+    the columns of a table), and how much of a text is read (`max_length`). Images of up to 64 pixels keep their
+    size; cifar-resnet gets larger or varied ones as 32 x 32. seed: the initial weights depend on it alone; torch's
+    own generator is left as it was. pretrained: False takes the configuration of a timm or Hub model and draws new
+    weights; True loads them, and only a classifier for the same classes in the same order keeps its last layer.
+    meta: no weights at all, on torch's meta device, to count parameters. processor: use this one instead (image
+    processor, tokenizer or TabularProcessor).
 
     Raises ValueError for a name that means nothing, for pretrained=True where there are no weights, and for weights
     that do not fit; OSError if the Hub or the folder does not have the model.

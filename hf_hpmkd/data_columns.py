@@ -4,14 +4,12 @@ from typing import Any
 
 from datasets import Dataset, Image, Value
 
-from hf_hpmkd.data_source import suggest
+from hf_hpmkd.data_source import mostly_different, suggest
 from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TEXT_CLASSIFICATION, column_values
 from hf_hpmkd.tasks.tables import is_table_feature
 from hf_hpmkd.tasks.text import TEXT_COLUMNS
 
 Columns = str | list[str] | None
-
-_FEW_VALUES = 50  # that a column of words always may have
 
 
 def require_columns(path: str, label_column: str, input_column: Columns, split: str, rows: Dataset) -> None:
@@ -63,7 +61,7 @@ def _table_columns(candidates: dict[str, Any], rows: Dataset, chosen: bool) -> t
     usable = [name for name, feature in candidates.items() if is_table_feature(feature)]
     left_out = [name for name in candidates if name not in usable]
     notes = [f"Columns left out of the table, by their type: {', '.join(left_out)}."] if left_out else []
-    if not chosen and (alone := [name for name in usable if _is_string(candidates[name]) and _all_differ(rows, name)]):
+    if not chosen and (alone := [name for name in usable if _names_rows(candidates[name], rows, name)]):
         usable = [name for name in usable if name not in alone]
         left_out += alone
         notes.append(
@@ -80,6 +78,5 @@ def _table_columns(candidates: dict[str, Any], rows: Dataset, chosen: bool) -> t
     return usable, notes
 
 
-def _all_differ(rows: Dataset, column: str) -> bool:
-    """Whether most values come once: an identifier, a date, a text."""
-    return len(set(column_values(rows, column))) > max(_FEW_VALUES, len(rows) / 2)
+def _names_rows(feature: Any, rows: Dataset, column: str) -> bool:
+    return _is_string(feature) and mostly_different(len(set(column_values(rows, column))), len(rows))

@@ -40,7 +40,7 @@ SKLEARN_SETS = ("digits", "iris", "wine", "breast_cancer")  # those that come wi
 SKLEARN_LICENSE = "cc-by-4.0"  # all four are from the UCI repository, which states this licence
 # The library's HTTP error and OSError, whichever HTTP library the Hub client is built on (httpx, httpx2).
 _NO_ANSWER: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
-_FEW_CLASSES = 50
+_FEW_VALUES = 50  # that a column of classes or words always may have
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _SPLIT_WORDS = {
     "train": "train",
@@ -225,6 +225,11 @@ def _open_sklearn(name: str) -> Source:
     return Source({"train": Dataset.from_dict(columns, features=features)}, "sklearn", license=SKLEARN_LICENSE)
 
 
+def mostly_different(num_values: int, num_rows: int) -> bool:
+    """Whether a column of so many values tells its rows apart, and not kinds of rows: a name, a date, a text."""
+    return num_values > max(_FEW_VALUES, num_rows / 2)
+
+
 def with_classes(splits: Mapping[str, Dataset], column: str) -> tuple[dict[str, Dataset], list[str]]:
     """The splits with a ClassLabel column, and its names in order. Checks every label.
 
@@ -235,13 +240,13 @@ def with_classes(splits: Mapping[str, Dataset], column: str) -> tuple[dict[str, 
     for split, rows in splits.items():
         _check_labels(split, rows, column)
     features = {split: rows.features[column] for split, rows in splits.items()}
-    typed_first = sorted(features, key=lambda split: not isinstance(features[split], ClassLabel))
-    first = features[typed_first[0]]
-    if isinstance(first, ClassLabel):
+    typed = next((split for split, feature in features.items() if isinstance(feature, ClassLabel)), None)
+    if typed is not None:
+        first = features[typed]
         for split, feature in features.items():
             if not isinstance(feature, ClassLabel) or feature.names != first.names:
                 raise ValueError(
-                    f"The splits must name the same classes in the same order: {typed_first[0]!r} has {first.names}, "
+                    f"The splits must name the same classes in the same order: {typed!r} has {first.names}, "
                     f"{split!r} has {getattr(feature, 'names', feature)}. Cast both to one ClassLabel."
                 )
         return dict(splits), list(first.names)
@@ -252,7 +257,7 @@ def with_classes(splits: Mapping[str, Dataset], column: str) -> tuple[dict[str, 
     found = {value for rows in splits.values() for value in column_values(rows, column)}
     count = sum(len(rows) for rows in splits.values())
     quantities = "numbers" in kinds.values() and found != set(range(len(found)))
-    if len(found) > max(_FEW_CLASSES, 0 if quantities else count / 2):
+    if mostly_different(len(found), count) or (quantities and len(found) > _FEW_VALUES):
         raise ValueError(
             f"Column {column!r} holds {len(found):,} different values in {count:,} rows: that is a name or a quantity "
             "of each row, and no class. Choose another with `label_column`, or cast it to a ClassLabel if it is one."
@@ -260,14 +265,14 @@ def with_classes(splits: Mapping[str, Dataset], column: str) -> tuple[dict[str, 
     ordered = sorted(found) if len({type(value) for value in found}) == 1 else sorted(found, key=str)
     names = [str(value) for value in ordered]
     codes = {value: code for code, value in enumerate(ordered)}
-    typed = {}
+    coded = {}
     for split, rows in splits.items():
         place = rows.column_names.index(column)
         labels = [codes[value] for value in column_values(rows, column)]
         kept = rows.remove_columns(column).add_column(column, labels).cast_column(column, ClassLabel(names=names))
         order = [c for c in rows.column_names if c != column]
-        typed[split] = kept.select_columns([*order[:place], column, *order[place:]])
-    return typed, names
+        coded[split] = kept.select_columns([*order[:place], column, *order[place:]])
+    return coded, names
 
 
 def _check_labels(split: str, rows: Dataset, column: str) -> None:

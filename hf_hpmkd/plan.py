@@ -55,7 +55,7 @@ def plan(recipe: Recipe) -> str:
     sections = [
         [f"Plan: {len(teachers)} teachers -> {recipe.student.model} on {recipe.data.path}"],
         _data_lines(recipe, parts, rows),
-        _model_lines(student, teachers) + [f"         {told}" for told in [start_told(recipe)] if told],
+        _model_lines(student, teachers, start_told(recipe)),
         _cache_lines(recipe, parts, rows),
         _step_lines(recipe, parts),
         _auto_lines(recipe, parts, rows, student),
@@ -166,7 +166,7 @@ def _count_in_file(path: Path) -> int | None:
         return sum(math.prod(file.get_slice(key).get_shape()) for key in keys)
 
 
-def _model_lines(student: _Model, teachers: list[_Model]) -> list[str]:
+def _model_lines(student: _Model, teachers: list[_Model], start: str) -> list[str]:
     largest = max((teacher.num_params for teacher in teachers if teacher.num_params is not None), default=None)
     width = max(len(model.name) for model in [student, *teachers]) + 2
     lines = [f"Models   {'':{width}}{'role':10}{'parameters':>13}{'fp32':>11}   student is smaller by"]
@@ -182,6 +182,8 @@ def _model_lines(student: _Model, teachers: list[_Model]) -> list[str]:
         lines.append(line.rstrip())
     if student.num_params and largest and student.num_params > largest:
         lines.append("         warning: the student is larger than every teacher, so nothing is compressed")
+    if start:
+        lines.append(f"         {start}")
     return lines
 
 

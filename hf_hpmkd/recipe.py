@@ -18,6 +18,7 @@ from hf_hpmkd.engines import PipelineConfig
 from hf_hpmkd.recipe_faults import apply_overrides, did_you_mean, dotted, parse_yaml, validate, write_out
 from hf_hpmkd.recipe_rules import (
     LEARNING_RATE,
+    RATE_BESIDE,
     RATES,
     family,
     file_faults,
@@ -77,7 +78,7 @@ class TeacherConfig:
     )
     epochs: int | None = Field(None, ge=1, description="Epochs of a network trained on the spot; null: the student's.")
     learning_rate: float | None = Field(
-        None, gt=0, description="Learning rate of a network trained on the spot; null takes training.learning_rate."
+        None, gt=0, description=f"Learning rate of a network trained on the spot; {RATE_BESIDE}"
     )
     batch_size: int | None = Field(
         None, ge=1, description="Batch size of a network trained on the spot; null takes training.batch_size."
@@ -178,9 +179,7 @@ class ChainConfig:
         "nearest model above that shares their family; false, and models without such relatives, start from scratch.",
     )
     epochs: int | None = Field(None, ge=1, description="Epochs of a stage; null takes training.epochs.")
-    learning_rate: float | None = Field(
-        None, gt=0, description="Learning rate of a stage; null takes training.learning_rate."
-    )
+    learning_rate: float | None = Field(None, gt=0, description=f"Learning rate of a stage; {RATE_BESIDE}")
     probe_share: float = Field(
         0.2, gt=0, le=1, description="Length of a probe of auto, as a share of the student's training."
     )

@@ -41,6 +41,8 @@ RATES = (
     f"(what is trained beside it from nothing has the usual one), any other {LEARNING_RATE}."
 )
 
+RATE_BESIDE = "null takes training.learning_rate, or the usual one where the student begins with pre-trained weights."
+
 
 def family(model: str) -> str:
     """What a model name stands for: cifar-resnet, mlp, bert, sklearn, timm, safetensors, skops, column or hub."""

@@ -222,7 +222,8 @@ def load_skops(
     JSON beside the file, else the classes it was fitted on.
 
     trusted_types: types beyond scikit-learn's that the file may hold. Raises FileNotFoundError for a missing file,
-    ValueError that lists the types of the file that are not trusted, if it holds any, and for a newer format version.
+    ValueError that lists the types of the file that are not trusted, if it holds any, for a newer format version, and
+    for what is no skops file or no classifier.
     """
     import skops.io
 
@@ -358,7 +359,8 @@ def train_sklearn(
     stratified and depend on the seed alone. Costs folds + 1 trainings.
 
     Raises ValueError for an unknown estimator or parameter, one that gives no probabilities or cannot read the task's
-    inputs, for fewer rows than folds, and if rows of fewer than two classes are there.
+    inputs, for more folds than the largest class has rows, and for rows that it cannot be fitted on, as those of fewer
+    than two classes.
     """
     short = name.removeprefix(PREFIX)
     if folds != 0 and not 2 <= folds <= len(rows):

@@ -103,7 +103,8 @@ def test_shipped_schema_is_current() -> None:
 
 @pytest.mark.parametrize("name", bundled_recipes())
 def test_schema_accepts_bundled_recipes(name: str) -> None:
-    jsonschema.validate(yaml.safe_load(bundled_recipes()[name].read_text(encoding="utf-8")), recipe_schema())
+    tree = yaml.safe_load(bundled_recipes()[name].read_text(encoding="utf-8"))
+    assert not list(jsonschema.Draft202012Validator(recipe_schema()).iter_errors(tree))
 
 
 def test_schema_refuses_what_the_reader_refuses() -> None:

@@ -120,7 +120,7 @@ def shorten_runs():
 
 @contextmanager
 def full_runs():
-    """As users have them: for tests of figures, and of runs that other processes do."""
+    """As users have them: for tests of figures, and of runs that other processes do. Not within another."""
     _SHORT.undo()
     try:
         yield
