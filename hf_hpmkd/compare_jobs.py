@@ -56,7 +56,7 @@ from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.teacher_cache import TeacherCache
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
 
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.5
 _FRESH = 2**31  # views before they begin again
 _PEER_SEED = 1_000_003  # added to a seed, so that a peer is no other seed's student
 _PATIENCE_SECONDS = 10

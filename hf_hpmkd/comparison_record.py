@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -19,6 +20,12 @@ FORMAT_VERSION = 1
 COMPARISON_FILE = "comparison.json"
 
 _STRICT = ConfigDict(extra="forbid")
+
+
+@cache
+def _adapter(what: type) -> TypeAdapter[Any]:
+    """Building one takes longer than all else, and a comparison reads the files of its students again and again."""
+    return TypeAdapter(what)
 
 
 class _JsonFile:
@@ -43,7 +50,7 @@ class _JsonFile:
                 "hf_hpmkd."
             )
         try:
-            return TypeAdapter(cls).validate_python(tree)
+            return _adapter(cls).validate_python(tree)  # type: ignore[arg-type]
         except ValidationError as error:
             faults = "; ".join(
                 f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors(include_url=False)
