@@ -1,4 +1,6 @@
-"""The README tells the truth: its tables are those of the records, its commands, recipes and links exist."""
+"""README and the results beside the records tell the truth: tables are those of the records, commands, recipes and
+links exist.
+"""
 
 import json
 import re
@@ -23,6 +25,7 @@ from hf_hpmkd.run_summary import memory_table, summary
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "model_cards" / "README.md").read_text(encoding="utf-8")
 LOCAL_PATH = re.compile(r"[\"' ]/(?:work|home|root|tmp|mnt)/")
 COMPARISONS = sorted((ROOT / "model_cards" / "comparisons").glob("*.json"))
 CHAINS = sorted((ROOT / "model_cards" / "chains").glob("*.json"))
@@ -38,9 +41,9 @@ RECORDS = sorted((ROOT / "model_cards" / "runs").glob("*.json"))
 
 
 def block(name):
-    found = re.search(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", README, re.DOTALL)
-    assert found, f"README has no block {name}"
-    return found[1]
+    found = re.findall(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", README + RESULTS, re.DOTALL)
+    assert len(found) == 1, f"{name} stands {len(found)} times in README and model_cards/README.md"
+    return found[0]
 
 
 def test_the_results_are_those_of_the_run_records():
@@ -125,14 +128,19 @@ def test_published_records_tell_no_paths(path):
     assert RunRecord.load(path).commits["hf_hpmkd"]
 
 
-def test_links_lead_to_files_and_headings():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
-    headings = {
-        re.sub(r"[^\w -]", "", line).replace(" ", "-").lower() for line in re.findall(r"^#+ (.+)$", README, re.M)
-    }
-    targets = re.findall(r"\]\(#([^)]+)\)", README)
-    assert targets and set(targets) <= headings
+@pytest.mark.parametrize(
+    "page",
+    sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *ROOT.glob("model_cards/**/*.md"))),
+)
+def test_links_lead_to_files_and_headings(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text)
+    for path, heading in targets:
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), path
+        if heading:
+            there = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", line).replace(" ", "-").lower() for line in there}
 
 
 def test_commands_parse_and_name_recipes_that_exist():
