@@ -1,0 +1,30 @@
+"""Two ranks of one training, with the environment that torchrun gives them, on the CPU."""
+
+import os
+import signal
+import socket
+import sys
+
+
+def fork_two_ranks() -> None:
+    """Returns in the two children, after everything was imported once; this process ends as they do. A rank that fails
+    ends the other, which would wait for it.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    children = []
+    for rank in ("0", "1"):
+        if not (child := os.fork()):
+            os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            return
+        children.append(child)
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if status:
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(1)
+    sys.exit(0)
