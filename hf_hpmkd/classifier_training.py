@@ -301,8 +301,11 @@ def done_file(folder: Path) -> Path:
 
 
 def move_training(source: Path, target: Path) -> None:
-    """Moves a training, finished or not, to another folder, where it goes on as if it had begun there."""
-    shutil.move(source, target)
+    """Moves a training, finished or not, to another folder, where it goes on as if it had begun there. Called again, it
+    does what was left when it was stopped.
+    """
+    if source.exists():
+        shutil.move(source, target)
     if done_file(source).is_file():
         done_file(source).replace(done_file(target))
     for file in target.glob("checkpoints/*/trainer_state.json"):

@@ -27,9 +27,11 @@ from datasets import (
     load_dataset_builder,
     load_from_disk,
 )
+from datasets.data_files import SPLIT_KEYWORDS
 from huggingface_hub import HfApi, metadata_load
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+from hf_hpmkd.hub_client import card_license
 from hf_hpmkd.tasks.base import column_values
 
 FILE_KINDS = {".parquet": "parquet", ".csv": "csv"}
@@ -42,13 +44,7 @@ SKLEARN_LICENSE = "cc-by-4.0"  # all four are from the UCI repository, which sta
 _NO_ANSWER: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
 _FEW_VALUES = 50  # that a column of classes or words always may have
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
-_SPLIT_WORDS = {
-    "train": "train",
-    "test": "test",
-    "validation": "validation",
-    "valid": "validation",
-    "dev": "validation",
-}
+_SPLIT_WORDS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}  # as in a folder
 
 
 @dataclass
@@ -126,7 +122,7 @@ def _open_folder(folder: Path, name: str | None) -> Source:
         splits = _read(str(folder), str(folder), name)
     card = folder / "README.md"
     metadata = (metadata_load(card) if card.exists() else None) or {}
-    return Source(splits, "folder", license=_license(metadata.get("license")))
+    return Source(splits, "folder", license=card_license(metadata))
 
 
 def _read(where: str, *args: Any, **settings: Any) -> dict[str, Dataset]:
@@ -191,13 +187,7 @@ def _hub_facts(path: str, revision: str | None) -> tuple[str | None, str | None]
         ) from error
     except _NO_ANSWER:
         return None, None
-    return info.sha, _license(info.card_data.get("license") if info.card_data else None)
-
-
-def _license(value: object) -> str | None:
-    if value is None or value == [] or value == "":
-        return None
-    return ", ".join(str(item) for item in value) if isinstance(value, list) else str(value)
+    return info.sha, card_license(info.card_data.to_dict() if info.card_data else {})
 
 
 def _open_sklearn(name: str) -> Source:

@@ -6,10 +6,11 @@ Imports nothing of ours. Sends nothing by itself.
 import hashlib
 import re
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
@@ -104,12 +105,19 @@ def check_repo_id(repo_id: str) -> None:
 def patience(seconds: float) -> Iterator[None]:
     """Within the block the client waits for an answer so long at most; its own setting comes back afterwards."""
     client = get_session()
-    before = client.timeout
+    before, hooks = client.timeout, client.event_hooks
     client.timeout = seconds
+    limits = client.timeout.as_dict()
+
+    def limit(request: Any) -> None:
+        if not any(request.extensions["timeout"].values()):  # listings ask for no limit at all
+            request.extensions["timeout"] = limits
+
+    client.event_hooks = {**hooks, "request": [*hooks["request"], limit]}
     try:
         yield
     finally:
-        client.timeout = before
+        client.timeout, client.event_hooks = before, hooks
 
 
 def push_error(
@@ -135,8 +143,8 @@ def status_code(error: BaseException) -> int | None:
     return None
 
 
-def reason(error: BaseException) -> str:
-    """What failed, in words that tell what to do."""
+def reason(error: BaseException, seconds: float | None = None) -> str:
+    """What failed, in words that tell what to do. seconds: how long an answer was waited for; None: TIMEOUT_SECONDS."""
     while error.__cause__ is not None and not isinstance(error, (HTTPError, OSError, RepositoryError)):
         error = error.__cause__  # the client wraps a failed large file in a RuntimeError
     if isinstance(error, OfflineModeIsEnabled):
@@ -152,7 +160,19 @@ def reason(error: BaseException) -> str:
     if status == 429 or (status or 0) >= 500:
         return f"the Hub cannot take it at present ({status}). {text}"
     if "Timeout" in type(error).__name__:
-        return f"no answer within {TIMEOUT_SECONDS:g} s ({type(error).__name__}). {text}"
+        return f"no answer within {seconds or TIMEOUT_SECONDS:g} s ({type(error).__name__}). {text}"
     if isinstance(error, HTTPError) and status is None:
         return f"no connection ({type(error).__name__}). {text}"
     return text
+
+
+def card_license(metadata: Mapping[str, Any]) -> str | None:
+    """The licence that a card's metadata state, by its own name where they say "other"; several are joined. None where
+    they state none.
+    """
+    license = metadata.get("license")
+    if license == "other":
+        license = metadata.get("license_name") or license
+    if license is None or license == [] or license == "":
+        return None
+    return ", ".join(str(item) for item in license) if isinstance(license, list) else str(license)

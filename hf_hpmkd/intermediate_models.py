@@ -123,7 +123,7 @@ def _build_teachers(
     built: dict[str, Classifier] = {}
     for given, _ in teachers:
         try:
-            name = _buildable(given)
+            name = buildable(given)
             # A tokenizer, or the statistics of pixels and columns, would be learned from the same rows once more.
             shared = student.family != "hub" and parse_name(name, rows.task).family != "hub"
             processor = student.feed.processor if shared else None
@@ -134,7 +134,7 @@ def _build_teachers(
     return list(built.items())
 
 
-def _buildable(name: str) -> str:
+def buildable(name: str) -> str:
     """The name of the architecture of a weights file; other names as they are."""
     if not name.endswith(".safetensors"):
         return name

@@ -20,6 +20,7 @@ from hf_hpmkd.classifier_training import stage_schedule, student_schedule, teach
 from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.components.parallel_pipeline import Estimates, Graph, Job
 from hf_hpmkd.data import DataParts
+from hf_hpmkd.intermediate_models import buildable
 from hf_hpmkd.memory_records import Row
 from hf_hpmkd.model_cost import estimated_seconds, operations_per_second, training_flops
 from hf_hpmkd.recipe import Recipe, StudentConfig, TeacherConfig, fingerprint
@@ -179,14 +180,12 @@ class _Costs:
         return self._flops[model.model]
 
     def _count(self, model: TeacherConfig | StudentConfig) -> int | None:
-        kind, name, rows = family(model.model), model.model, self.parts.train
-        if kind in ("sklearn", "skops", "column"):
+        rows = self.parts.train
+        if family(model.model) in ("sklearn", "skops", "column"):
             return None
-        if kind == "safetensors":
-            about = json.loads(Path(name).expanduser().with_suffix(".json").read_text(encoding="utf-8"))
-            name = f"cifar-resnet-{about['architecture']['depth']}"
         try:
             trusted = model.trust_remote_code
+            name = buildable(model.model)
             built = build_classifier(name, rows, meta=True, revision=model.revision, trust_remote_code=trusted)
             return training_flops(built, rows)
         except (OSError, ValueError):  # a teacher whose config is not at hand, or that is no model of such rows

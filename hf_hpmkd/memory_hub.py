@@ -253,7 +253,7 @@ class HubMemory(OptimizationMemory):
             self.say(f"Memory: {self.where} is not there yet{token}.")
         except FAILURES as error:
             self._reachable = False
-            why = hub_client.hide_token(hub_client.reason(error), self._token)
+            why = hub_client.hide_token(hub_client.reason(error, READ_SECONDS), self._token)
             self.say(f"Memory: {what} could not be read from {self.where}: {why} The run goes on with what is here.")
         return None
 

@@ -27,6 +27,7 @@ EQUAL_FOR_ALL = (
     "training.batch_size",
     "training.gradient_accumulation_steps",
 )
+_EQUAL = "{}: must be the same for all methods. Set it for the whole comparison, behind the recipe."
 
 
 @dataclass(frozen=True)
@@ -234,12 +235,16 @@ def method_recipe(recipe: Recipe, method: Method, seed: int) -> Recipe:
     faults = [fault for word in method.overrides if (fault := _unequal(word.partition("=")[0].strip()))]
     if faults:
         raise RecipeError(source, faults)
-    return read_recipe(recipe_tree(recipe), source, [*method.overrides, f"training.seed={seed}"])
+    made = read_recipe(recipe_tree(recipe), source, [*method.overrides, f"training.seed={seed}"])
+    names = [key.partition(".")[2] for key in EQUAL_FOR_ALL if key != "training.seed"]
+    if faults := [_EQUAL.format(f"training.{n}") for n in names if vars(made.training)[n] != vars(recipe.training)[n]]:
+        raise RecipeError(source, faults)  # a whole section was given
+    return made
 
 
 def _unequal(key: str) -> str | None:
     if key in EQUAL_FOR_ALL:
-        return f"{key}: must be the same for all methods. Set it for the whole comparison, behind the recipe."
+        return _EQUAL.format(key)
     if key.split(".")[0] not in SECTIONS:
         return (
             f"{key}: a method may set {' and '.join(f'{section}.*' for section in SECTIONS)}; the rest is the same for "

@@ -38,8 +38,9 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-# PyYAML follows YAML 1.1, where 1e-3 without a dot is text; github.com/yaml/pyyaml/issues/173.
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+# PyYAML follows YAML 1.1, where 1e-3 and 1.5e3 (no dot, no sign) are text; github.com/yaml/pyyaml/issues/173.
+_FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 def parse_yaml(text: str) -> Any:
@@ -85,6 +86,8 @@ def _set(node: Any, keys: list[str], value: Any) -> None:
     for depth, key in enumerate(keys):
         here: Any = key
         if isinstance(node, list):
+            if not node:
+                raise ValueError(f"`{'.'.join(keys[:depth])}` is an empty list, which has no position; give the list.")
             if not key.isdigit() or int(key) >= len(node):
                 raise ValueError(
                     f"`{'.'.join(keys[:depth])}` is a list of {len(node)}, so the next word must be a position from 0 "

@@ -24,6 +24,7 @@ from transformers.utils import cached_file, extract_commit_hash
 
 from hf_hpmkd.class_names import align_labels
 from hf_hpmkd.dataset_rows import DatasetRows, SharedInputsFeed
+from hf_hpmkd.hub_client import card_license
 from hf_hpmkd.model_names import TAKEN_FOR_A_TABLE
 from hf_hpmkd.sklearn_teachers import PREFIX as SKLEARN_PREFIX
 from hf_hpmkd.sklearn_teachers import SAVED_TYPES, SklearnTeacher, load_skops, train_sklearn
@@ -328,15 +329,8 @@ def _card_facts(source: str, revision: str | None) -> tuple[str | None, str | No
             continue
         commit = commit or extract_commit_hash(path, None)
         if filename == "README.md":
-            license = _card_license(metadata_load(path) or {})
+            license = card_license(metadata_load(path) or {})
     return license, commit
-
-
-def _card_license(metadata: dict[str, Any]) -> str | None:
-    license = metadata.get("license")
-    if license == "other":
-        license = metadata.get("license_name") or license
-    return ", ".join(license) if isinstance(license, list) else license
 
 
 # ---- timm and files --------------------------------------------------------------------------------------------------

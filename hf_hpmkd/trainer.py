@@ -376,11 +376,13 @@ def _reads_raw(teacher: Teacher) -> bool:
 
 def _name_apart(teachers: Sequence[Teacher]) -> None:
     """Numbers teachers of the same name (two modules of one class), because logs and plots go by name."""
-    seen: dict[str, int] = {}
+    given, taken = {teacher.name for teacher in teachers}, set[str]()
     for teacher in teachers:
-        count = seen[teacher.name] = seen.get(teacher.name, 0) + 1
-        if count > 1:
-            teacher.name = f"{teacher.name}-{count}"
+        stem, count = teacher.name, 1
+        while teacher.name in taken or (count > 1 and teacher.name in given):
+            count += 1
+            teacher.name = f"{stem}-{count}"
+        taken.add(teacher.name)
 
 
 def _check_classes(guide: Sequence[str], train: Sequence[str]) -> None:

@@ -83,9 +83,16 @@ class HPMKDTrainingArguments(TrainingArguments):
             (self.temperature_min, self.temperature_max),
             "swap them, or use temperature_schedule=constant for a fixed temperature",
         )
+        _check(
+            self.temperature_schedule != "learned" or self.temperature_min <= self.temperature <= self.temperature_max,
+            "`temperature`, where `learned` starts, must lie between `temperature_min` and `temperature_max`",
+            (self.temperature, self.temperature_min, self.temperature_max),
+            "widen the range, or change temperature",
+        )
         _check(self.gate in GATE_OBJECTIVES, f"`gate` must be one of {', '.join(GATE_OBJECTIVES)}", self.gate)
         _check(self.gate_entropy_weight >= 0, "`gate_entropy_weight` must not be negative", self.gate_entropy_weight)
         _check(0 <= self.gate_dropout < 1, "`gate_dropout` must lie in [0, 1)", self.gate_dropout)
+        _check(self.gate_hidden_size >= 1, "`gate_hidden_size` must be at least 1 unit", self.gate_hidden_size)
         _check(self.gate_learning_rate > 0, "`gate_learning_rate` must be above 0", self.gate_learning_rate)
         _check(self.gate_warmup_steps >= 0, "`gate_warmup_steps` must not be negative", self.gate_warmup_steps)
         _check(self.guide_every >= 1, "`guide_every` must be at least 1 step", self.guide_every)

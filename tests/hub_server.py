@@ -224,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
         for fault in self.hub.faults:
             if fault.times and fault.method == self.command and re.search(fault.pattern, path):
                 fault.times -= 1
-                time.sleep(fault.delay)
+                threading.Event().wait(fault.delay)  # not time.sleep, which tests patch for the client
                 if fault.cut == "after":
                     return True
                 if fault.cut:

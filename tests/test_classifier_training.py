@@ -17,6 +17,8 @@ from datasets import Dataset
 from hf_hpmkd.classifier_training import (
     Trained,
     _last_complete_checkpoint,
+    done_file,
+    move_training,
     old_garbage_left,
     student_schedule,
     teacher_schedule,
@@ -224,6 +226,13 @@ def test_a_network_that_was_trained_before_an_interruption_is_kept_too(tmp_path:
                 assert (kept / "model.safetensors").read_bytes() == (place / "model.safetensors").read_bytes()
         written.append([(place / "model.safetensors").stat().st_mtime_ns for place in places])
     assert written[0] == written[1]  # nothing was trained again
+
+
+def test_a_move_that_was_stopped_half_way_is_finished(tmp_path: Path) -> None:
+    begun(tmp_path / "try", None)
+    (tmp_path / "try").rename(tmp_path / "student")  # stopped here: the note beside it is left behind
+    move_training(tmp_path / "try", tmp_path / "student")
+    assert done_file(tmp_path / "student").is_file() and not done_file(tmp_path / "try").exists()
 
 
 def test_an_incomplete_checkpoint_may_be_removed_by_another_process(tmp_path: Path, monkeypatch) -> None:

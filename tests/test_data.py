@@ -548,6 +548,10 @@ def test_missing_sources_are_named(tmp_path, two_splits):
         open_source("user/nothing")
     with pytest.raises(ValueError, match="several splits .test, train., which would become one"):
         open_source(f"{two_splits}/*.parquet")
+    for name in ("training", "val"):
+        (tmp_path / f"{name}.csv").write_text("a,label\n1,0\n")
+    with pytest.raises(ValueError, match="several splits .train, validation., which would become one"):
+        open_source(f"{tmp_path}/*.csv")
     (tmp_path / "notes.txt").write_text("no data")
     with pytest.raises(ValueError, match="all end in .parquet or all in .csv"):
         open_source(str(tmp_path / "notes.txt"))
@@ -562,6 +566,11 @@ def test_a_glob_of_one_split_is_read_whole(tmp_path):
 
 
 # --- what is recorded -------------------------------------------------------------------------------------------------
+
+
+def test_a_licence_of_its_own_goes_by_its_name(two_splits):
+    (data_source.Path(two_splits) / "README.md").write_text("---\nlicense: other\nlicense_name: ours-1\n---\n")
+    assert open_source(two_splits).license == "ours-1"
 
 
 def test_provenance_tells_how_each_part_was_drawn(two_splits):

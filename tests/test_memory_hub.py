@@ -289,6 +289,17 @@ def test_a_hub_that_does_not_answer_in_time(hub, here, monkeypatch):
     monkeypatch.setattr(memory_hub, "_ILL_TRIES", 0)
     hub.fail("POST", "/commit/", delay=1.5)
     assert "no answer within 0.3 s" in refused(here)
+    assert hub.asked("POST", "/commit/")
+
+
+def test_a_listing_that_does_not_come_in_time(hub, here, quick, monkeypatch):
+    share(here)
+    monkeypatch.setattr(memory_hub, "READ_SECONDS", 0.2)
+    hub.fail("GET", "/tree/", times=20, delay=0.6)
+    told = []
+    here.say = told.append
+    here.refresh()
+    assert "no answer within 0.2 s" in told[0]
 
 
 def test_what_did_not_arrive_is_noticed(hub, here, monkeypatch):

@@ -134,6 +134,8 @@ def test_methods_are_chosen_by_name():
     [
         ("training.batch_size=50", "must be the same for all methods"),
         ("training.seed=3", "must be the same for all methods"),
+        ("training={batch_size: 50}", "training.batch_size: must be the same for all methods"),
+        ("training={max_steps: 50}", "training.max_steps: must be the same for all methods"),
         ("data.views=9", "a method may set distillation"),
         ("teachers.0.epochs=9", "a method may set distillation"),
         ("student.model=cifar-resnet-20", "a method may set distillation"),

@@ -342,6 +342,15 @@ def test_overrides_set_values_and_list_items() -> None:
     assert recipe.training.learning_rate == 1e-3
     assert recipe.teachers[1].params == {"n_estimators": 7}
     assert "training" not in SOUND, "the tree that was given is left alone"
+    with pytest.raises(RecipeError, match="`teachers.1.trusted_types` is an empty list"):
+        read_recipe(recipe_tree(recipe), "x", ["teachers.1.trusted_types.0=a.B"])
+
+
+@pytest.mark.parametrize("word", ["1e-3", "1.5e3", "2.0E5", ".5e3", "-1.e+3", "1e3", "1.5", "+2e-1"])
+def test_numbers_are_read_as_yaml_has_them_today(word: str) -> None:
+    """YAML 1.2, where an exponent needs neither a dot nor a sign."""
+    assert parse_yaml(f"x: {word}") == {"x": float(word)}
+    assert parse_yaml(f"x: '{word}'") == {"x": word}
 
 
 def test_later_override_wins() -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
-from hf_hpmkd.trainer import STATE_FILE, HPMKDTrainer
+from hf_hpmkd.trainer import STATE_FILE, HPMKDTrainer, _name_apart
 
 
 @pytest.fixture(scope="module")
@@ -493,6 +493,12 @@ def test_a_student_may_answer_with_a_tuple(tmp_path, teachers):
 
     named, bare = train(tmp_path / "named", teachers), train(tmp_path, teachers, Bare())
     assert torch.equal(tiny.weights_of(named.model), tiny.weights_of(bare.model))
+
+
+def test_teachers_of_one_name_are_told_apart():
+    teachers = [SimpleNamespace(name=name) for name in ("a", "a", "a-2", "b", "a")]
+    _name_apart(teachers)
+    assert [teacher.name for teacher in teachers] == ["a", "a-3", "a-2", "b", "a-4"]
 
 
 def test_a_streaming_dataset_is_refused_by_its_kind(tmp_path, teachers):

@@ -15,7 +15,10 @@ from hf_hpmkd.training_args import HPMKDTrainingArguments
         ({"gate": "best"}, "gate.*got best"),
         ({"gate_entropy_weight": -1.0}, "got -1.0"),
         ({"gate_dropout": 1.0}, r"\[0, 1\), got 1.0"),
+        ({"gate_hidden_size": 0}, "at least 1 unit, got 0"),
         ({"guide_every": 0}, "at least 1 step, got 0"),
+        ({"temperature_schedule": "learned", "temperature": 8.0}, r"where `learned` starts.*got \(8.0, 2.0, 6.0\)"),
+        ({"fp16": True, "use_cpu": False, "gate": "joint"}, "`fp16` scales gradients"),
         ({"teacher_outputs": "disk"}, "got disk"),
         ({"feature_weight": 0.1}, "needs `teacher_outputs=live`"),
         (

@@ -97,8 +97,9 @@ class TemperatureScheduler:
     """The temperature of the next step, and the memory it takes to know it.
 
     schedule: one of `losses.TEMPERATURE_SCHEDULES`. temperature > 0: the constant, and where `learned` starts (cut to
-    its range). temperature_min < temperature_max: the range of the others. total_steps: optimizer steps of the run.
-    num_updates: how many times `learn` will be called. Raises ValueError on anything outside these ranges.
+    its range). 0 < temperature_min < temperature_max: the range of the others; `constant` does not read them.
+    total_steps: optimizer steps of the run, below 1 taken as 1. num_updates: how many times `learn` will be called.
+    Raises ValueError for another schedule and temperatures outside these ranges.
     """
 
     def __init__(
@@ -128,10 +129,11 @@ class TemperatureScheduler:
         self._running_loss = 0.0
         self._loss_rate: float | None = None
         self._probe_losses: list[float] = []
-        self._log_step = math.log(temperature_max / temperature_min) / max(_TRAVERSE_SHARE * num_updates, 1.0)
+        self._log_step = 0.0
         self._gradient_moments = (0.0, 0.0, 0)
         self.temperature = float(temperature)
         if schedule == "learned":
+            self._log_step = math.log(temperature_max / temperature_min) / max(_TRAVERSE_SHARE * num_updates, 1.0)
             self.temperature = min(max(self.temperature, temperature_min), temperature_max)
         self._update()
 

@@ -163,6 +163,7 @@ def test_bad_settings_are_refused():
         ts.TemperatureScheduler("constant", 0, 2.0, 6.0, 10)
     with pytest.raises(ValueError, match="got 'linear'"):
         ts.TemperatureScheduler("linear", 4.0, 2.0, 6.0, 10)
+    assert ts.TemperatureScheduler("constant", 4.0, 0.0, 6.0, 10).temperature == 4, "it has no range"
     saved = ts.TemperatureScheduler("cosine", 4.0, 2.0, 6.0, 10).state_dict()
     with pytest.raises(ValueError, match="saved with `temperature_schedule=cosine`"):
         ts.TemperatureScheduler("loss", 4.0, 2.0, 6.0, 10).load_state_dict(saved)
