@@ -12,7 +12,8 @@ import pytest
 import tiny
 from hub_server import READ_TOKEN, TOKEN, Blob, HubServer, Repo, point_client
 from huggingface_hub import HfApi, constants
-from test_optimization_memory import BAD, outputs_file, row, write_bad
+from memory_rows import row
+from test_optimization_memory import BAD, outputs_file, write_bad
 
 from hf_hpmkd import hub_client, memory_hub
 from hf_hpmkd.cli import main
@@ -200,7 +201,8 @@ WRITERS = """if True:
     import os, sys, time
     from pathlib import Path
     sys.path.insert(0, sys.argv[2])
-    from test_optimization_memory import row
+    sys.argv[0] = "hpmkd"  # as the command line, which does not load torch at once
+    from memory_rows import row
     from hf_hpmkd.memory_hub import HubMemory
 
     rows = [[row(10 * writer + run) for run in range(3)] for writer in range(8)]

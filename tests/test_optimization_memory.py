@@ -15,32 +15,14 @@ import pytest
 import tiny
 from datasets import load_dataset
 from filelock import Timeout
+from memory_rows import row
 
 from hf_hpmkd import memory_files, memory_index, memory_records
 from hf_hpmkd.components.optimization_memory import OptimizationMemory
 from hf_hpmkd.memory_records import SCHEMA, BadRecordError, memory_row, read_row, row_bytes, row_id
-from hf_hpmkd.run_record import ModelRecord, RunRecord, TeacherRecord
+from hf_hpmkd.run_record import RunRecord
 
 RUNS = sorted((Path(__file__).parents[1] / "model_cards" / "runs").glob("*.json"))
-
-
-def run_record(seed=0, **changes):
-    record = RunRecord(
-        status="completed",
-        seed=seed,
-        recipe={"student": {"model": "mlp-2"}, "output": {"dir": "/home/jane/out"}},
-        parts={"path": "/home/jane/wine.csv", "task": "tabular-classification", "parts": {"train": {"rows": 90}}},
-        teachers=[TeacherRecord("big", "/home/jane/teachers/big", "transformers", 1000, accuracy={"test": 0.9})],
-        models={"student": ModelRecord("student", 100, metrics={"test": {"accuracy": 0.8, "loss": "NaN"}})},
-        finished="2026-01-01T00:00:00Z",
-    )
-    for key, value in changes.items():
-        setattr(record, key, value)
-    return record
-
-
-def row(seed=0, **changes):
-    return memory_row(run_record(seed, **changes))
 
 
 @pytest.fixture
@@ -519,10 +501,12 @@ def test_room_is_made_within_the_limit(memory, tmp_path):
 
 # Stops itself, as by kill -9, before the n-th call that changes a file; says what it had finished.
 STOPPED_AT = """if True:
-    import builtins, os, sys
+    import os, sys
     from pathlib import Path
     sys.path.insert(0, sys.argv[3])
-    from test_optimization_memory import row
+    sys.argv[0] = "hpmkd"  # as the command line, which does not load torch at once
+    import pandas, pyarrow.compute  # which writing a table loads: here once, not in every child
+    from memory_rows import row
     from hf_hpmkd.components.optimization_memory import OptimizationMemory
 
     root, model = Path(sys.argv[1]), sys.argv[2]
@@ -586,7 +570,9 @@ KILLED = """if True:
     import os, random, signal, sys, time
     from pathlib import Path
     sys.path.insert(0, sys.argv[3])
-    from test_optimization_memory import row
+    sys.argv[0] = "hpmkd"  # as the command line, which does not load torch at once
+    import pandas, pyarrow.compute  # which writing a table loads: here once, not in every child
+    from memory_rows import row
     from hf_hpmkd.components.optimization_memory import OptimizationMemory
 
     root, model = Path(sys.argv[1]), sys.argv[2]
@@ -601,10 +587,15 @@ KILLED = """if True:
                 one["id"] = row_id(one)
                 memory.add_record(one)
                 os.write(1, f"{one['id']}\\n".encode())
+                os.write(tell, b".")
                 memory.keep_model(f"m{number}", model)
 
+    random.seed(0)
     for round in range(25):
+        told, tell = os.pipe()
         child = os.fork() or job(10**7 * round)
+        if round % 5 == 0:
+            os.read(told, 1)  # this one has finished a run when it is killed, however slow the machine is
         time.sleep(random.uniform(0.0, 0.08))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
