@@ -10,6 +10,7 @@ import yaml
 
 from hf_hpmkd import losses
 from hf_hpmkd.classifier_training import stage_schedule, student_schedule, teacher_schedule
+from hf_hpmkd.data import load_parts
 from hf_hpmkd.quick_validation import free_fields
 from hf_hpmkd.recipe import (
     Recipe,
@@ -21,6 +22,7 @@ from hf_hpmkd.recipe import (
     read_recipe,
     recipe_folder,
     recipe_from_line,
+    recipe_parts,
     recipe_schema,
     recipe_tree,
     section_keys,
@@ -487,3 +489,23 @@ def test_an_mlp_is_trained_faster_where_no_learning_rate_is_named(student, said,
 def test_what_is_no_section_is_told_as_ever(tree):
     with pytest.raises(RecipeError):
         read_recipe({"data": {"path": "x"}, "teachers": [{"model": "mlp-8"}], **tree}, "a test")
+
+
+@pytest.mark.parametrize(
+    ("teachers", "saw", "fixed"),
+    [
+        (["cifar-resnet-14"], False, False),
+        (["cifar-resnet-14", "sklearn:LogisticRegression"], False, False),
+        (["USER/CLASSIFIER"], True, False),
+        (["cifar-resnet-14", "timm/resnet18"], True, False),
+        (["column:logits"], True, True),
+    ],
+)
+def test_rows_that_a_loaded_teacher_may_have_seen_judge_nobody(teachers: list[str], saw: bool, fixed: bool) -> None:
+    recipe = read_recipe({**SOUND, "teachers": [{"model": model} for model in teachers]}, "x")
+    parts = recipe_parts(recipe)
+    expected = load_parts(recipe.data, teachers_saw_train=saw, fixed_answers=fixed)
+    assert parts.provenance == expected.provenance and parts.num_views == expected.num_views
+    assert bool(parts.num_views) == (not fixed)
+    other = load_parts(recipe.data, teachers_saw_train=not saw)
+    assert len(parts.train) > len(other.train) if saw else len(parts.train) < len(other.train)

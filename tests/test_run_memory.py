@@ -85,6 +85,21 @@ def test_a_second_student_finds_the_teachers_outputs(tmp_path, capsys):
     assert "tabular.py" not in {path.name for path in memory.find_model(rows[0]["id"]).iterdir()}
 
 
+def test_a_run_may_push_its_student(hub, tmp_path, capsys, monkeypatch):
+    words = ["hub.push=true", "hub.repo_id=tester/student"]
+    distill(tmp_path, *words)
+    assert "tester/student" in capsys.readouterr().out
+    files = hub.files("tester/student")
+    assert {"README.md", "config.json", "model.safetensors", "run_record.json", "tabular.py"} <= set(files)
+    assert files["model.safetensors"] == (tmp_path / "run/student/model.safetensors").read_bytes()
+    assert hub.repos["models", "tester/student"].private
+    monkeypatch.delenv("HF_TOKEN")
+    asked = len(hub.requests)
+    assert main(["distill", recipe(tmp_path), f"output.dir={tmp_path / 'two'}", *words]) == 2
+    assert "HF_TOKEN" in capsys.readouterr().err
+    assert not (tmp_path / "two").exists() and len(hub.requests) == asked, "told before anything is done"
+
+
 def test_a_network_that_teaches_is_trained_once(tmp_path, capsys, monkeypatch):
     trainings = []
     train = HPMKDTrainer.train
