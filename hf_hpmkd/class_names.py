@@ -1,6 +1,5 @@
 """Which output of a teacher belongs to which class of the data: told by the names of the classes."""
 
-import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -12,28 +11,35 @@ def plain_name(name: str) -> str:
     return re.sub(r"[\s_\-]+", "", name).casefold()
 
 
-def _are_generic(names: Sequence[str]) -> bool:
-    """Whether the names only count: LABEL_0, LABEL_1, ... or 0, 1, ..."""
-    return all(plain_name(name) in (f"label{i}", str(i)) for i, name in enumerate(names))
+def are_generic(names: Sequence[str], numbers: bool = True) -> bool:
+    """Whether the names only count: LABEL_0, LABEL_1, ..., or, with `numbers`, 0, 1, ..."""
+    return all(plain_name(name) == f"label{i}" or (numbers and name.strip() == str(i)) for i, name in enumerate(names))
 
 
 def align_labels(teacher_names: Sequence[str], data_names: Sequence[str]) -> list[int]:
     """For each class of the data the index of the teacher's output: by name, ignoring case, spaces, hyphens,
     underscores.
 
-    Names that only count (LABEL_0, ...) and are not the data's are taken in order, with a warning. Raises ValueError
-    that lists every class which only one side has, and every name that either side has twice.
+    Where the teacher's names only count (LABEL_0, or 0, ...), or the data's are LABEL_0, ..., as those of a student
+    without names, outputs are taken in order, with a warning. Raises ValueError that lists every class which only one
+    side has, and every name that one has twice.
     """
     if list(teacher_names) == list(data_names):
         return list(range(len(data_names)))
     exact = len(set(teacher_names)) == len(teacher_names) and set(teacher_names) == set(data_names)
-    if not exact and len(teacher_names) == len(data_names) and _are_generic(teacher_names):
-        warnings.warn(
-            f"The teacher's classes have no names ({teacher_names[0]}, ...), so its outputs are taken in the data's "
-            f"order: {', '.join(data_names[:5])}{', ...' if len(data_names) > 5 else ''}. Say `labels` to be sure.",
-            stacklevel=2,
-        )
-        return list(range(len(data_names)))
+    if not exact and len(teacher_names) == len(data_names):
+        for whose, names, others, generic in (
+            ("teacher", teacher_names, data_names, are_generic(teacher_names)),
+            ("data", data_names, teacher_names, are_generic(data_names, numbers=False)),
+        ):
+            if generic:
+                warnings.warn(
+                    f"The {whose}'s classes have no names ({names[0]}, ...), so the teacher's outputs are taken in "
+                    f"order: {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}. Give names to both to be "
+                    "sure: `labels` of a teacher, a ClassLabel of the data, `id2label` of a student.",
+                    stacklevel=2,
+                )
+                return list(range(len(data_names)))
     teacher = list(teacher_names) if exact else [plain_name(name) for name in teacher_names]
     data = list(data_names) if exact else [plain_name(name) for name in data_names]
     faults = [
@@ -49,10 +55,11 @@ def align_labels(teacher_names: Sequence[str], data_names: Sequence[str]) -> lis
     if any(faults):
         way_out = "Fine-tune it on these classes first, or choose another teacher."
         if len(data_names) == len(teacher_names):
-            quoted = json.dumps(list(data_names) if len(data_names) <= _FEW_NAMES else ["a", "b", "..."])
+            outputs = ", ".join(teacher_names[:_FEW_NAMES]) + (", ..." if len(teacher_names) > _FEW_NAMES else "")
             way_out = (
-                "If only the names differ, give the data's names in the teacher's order as `labels`, for "
-                f"the first teacher 'teachers.0.labels={quoted}'; else choose another teacher."
+                f"If only the names differ, give the data's as `labels`, in the order of the teacher's outputs "
+                f'({outputs}), for instance \'teachers.0.labels=["A", "B"]\' of the first teacher in a recipe; else '
+                "choose another teacher."
             )
         raise ValueError(
             f"A teacher must know exactly the data's {len(data_names)} classes, by name; it has {len(teacher_names)}: "

@@ -94,7 +94,7 @@ def teacher_schedule(recipe: Recipe, config: TeacherConfig) -> Schedule:
         learning_rate=config.learning_rate or _rate_from_nothing(recipe, config.model),
         batch_size=config.batch_size or training.batch_size,
         seed=training.seed,
-        min_steps=0 if config.epochs else training.min_steps,
+        min_steps=0 if config.epochs or training.max_steps > 0 else training.min_steps,
     )
 
 

@@ -37,7 +37,7 @@ from hf_hpmkd.models import (
 from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TEXT_CLASSIFICATION, Feed, Rows
 from hf_hpmkd.tasks.images import ImageFeed, ProcessorFeed
 from hf_hpmkd.tasks.tables import TableFeed
-from hf_hpmkd.tasks.text import MAX_TEXT_LENGTH, TextFeed, most_positions, train_tokenizer
+from hf_hpmkd.tasks.text import MAX_TEXT_LENGTH, TextFeed, most_positions, require_words, train_tokenizer
 
 _AUTO_MODEL = {
     IMAGE_CLASSIFICATION: AutoModelForImageClassification,
@@ -359,6 +359,7 @@ def _own_feed(request: _Request, source: str, config: PretrainedConfig) -> Feed:
     if request.rows.task == IMAGE_CLASSIFICATION:
         return ProcessorFeed(request.processor or AutoImageProcessor.from_pretrained(source, **request.hub))
     tokenizer = request.processor or AutoTokenizer.from_pretrained(source, **request.hub)
+    require_words(tokenizer, source)
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token  # decoders have none, and the mask hides what is padded
     if config.pad_token_id is None:

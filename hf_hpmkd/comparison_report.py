@@ -150,9 +150,12 @@ def show(
     """The summaries again, from comparisons' folders or their records alone; of several also side by side.
 
     plot: where to draw `draw_compression`. baseline: tested against instead of the records' own. shown: methods that
-    stand side by side and are drawn; None takes all.
+    stand side by side and are drawn; None takes all. Raises ValueError for methods that no record has.
     """
     records = [ComparisonRecord.load(path / COMPARISON_FILE if path.is_dir() else path) for path in paths]
+    known = {method.name for record in records for method in record.methods}
+    if unknown := [name for name in shown or () if name not in known]:
+        raise ValueError(f"No comparison here has a method {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
     if baseline is not None:
         records = [against(record, baseline) for record in records]
     told = [summary(record) for record in records]

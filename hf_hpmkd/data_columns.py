@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pandas as pd
+import pyarrow.compute as pc
 from datasets import Dataset, Image, Value
 
 from hf_hpmkd.data_source import mostly_different, suggest
@@ -10,6 +12,9 @@ from hf_hpmkd.tasks.tables import is_table_feature
 from hf_hpmkd.tasks.text import TEXT_COLUMNS
 
 Columns = str | list[str] | None
+_INDEX_NAMES = ("Unnamed: 0", "__index_level_0__")  # pandas' for an index that was written along
+_FEW_ROWS = 20  # whose numbers may count them by chance, and of whose words nothing can be said
+_MOSTLY = 0.9
 
 
 def require_columns(path: str, label_column: str, input_column: Columns, split: str, rows: Dataset) -> None:
@@ -69,6 +74,12 @@ def _table_columns(candidates: dict[str, Any], rows: Dataset, chosen: bool) -> t
             "Name all columns of the table with data.input_column=[A,B,...] to keep them; if one holds the texts to "
             "classify, name it alone."
         )
+    for name in usable:
+        if share := _share_of_numbers(candidates[name], rows, name):
+            notes.append(
+                f"Column {name} holds words, of which {share:.0%} are numbers, so it is read as categories. If it is a "
+                "quantity, mend or empty the other cells."
+            )
     if not usable or (chosen and left_out):
         odd = ", ".join(f"{name} ({candidates[name]})" for name in left_out) or "no column"
         raise ValueError(
@@ -79,4 +90,20 @@ def _table_columns(candidates: dict[str, Any], rows: Dataset, chosen: bool) -> t
 
 
 def _names_rows(feature: Any, rows: Dataset, column: str) -> bool:
+    if column in _INDEX_NAMES:
+        return True
+    if isinstance(feature, Value) and feature.dtype.startswith(("int", "uint")):  # does it count the rows?
+        values = rows.with_format("arrow").select_columns([column])[:].column(0)
+        ends = pc.min_max(values)
+        span = len(values) > _FEW_ROWS and not values.null_count and ends["max"].as_py() - ends["min"].as_py() + 1
+        return span == len(values) and pc.count_distinct(values).as_py() == span
     return _is_string(feature) and mostly_different(len(set(column_values(rows, column))), len(rows))
+
+
+def _share_of_numbers(feature: Any, rows: Dataset, column: str) -> float:
+    """How many of a string column's values read as numbers, if nearly all do and they are many; else 0."""
+    if not _is_string(feature):
+        return 0.0
+    values = {value for value in column_values(rows, column) if value is not None}
+    numbers = pd.to_numeric(pd.Series(sorted(values), dtype=object), errors="coerce").notna()
+    return float(numbers.mean()) if len(values) > _FEW_ROWS and _MOSTLY < numbers.mean() < 1 else 0.0

@@ -131,10 +131,12 @@ def _read(where: str, *args: Any, **settings: Any) -> dict[str, Dataset]:
         return _plain(load_dataset(*args, **settings))
     except datasets.exceptions.DatasetGenerationError as error:
         _close_files(error)
+        reason = str(error.__cause__ or error).splitlines()[-1]
+        if "BatchSize must be greater than 0" in reason:
+            raise ValueError(f"A Parquet file of {where!r} holds no rows. Remove it.") from error
         if load_dataset_builder(*args, **settings).name == "csv":
             with suppress(datasets.exceptions.DatasetGenerationError):
                 return _plain(load_dataset(*args, **settings, **_CSV_WHOLE))
-        reason = str(error.__cause__ or error).splitlines()[-1]
         raise ValueError(
             f"The files of {where!r} cannot be read as one data set ({reason}). Give the folder of one data set, whose "
             "files have the same columns."
@@ -187,7 +189,7 @@ def _hub_facts(path: str, revision: str | None) -> tuple[str | None, str | None]
         ) from error
     except _NO_ANSWER:
         return None, None
-    return info.sha, card_license(info.card_data.to_dict() if info.card_data else {})
+    return info.sha, card_license(info.card_data or {})
 
 
 def _open_sklearn(name: str) -> Source:
@@ -229,6 +231,7 @@ def with_classes(splits: Mapping[str, Dataset], column: str) -> tuple[dict[str, 
     """
     for split, rows in splits.items():
         _check_labels(split, rows, column)
+    splits = {split: _whole(rows, column) for split, rows in splits.items()}
     features = {split: rows.features[column] for split, rows in splits.items()}
     typed = next((split for split, feature in features.items() if isinstance(feature, ClassLabel)), None)
     if typed is not None:
@@ -265,6 +268,13 @@ def with_classes(splits: Mapping[str, Dataset], column: str) -> tuple[dict[str, 
     return coded, names
 
 
+def _whole(rows: Dataset, column: str) -> Dataset:
+    """Whole numbers that pandas wrote as real ones, because some had been missing, as what they are."""
+    feature = rows.features[column]
+    is_real = isinstance(feature, Value) and "float" in feature.dtype
+    return rows.cast_column(column, Value("int64")) if is_real else rows
+
+
 def _check_labels(split: str, rows: Dataset, column: str) -> None:
     feature = rows.features[column]
     if not isinstance(feature, ClassLabel) and not isinstance(feature, Value):
@@ -289,12 +299,12 @@ def _check_labels(split: str, rows: Dataset, column: str) -> None:
             )
     elif set(values) == {-1}:
         raise ValueError(f"Labels of split {split!r} must be classes, and all are -1. {without}")
-    elif "float" in feature.dtype or "decimal" in feature.dtype:
+    elif "decimal" in feature.dtype or ("float" in feature.dtype and not all(value.is_integer() for value in values)):
         raise ValueError(
             f"Column {column!r} holds real numbers ({feature.dtype}): that is regression, which is not supported. If "
             "they are classes, cast them to integers."
         )
-    elif not (feature.dtype.startswith(("int", "uint", "bool")) or "string" in feature.dtype):
+    elif not (feature.dtype.startswith(("int", "uint", "bool", "float")) or "string" in feature.dtype):
         raise ValueError(
             f"Column {column!r} must hold classes, got {feature.dtype}. Choose another with `label_column`."
         )

@@ -121,7 +121,7 @@ class DatasetRows(Rows):
             values = self.dataset[positions.tolist()][self.raw_column]
             if self.task == IMAGE_CLASSIFICATION:
                 numbered = zip(positions.tolist(), values, strict=True)
-                raw["image"] = [image_to_tensor(image, row) for row, image in numbered]
+                raw["image"] = [image_to_tensor(image, f"The image of row {row}") for row, image in numbered]
             else:
                 raw["text"] = list(values)
         return raw

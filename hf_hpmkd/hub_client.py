@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_session
+from huggingface_hub import CardData, CommitOperationAdd, HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
@@ -166,7 +166,7 @@ def reason(error: BaseException, seconds: float | None = None) -> str:
     return text
 
 
-def card_license(metadata: Mapping[str, Any]) -> str | None:
+def card_license(metadata: CardData | Mapping[str, Any]) -> str | None:
     """The licence that a card's metadata state, by its own name where they say "other"; several are joined. None where
     they state none.
     """

@@ -124,7 +124,8 @@ def _column(values: pd.Series) -> pd.Series:
     there = values.dropna()
     if len(there) and all(isinstance(value, bool) for value in there):  # pandas holds truth values with gaps as objects
         return values.astype(np.float64)
-    return values.astype(object).map(str, na_action="ignore").where(values.notna(), np.nan)
+    # As objects again: pandas makes floats of a column without a value, which an encoder of strings refuses.
+    return values.astype(object).map(str, na_action="ignore").where(values.notna(), np.nan).astype(object)
 
 
 class SklearnTeacher(Teacher):
@@ -178,7 +179,10 @@ class SklearnTeacher(Teacher):
                 f"Teacher {self.name!r} was fitted on {expected} pixel values per image, the data's images have "
                 f"{inputs.shape[1]} (channels x height x width). Resize the images as they were when it was fitted."
             )
-        found = np.asarray(self.estimator.predict_proba(inputs))
+        try:
+            found = np.asarray(self.estimator.predict_proba(inputs))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"Teacher {self.name!r} ({self.source}) cannot answer these rows: {error}") from error
         if found.ndim != 2 or found.shape[1] != len(self._columns):
             raise ValueError(
                 f"Teacher {self.name!r} must give one probability for each of {len(self._columns)} classes, got an "

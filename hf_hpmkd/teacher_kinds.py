@@ -405,7 +405,7 @@ def check_teacher(
     shares = torch.bincount(answers, minlength=classes).double() * torch.bincount(labels, minlength=classes).double()
     chance = float(shares.sum()) / len(labels) ** 2
     found = []
-    if accuracy - chance <= _STANDARD_ERRORS * math.sqrt(chance * (1 - chance) / len(labels)):
+    if chance < 1 and accuracy - chance <= _STANDARD_ERRORS * math.sqrt(chance * (1 - chance) / len(labels)):
         found.append(
             f"Teacher {teacher.name!r} is no better than chance: accuracy {accuracy:.3f} on {len(labels)} guide rows, "
             f"{chance:.3f} expected of random answers. Check the order of its classes (`labels`) and its preprocessing."
@@ -415,8 +415,8 @@ def check_teacher(
         error = math.sqrt(max(accuracy * (1 - accuracy), 1 / len(labels)) / len(labels))
         if gap > _WORTH_A_WARNING and gap > _STANDARD_ERRORS * error:
             found.append(
-                f"Teacher {teacher.name!r} knows its training rows by heart: accuracy {train_accuracy:.3f} there, "
-                f"{accuracy:.3f} on {len(labels)} guide rows. Its answers to training rows then say little beyond the "
-                "labels: use out-of-fold outputs (`folds`), or a teacher trained on other rows."
+                f"Teacher {teacher.name!r} knows its training rows better than others: accuracy {train_accuracy:.3f} "
+                f"there, {accuracy:.3f} on {len(labels)} guide rows. Its answers to training rows then say little "
+                "beyond the labels: use out-of-fold outputs (`folds`), or a teacher trained on other rows."
             )
     return found

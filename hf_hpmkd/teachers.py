@@ -31,7 +31,7 @@ from hf_hpmkd.sklearn_teachers import SAVED_TYPES, SklearnTeacher, load_skops, t
 from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TASKS, TEXT_CLASSIFICATION, Feed, Rows
 from hf_hpmkd.tasks.images import ImageFeed, ProcessorFeed
 from hf_hpmkd.tasks.tables import TableFeed
-from hf_hpmkd.tasks.text import TextFeed, most_positions
+from hf_hpmkd.tasks.text import TextFeed, most_positions, require_words
 from hf_hpmkd.teacher_kinds import (
     ColumnTeacher,
     FoldedTeacher,
@@ -225,6 +225,11 @@ def _config_file(source: str, revision: str | None) -> str:
     try:
         found = cached_file(source, "config.json", revision=revision)
     except (OSError, ValueError) as error:
+        if source.endswith((".joblib", ".pkl", ".pickle")):
+            raise ValueError(
+                f"{source!r} is a pickle, which may run any code when it is read and is not opened here. Save the "
+                "estimator with `skops.io.dump(estimator, 'model.skops')` and give that file."
+            ) from error
         raise FileNotFoundError(
             f"No teacher at {source!r}: it is neither a folder with a config.json nor a Hub model that can be "
             f"reached. Check the name, the revision and, for private models, `hf auth login`. ({error})"
@@ -286,6 +291,7 @@ def _text_feed(source: str, config: PretrainedConfig, kwargs: dict[str, Any]) ->
             f"{source} has no tokenizer. Save the one it was trained with beside the model: "
             "`tokenizer.save_pretrained`."
         ) from error
+    require_words(tokenizer, source)
     return TextFeed(tokenizer, min(_MOST_TOKENS, tokenizer.model_max_length, most_positions(config) or _MOST_TOKENS))
 
 
@@ -353,8 +359,8 @@ def _from_timm(source: str, rows: Rows, options: _Options) -> TorchTeacher:
         model: Any = timm.create_model(location, pretrained=True)
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
-            f"timm cannot load {source!r}: {error}. Check the name (`timm.list_pretrained()`), the folder and the "
-            "connection."
+            f"timm cannot load {source!r}: {str(error).rstrip('.')}. Check the name (`timm.list_pretrained()`), the "
+            "folder and the connection."
         ) from error
     if not model.num_classes:
         raise ValueError(f"{source} has no classifier head (0 classes). Choose a teacher that was trained to classify.")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from hf_hpmkd.class_names import plain_name
+from hf_hpmkd.class_names import are_generic, plain_name
 from hf_hpmkd.dataset_rows import (
     ROW_KEY,
     VIEW_KEY,
@@ -180,6 +180,8 @@ class HPMKDTrainer(Trainer):
         collate = self._get_collator_with_removed_columns(self.data_collator)
         names = own_class_names(self.model)
         rows, num_views = as_rows(self.train_dataset, collate, names, stored=not live)
+        if names and not are_generic(names):
+            _check_classes("The student's names (`id2label`)", names, rows.class_names)
         if self.args.kd_kind == "standardized_kl" and len(rows.class_names) == 2:
             warnings.warn(
                 "Of two logits z-scores are always 1 and -1, so kd_kind=standardized_kl teaches nothing about two "
@@ -189,7 +191,7 @@ class HPMKDTrainer(Trainer):
         guide = None
         if self.guide_dataset is not None:
             guide, _ = as_rows(self.guide_dataset, collate, rows.class_names)
-            _check_classes(guide.class_names, rows.class_names)
+            _check_classes("The guide rows", guide.class_names, rows.class_names)
         teachers = [as_teacher(teacher, rows, device=self.args.device) for teacher in self.teachers]
         if any(_reads_raw(one) for one in teachers):
             for part in (rows, guide):
@@ -385,16 +387,16 @@ def _name_apart(teachers: Sequence[Teacher]) -> None:
         taken.add(teacher.name)
 
 
-def _check_classes(guide: Sequence[str], train: Sequence[str]) -> None:
-    """Raises ValueError where a label means another class among the guide rows than among those to train on: there are
-    more or fewer, or one that both name has another number.
+def _check_classes(what: str, others: Sequence[str], train: Sequence[str]) -> None:
+    """Raises ValueError where a label means another class to others than among the rows to train on: there are more or
+    fewer, or one that both name has another number.
     """
-    ours, theirs = ([plain_name(name) for name in names] for names in (train, guide))
+    ours, theirs = ([plain_name(name) for name in names] for names in (train, others))
     moved = [name for name in theirs if name in ours and ours.index(name) != theirs.index(name)]
-    if len(guide) != len(train) or moved:
+    if len(others) != len(train) or moved:
         raise ValueError(
-            "The guide rows must have the classes of the training rows, in the same order, got "
-            f"{', '.join(guide)} and {', '.join(train)}. Give both the same ClassLabel, for instance by "
+            f"{what} must have the classes of the training rows, in the same order, got "
+            f"{', '.join(others)} and {', '.join(train)}. Give both the same ClassLabel, for instance by "
             "`align_labels_with_mapping`."
         )
 

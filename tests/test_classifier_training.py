@@ -301,3 +301,12 @@ def test_a_model_that_is_cut_over_two_processes_is_saved_and_whole_again(tmp_pat
     assert names == {"config.json", "model.safetensors", "preprocessor_config.json", "tabular.py"}
     auto_map = json.loads((tmp_path / "student" / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModel"] == "tabular.TabularForClassification"
+
+
+def test_a_number_of_steps_rules_out_the_least_number_for_networks_that_teach() -> None:
+    tree = {"data": {"path": "sklearn:wine"}, "teachers": [{"model": "mlp-8"}], "student": {"model": "mlp-4"}}
+    tree["training"] = {"min_steps": 1000, "epochs": 2, "batch_size": 16}
+    recipe = read_recipe(tree, "a test")
+    assert total_steps(recipe, teacher_schedule(recipe, recipe.teachers[0]), 96) == 1000
+    short = read_recipe(tree, "a test", ["training.max_steps=20"])
+    assert total_steps(short, teacher_schedule(short, short.teachers[0]), 96) == 12

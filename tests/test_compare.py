@@ -66,8 +66,9 @@ def files(folder):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    os.environ["HPMKD_CACHE"] = str(folder / "cache")
-    assert main(command(folder)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPMKD_CACHE", str(folder / "cache"))
+        assert main(command(folder)) == 0
     return folder
 
 
@@ -286,19 +287,17 @@ def test_one_teacher_seed_for_all(tmp_path):
     assert not (tmp_path / "out" / "seed-1" / "teachers").exists()
 
 
-@pytest.mark.parametrize(("margin", "kept"), [(1e9, "direct"), (-1e9, "distilled")])
-def test_what_adaptive_chose_proves_itself_as_in_a_run(tmp_path, monkeypatch, margin, kept):
+def test_what_adaptive_chose_proves_itself_as_in_a_run(tmp_path, monkeypatch):
+    """How it fails to is below."""
     monkeypatch.setattr(quick_validation, "HOPE", -1e9)
-    monkeypatch.setattr(quick_validation, "PROOF", margin)
+    monkeypatch.setattr(quick_validation, "PROOF", -1e9)
     line = ["compare", write_recipe(tmp_path), "--methods", "direct,adaptive", "--seeds", "1"]
     assert main([*line, "--output", str(tmp_path / "out")]) == 0
     folder = tmp_path / "out" / "seed-0"
-    mine = weights(folder / "adaptive")
-    assert same(mine, weights(folder / "direct")) == (kept == "direct")
+    assert not same(weights(folder / "adaptive"), weights(folder / "direct"))
     found, plain = result(tmp_path, "adaptive", 0), result(tmp_path, "direct", 0)
-    assert (found.scores["validation"] == plain.scores["validation"]) or kept == "distilled"
     run = RunRecord.load(folder / "adaptive.run" / "run_record.json")
-    assert run.kept.kept == kept and run.kept.rows == run.num_rows("validation") + run.num_rows("guide")
+    assert run.kept.kept == "distilled" and run.kept.rows == run.num_rows("validation") + run.num_rows("guide")
     assert found.seconds > plain.seconds
     # It knows of its teachers what a run would: how much better they are on the rows that taught them.
     accuracies = [teacher.accuracy for teacher in record(tmp_path).teachers["seed-0"]]
@@ -470,6 +469,11 @@ def test_rows_that_have_changed_are_refused(finished, tmp_path, capsys):
 def test_a_recipe_is_needed(capsys):
     assert main(["compare", "training.epochs=1"]) == 2
     assert "compare needs a recipe" in capsys.readouterr().err
+
+
+def test_a_table_of_methods_that_are_not_there_is_refused(finished, capsys):
+    assert main(["compare", "--table", str(finished / "out"), "--methods", "direct,nope"]) == 2
+    assert "has a method nope. Known: again, direct" in capsys.readouterr().err
 
 
 def test_methods_are_listed(capsys):

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 import hf_hpmkd.data_source as data_source
 from hf_hpmkd.data import PARTS, DataConfig, carve, check_disjoint, load_parts
-from hf_hpmkd.data_source import open_source
+from hf_hpmkd.data_source import open_source, with_classes
 
 NAMES = ["bad", "good", "odd"]
 TEXT = Features({"text": Value("string"), "label": ClassLabel(names=NAMES)})
@@ -280,6 +280,43 @@ def test_tables_take_all_usable_columns(tmp_path):
     assert text.task == "text-classification"
     with pytest.raises(ValueError, match=r"numbers, truth values or words that come again, got z"):
         load_parts(DataConfig(path=path, input_column=["x", "z"]))
+
+
+def test_whole_numbers_that_pandas_made_real_are_classes(tmp_path):
+    """As it does where some were missing once."""
+    splits = {
+        name: plain(labels, Value("float64")) for name, labels in (("train", [3.0, 4.0] * 20), ("test", [4.0] * 9))
+    }
+    classes, names = with_classes(splits, "label")
+    assert names == ["3", "4"] and classes["train"]["label"][:2] == [0, 1] and classes["test"]["label"][:1] == [1]
+
+
+def test_an_index_that_was_written_along_is_no_feature(tmp_path):
+    rows = {"Unnamed: 0": range(7, 47), "count": range(3, 43), "age": [20 + i % 9 for i in range(40)]}
+    rows |= {"year": [1990 + i % 20 for i in range(40)], "label": [i % 2 for i in range(40)]}
+    pd.DataFrame(rows).to_csv(tmp_path / "t.csv", index=False)
+    parts = load_parts(DataConfig(path=str(tmp_path / "t.csv")), teachers_saw_train=False)
+    assert parts.train.feature_columns == ["age", "year"]
+    assert "a value of their own there: Unnamed: 0, count." in parts.provenance["warnings"][0]
+    named = DataConfig(path=str(tmp_path / "t.csv"), input_column=["count", "age"])
+    assert load_parts(named, teachers_saw_train=False).train.feature_columns == ["count", "age"]
+
+
+def test_a_quantity_with_a_word_among_it_is_told(tmp_path):
+    ages = [*(str(20 + i % 40) for i in range(99)), "unknown"]
+    words = ["a", "b", "7"] * 33 + ["c"]
+    table = {"age": ages, "kind": words, "label": [i % 2 for i in range(100)]}
+    pd.DataFrame(table).to_csv(tmp_path / "t.csv", index=False)
+    told = load_parts(DataConfig(path=str(tmp_path / "t.csv")), teachers_saw_train=False).provenance["warnings"]
+    assert told[0].startswith("Column age holds words, of which 98% are numbers") and "kind" not in told[1]
+
+
+def test_a_file_without_rows_is_told(tmp_path):
+    rows = pd.DataFrame({"x": [1.0] * 9, "label": [0, 1, 0] * 3})
+    rows.to_parquet(tmp_path / "train.parquet")
+    rows[:0].to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(ValueError, match="holds no rows"):
+        open_source(str(tmp_path))
 
 
 def test_text_columns_are_found_by_name_or_alone(tmp_path):

@@ -48,8 +48,8 @@ def table_recipe(folder, **training):
 def finished(tmp_path_factory):
     """One finished run on a table."""
     folder = tmp_path_factory.mktemp("finished")
-    os.environ["HPMKD_CACHE"] = str(folder / "cache")
-    with full_runs():
+    with full_runs(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPMKD_CACHE", str(folder / "cache"))
         assert main(["distill", str(table_recipe(folder))]) == 0
     return folder
 
@@ -278,28 +278,39 @@ def test_a_run_killed_without_warning_goes_on_and_ends_the_same(tmp_path, finish
     assert all(torch.equal(killed[key], whole[key]) for key in whole)
 
 
-@pytest.mark.parametrize("task", ["image", "text"])
-def test_the_student_predicts_names_from_raw_input_in_a_fresh_process(tmp_path, task):
-    if task == "image":
-        words = ["quickstart", "data.max_train_rows=100", "student.model=cifar-resnet-8x4"]
-        raw = "__import__('PIL.Image').Image.new('RGB', (40, 30))"
-        names = {str(digit) for digit in range(10)}
-    else:
-        rows = [{"text": f"{word} number {i}", "label": word} for i in range(20) for word in ("cat", "dog")]
-        pd.DataFrame(rows).to_csv(tmp_path / "texts.csv", index=False)
-        recipe = {"data": {"path": str(tmp_path / "texts.csv")}, "student": {"model": "bert-1x16"}}
-        (tmp_path / "text.yaml").write_text(yaml.safe_dump({**recipe, "teachers": [{"model": "bert-1x32"}]}))
-        words, raw, names = [str(tmp_path / "text.yaml")], "'a dog and a cat'", {"cat", "dog"}
-    words += ["teachers=[{model: sklearn:LogisticRegression, folds: 2}]", "training.epochs=1"]
-    assert main(["distill", *words, f"output.dir={tmp_path / 'run'}", "distillation.direct=false"]) == 0
+@pytest.fixture(scope="module")
+def fresh_predictions(tmp_path_factory):
+    """What a fresh process makes of raw input, with a student of images and one of texts: the labels, by task."""
+    folder = tmp_path_factory.mktemp("fresh")
+    rows = [{"text": f"{word} number {i}", "label": word} for i in range(20) for word in ("cat", "dog")]
+    pd.DataFrame(rows).to_csv(folder / "texts.csv", index=False)
+    recipe = {"data": {"path": str(folder / "texts.csv")}, "student": {"model": "bert-1x16"}}
+    (folder / "text.yaml").write_text(yaml.safe_dump({**recipe, "teachers": [{"model": "bert-1x32"}]}))
+    words = {
+        "image": ["quickstart", "data.max_train_rows=100", "student.model=cifar-resnet-8x4"],
+        "text": [str(folder / "text.yaml")],
+    }
+    more = ["teachers=[{model: sklearn:LogisticRegression, folds: 2}]", "training.epochs=1"]
+    for task, start in words.items():
+        line = ["distill", *start, *more, f"output.dir={folder / task}", "distillation.direct=false"]
+        assert main(line) == 0
     code = (
-        "import sys, json, hf_hpmkd\n"
+        "import sys, json, hf_hpmkd, PIL.Image\n"
         "from transformers import pipeline\n"
-        f"print(json.dumps(pipeline('{task}-classification', model=sys.argv[1])({raw})))"
+        "raw = {'image': PIL.Image.new('RGB', (40, 30)), 'text': 'a dog and a cat'}\n"
+        "found = {task: pipeline(f'{task}-classification', model=f'{sys.argv[1]}/{task}/student')(raw[task])"
+        " for task in raw}\n"
+        "print(json.dumps({task: [one['label'] for one in answers] for task, answers in found.items()}))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, str(tmp_path / "run" / "student")]
+    command = [sys.executable, "-c", code, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
-    predictions = json.loads(done.stdout.splitlines()[-1])
-    assert predictions and {one["label"] for one in predictions} <= names
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("task", "names"), [("image", {str(digit) for digit in range(10)}), ("text", {"cat", "dog"})], ids=["image", "text"]
+)
+def test_the_student_predicts_names_from_raw_input_in_a_fresh_process(fresh_predictions, task, names):
+    assert fresh_predictions[task] and set(fresh_predictions[task]) <= names

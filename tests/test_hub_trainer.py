@@ -102,4 +102,5 @@ def test_every_save_pushes_each_checkpoint(published):
 
 def test_the_card_names_the_trainer(published):
     hub, _ = published
-    assert hub.files("tester/called")["README.md"].startswith(b"---\n")
+    card = hub.files("tester/called")["README.md"].decode()
+    assert card.startswith("---\n") and "generated_from_trainer" in card

@@ -3,19 +3,29 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import skops.io
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.naive_bayes import GaussianNB
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder
 from sklearn.svm import LinearSVC
 
-from hf_hpmkd.sklearn_teachers import ESTIMATORS, SAVED_TYPES, load_skops, stratified_folds, train_sklearn
+from hf_hpmkd.sklearn_teachers import (
+    ESTIMATORS,
+    SAVED_TYPES,
+    SklearnTeacher,
+    load_skops,
+    sklearn_inputs,
+    stratified_folds,
+    train_sklearn,
+)
 from hf_hpmkd.tasks.augmentation import Augmentation
 from hf_hpmkd.tasks.images import ImageRows
 from hf_hpmkd.tasks.tables import TableRows
@@ -154,6 +164,29 @@ def test_unseen_categories_and_gaps_are_answered_alone_as_in_company(name):
     alone = torch.cat([teacher.logits(other, torch.tensor([row])) for row in range(12)])
     assert torch.allclose(alone, together, atol=1e-5)
     assert torch.allclose(answers(teacher, table_rows(12))[4:6], together[4:6], atol=1e-5)  # the same values as objects
+
+
+def test_a_column_without_a_value_stays_one_of_words():
+    """A single row, as where a model is timed."""
+    frame = sklearn_inputs({"table": pd.DataFrame({"town": pd.Series([None], dtype="str")})})
+    assert frame["town"].dtype == object and frame["town"].isna().all()
+    encoder = OneHotEncoder(handle_unknown="ignore").fit(pd.DataFrame({"town": ["Rome", "Oslo", np.nan]}, dtype=object))
+    assert encoder.transform(frame).sum() == 1  # the gap
+
+
+def test_what_an_estimator_cannot_answer_names_it():
+    class Strict(DummyClassifier):
+        def predict_proba(self, X):
+            raise ValueError("unknown categories")
+
+    rows = table_rows()
+    estimator = Strict().fit([[0]], [0])
+    names = rows.class_names
+    teacher = SklearnTeacher(
+        estimator, name="strict", source="s.skops", class_names=names, data_names=names, fingerprint="x"
+    )
+    with pytest.raises(ValueError, match=r"Teacher 'strict' \(s.skops\) cannot answer these rows: unknown categories"):
+        teacher.logits(rows, torch.tensor([0]), torch.tensor([-1]))
 
 
 def test_the_seed_decides_and_one_core_is_taken():

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -240,7 +241,7 @@ def test_says_what_it_will_take_and_refuses_where_the_disk_is_full(tmp_path, mon
     said = []
     get(TeacherCache(tmp_path), [teacher()], image_rows(), views=3, batch_size=8, on_message=said.append)
     assert said[0].startswith("Teacher outputs to compute: 3 files, 1.2 kB, into ")
-    assert said[1].startswith("Teacher 'one': about 0 s for 3 file(s) of 50 rows")
+    assert re.match(r"Teacher 'one': about \d+ s for 3 file\(s\) of 50 rows", said[1])
     assert estimate(4, 50_000, 10, 6).bytes == 4 * 6 * 50_000 * 10 * 2 and estimate(4, 50_000, 10, 6).files == 24
     assert estimate(1, 10, 1000, 0, "topk", 10).bytes == 10 * (10 * 2 + 10 * 2 + 2)
     monkeypatch.setattr("hf_hpmkd.teacher_cache.shutil.disk_usage", lambda _: _Full)
@@ -475,10 +476,10 @@ def test_lock_of_a_killed_process_blocks_nobody(tmp_path):
     assert outputs.hits + outputs.misses == 6 and outputs.misses >= 1
 
 
-def hold_then_release(path, seconds, ready):
+def hold_then_release(path, ready, enough):
     with FileLock(path):
         ready.set()
-        time.sleep(seconds)
+        enough.wait(60)
 
 
 def test_a_busy_file_is_left_for_last_and_waited_for(tmp_path):
@@ -487,11 +488,17 @@ def test_a_busy_file_is_left_for_last_and_waited_for(tmp_path):
     by_view = {entry.view: entry.path for entry in cache.entries()}
     for path in by_view.values():
         path.unlink()
-    ready = multiprocessing.get_context("fork").Event()
-    holder = forked(hold_then_release, by_view[0].with_suffix(".lock"), 1.0, ready)
+    ready, enough = (multiprocessing.get_context("fork").Event() for _ in range(2))
+    holder = forked(hold_then_release, by_view[0].with_suffix(".lock"), ready, enough)
     assert ready.wait(60)
     said = []
-    outputs = get(cache, [one], rows, views=3, on_message=said.append)
+
+    def listen(line):
+        said.append(line)
+        if line.startswith("Waiting"):
+            enough.set()
+
+    outputs = get(cache, [one], rows, views=3, on_message=listen)
     holder.join(60)
     assert outputs.misses == 3 and "Waiting for another process that computes 1 of the files." in said
     written = {view: path.stat().st_ctime_ns for view, path in by_view.items()}

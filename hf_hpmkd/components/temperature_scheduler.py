@@ -184,7 +184,8 @@ class TemperatureScheduler:
                 f"{self.schedule}. Resume with the settings of the interrupted run."
             )
         self.chosen = state["chosen"]
-        self.temperature = state["temperature"]
+        if self.schedule != "constant":  # where it does not move, what is asked for now is taken, as alpha is
+            self.temperature = state["temperature"]
         self.step = state["step"]
         self._first_loss = state["first_loss"]
         self._running_loss = state["running_loss"]

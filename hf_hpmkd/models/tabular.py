@@ -84,8 +84,8 @@ class TabularProcessor(FeatureExtractionMixin):
         return cls(
             numeric_columns=numeric,
             mean=[float(column.mean()) if len(column) else 0.0 for column in known],
-            std=[spread if spread > 0 else 1.0 for spread in spreads],
-            indicator_columns=[column for column in numeric if np.isnan(values[column]).any()],
+            std=spreads,
+            indicator_columns=[column for column in numeric if 0 < np.isnan(values[column]).mean() < 1],
             categorical_columns=categorical,
             categories={column: sorted({str(value) for value in table[column].dropna()}) for column in categorical},
         )
@@ -123,7 +123,8 @@ class TabularProcessor(FeatureExtractionMixin):
             )
         numbers = [_numbers(table[column]) for column in self.numeric_columns]
         inputs = [
-            np.where(np.isnan(values), 0.0, np.clip((values - mean) / std, -CLIP, CLIP))
+            # What never varied taught nothing, so whatever it is now is left out: 0, as what is missing.
+            np.where(np.isnan(values) | (std == 0), 0.0, np.clip((values - mean) / (std or 1.0), -CLIP, CLIP))
             for values, mean, std in zip(numbers, self.mean, self.std, strict=True)
         ]
         is_missing = {c: np.isnan(values) for c, values in zip(self.numeric_columns, numbers, strict=True)}
@@ -292,12 +293,16 @@ class TabularForClassification(PreTrainedModel):
 
     @torch.no_grad()
     def predict_proba(self, table: pd.DataFrame, batch_size: int = 8192) -> np.ndarray:
-        """Class probabilities `(rows, num_labels)`, float32. Raises ValueError without a processor."""
+        """Class probabilities `(rows, num_labels)`, float32. table: columns that the model does not read are ignored,
+        the label among them. Raises ValueError without a processor, and as that does.
+        """
         if self.processor is None:
             raise ValueError(
                 "The model has no processor, so it cannot read a table. Load it from a folder that holds "
                 "preprocessor_config.json, or call `model.attach_processor(processor)`."
             )
+        if isinstance(table, pd.DataFrame):
+            table = table[[column for column in table.columns if column in self.processor.columns]]
         inputs = self.processor(table)
         was_training = self.training
         self.eval()

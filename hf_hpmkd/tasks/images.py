@@ -40,20 +40,25 @@ def _decode(feature: Image, value: Mapping[str, Any] | None, row: int) -> Tensor
             "`dataset.filter(lambda r: r[column] is not None)`."
         )
     try:
-        return image_to_tensor(feature.decode_example(value), row)
+        return image_to_tensor(feature.decode_example(value), f"The image of {_place(value, row)}")
     except (OSError, SyntaxError) as error:  # Pillow's words for a damaged file
-        file = value.get("path") or "no path"
-        raise ValueError(f"The image of row {row} of this part ({file}) cannot be read: {error}") from error
+        raise ValueError(f"The image of {_place(value, row)} cannot be read: {error}") from error
 
 
-def image_to_tensor(image: Any, row: int) -> Tensor:
-    """uint8 `(channels, height, width)` of a PIL image: one channel for grey pictures, three for all others."""
+def _place(value: Mapping[str, Any], row: int) -> str:
+    return f"row {row} of this part ({value.get('path') or 'no path'})"
+
+
+def image_to_tensor(image: Any, what: str) -> Tensor:
+    """uint8 `(channels, height, width)` of a PIL image: one channel for grey pictures, three for all others. what: what
+    it is called in the ValueError for one that has not 8 bits per channel.
+    """
     if image.mode in _GREY_MODES:
         return torch.from_numpy(np.array(image.convert("L")))[None]
     if image.mode not in _COLOUR_MODES:
         raise ValueError(
-            f"Row {row} holds an image of mode {image.mode!r}; 8 bits per channel are needed. "
-            "Convert it: `image.convert('RGB')`."
+            f"{what} has mode {image.mode!r}; 8 bits per channel are needed. Convert it, for instance by Pillow's "
+            "`image.convert('RGB')`, and save it again."
         )
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 

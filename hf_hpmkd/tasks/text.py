@@ -33,6 +33,27 @@ TEXT_COLUMNS = ("text", "sentence")
 _POSITIONS_AFTER_PADDING = ("roberta", "camembert", "longformer", "mpnet")
 
 
+def require_texts(texts: Sequence[Any], where: str) -> None:
+    """Raises ValueError where a row has none. where: words behind "rows", for the message."""
+    wrong = [row for row, text in enumerate(texts) if not isinstance(text, str)]
+    if wrong:
+        raise ValueError(
+            f"Every row needs a text; {len(wrong):,} of {len(texts):,} rows{where} have none (first: row {wrong[0]}, "
+            f"counted from 0, {texts[wrong[0]]!r}). Remove them, or write an empty text."
+        )
+
+
+def require_words(tokenizer: Any, source: str) -> None:
+    """Raises FileNotFoundError for a tokenizer that knows no words: of a folder without its files transformers makes
+    one of the special tokens alone, to which every text is the same.
+    """
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        raise FileNotFoundError(
+            f"{source} has no tokenizer. Save the one it was trained with beside the model: "
+            "`tokenizer.save_pretrained`."
+        )
+
+
 class TextRows(Rows):
     """Rows with one text each. Build with `from_dataset`. augmentation: None has no views. max_length: see `Rows`."""
 
@@ -53,12 +74,7 @@ class TextRows(Rows):
         self.supports_views = augmentation is not None
         self.keeps_labels = augmentation is None
         self.texts = list(texts)
-        wrong = next((row for row, text in enumerate(self.texts) if not isinstance(text, str)), None)
-        if wrong is not None:
-            raise ValueError(
-                f"Every row needs a text; row {wrong} holds {self.texts[wrong]!r}. "
-                "Remove such rows first: `dataset.filter(lambda r: r[column] is not None)`."
-            )
+        require_texts(self.texts, "")
 
     @classmethod
     def from_dataset(

@@ -63,11 +63,19 @@ def test_new_rows_unknown_missing_and_extreme_values(table):
 
 
 def test_columns_without_spread_or_values():
+    """They taught nothing, so whatever they are later changes nothing."""
     processor = TabularProcessor.fit(pd.DataFrame({"flat": [7, 7], "empty": [np.nan, np.nan]}))
-    assert processor(pd.DataFrame({"flat": [7, 8], "empty": [None, 4.0]}))["numeric"].tolist() == [
-        [0.0, 0.0, 1.0],
-        [1.0, 4.0, 0.0],
-    ]
+    assert processor(pd.DataFrame({"flat": [7, 8], "empty": [None, 4.0]}))["numeric"].tolist() == [[0.0, 0.0]] * 2
+    older = TabularProcessor(numeric_columns=["flat"], mean=[7.0], std=[1.0])  # as they were saved before
+    assert older(pd.DataFrame({"flat": [7, 8]}))["numeric"].tolist() == [[0.0], [1.0]]
+
+
+def test_predicting_ignores_columns_that_the_model_does_not_read(table):
+    model = model_for(TabularProcessor.fit(table))
+    expected = model.predict_proba(table)
+    assert np.array_equal(model.predict_proba(table.assign(label="x", id=range(4))), expected)
+    with pytest.raises(ValueError, match="Missing: age"):
+        model.predict(table.drop(columns="age"))
 
 
 def test_column_order_is_free_and_names_count(table):

@@ -226,7 +226,7 @@ def test_other_modes_become_colour_and_deep_ones_are_refused():
         colour.convert(mode).save(stored, "TIFF")
         rows = rows_of([PILImage.open(stored), colour])
         assert np.array_equal(rows.raw([0])["image"][0].numpy().transpose(1, 2, 0), colour.convert(mode).convert("RGB"))
-    with pytest.raises(ValueError, match="Row 1 holds an image of mode 'I;16'"):
+    with pytest.raises(ValueError, match=r"The image of row 1 of this part \(no path\) has mode 'I;16'"):
         rows_of([colour, PILImage.fromarray(np.full((4, 4), 40_000, dtype=np.uint16))])
 
 
