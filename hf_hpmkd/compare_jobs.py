@@ -8,7 +8,6 @@ import hashlib
 import multiprocessing
 import os
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +40,7 @@ from hf_hpmkd.comparison_record import Result, Score
 from hf_hpmkd.components.optimization_memory import OptimizationMemory
 from hf_hpmkd.control_teachers import CONTROLS, ControlTeacher
 from hf_hpmkd.data import DataParts
-from hf_hpmkd.distill import get_teachers, student_builder
+from hf_hpmkd.engines import end_when, output_to
 from hf_hpmkd.evaluation import student_logits
 from hf_hpmkd.kept_student import judge_students
 from hf_hpmkd.methods import Method, method_recipe
@@ -52,6 +51,7 @@ from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_environment import code_commit, environment
 from hf_hpmkd.run_memory import RunMemory, run_memory
 from hf_hpmkd.run_record import RECORD_FILE, AutoRecord, ChainRecord, RunRecord
+from hf_hpmkd.run_steps import get_teachers, student_builder
 from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.teacher_cache import TeacherCache
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
@@ -404,7 +404,7 @@ def _processes(place: Workplace, jobs: Sequence[Job], count: int) -> Iterator[li
     threads = max(1, torch.get_num_threads() // count)
     context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads in whatever state they are
     setting = recipe_tree(place.recipe), place.folder, place.teacher_seed
-    # Not daemonic: the data loaders of a recipe may need processes of their own. `_end_with` sees to the end instead.
+    # Not daemonic: the data loaders of a recipe may need processes of their own. `end_when` sees to the end instead.
     processes = [context.Process(target=_work, args=(setting, list(jobs), threads)) for _ in range(count)]
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the libraries when the new process loads them
@@ -429,7 +429,8 @@ def _processes(place: Workplace, jobs: Sequence[Job], count: int) -> Iterator[li
 def _work(setting: tuple[dict[str, Any], Path, int | None], jobs: list[Job], threads: int) -> None:
     """A process: takes each job that no other has taken, once, until none is left."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them; the first process ends the others
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    parent: Any = multiprocessing.parent_process()
+    end_when(lambda: not parent.is_alive())
     torch.set_num_threads(threads)
     PartialState(cpu=not torch.accelerator.is_available())
     disable_progress_bar()
@@ -440,27 +441,7 @@ def _work(setting: tuple[dict[str, Any], Path, int | None], jobs: list[Job], thr
                 with FileLock(job.lock, timeout=0):
                     result = job.result()
                     if result is not None and result.status == "waiting":
-                        with _output_to(job.log):
+                        with output_to(job.log):
                             _run_one(place, job)
             except Timeout:  # another process is at it
                 continue
-
-
-def _end_with(parent: Any) -> None:
-    parent.join()
-    os._exit(1)  # killed, the first process could not end this one
-
-
-@contextmanager
-def _output_to(log: Path) -> Iterator[None]:
-    """Everything that is printed, warnings and progress bars included, goes to a file: processes would mix theirs."""
-    kept = [os.dup(1), os.dup(2)]
-    with open(log, "ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    try:
-        yield
-    finally:
-        for target, old in zip((1, 2), kept, strict=True):
-            os.dup2(old, target)
-            os.close(old)

@@ -449,7 +449,7 @@ def _licences(record: RunRecord, license: str | None) -> str:
         warning = license_warning(found)
         return f"- {what}: {found or 'unknown'}" + (f" - **{warning}**" if warning else "")
 
-    own = f"The student: {license}." if license else "No licence has been chosen for the student."
+    own = f"The student: {license}." if license else "No licence has been chosen for the student (`hub.license`)."
     lines = [line(f"data `{data_name(record)}`", record.parts.get("license"))]
     lines += [_teacher_licence(one, line) for one in record.teachers]
     start = record.recipe.get("student", {})

@@ -246,6 +246,7 @@ class HubConfig:
     push: bool = Field(False, description="Upload the student, its card and records at the end.")
     repo_id: str | None = Field(None, description="Repository, user/name.")
     private: bool = Field(True, description="Create the repository as private.")
+    license: str | None = Field(None, description="The student's licence, as the Hub names it; for its card.")
 
 
 @dataclass(config=_STRICT, kw_only=True)

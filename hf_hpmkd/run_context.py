@@ -122,7 +122,7 @@ class Run:
             return
         self.record.status = "completed"
         plots = report.draw_plots(self.record, self.folder / "plots")
-        write_card(self.record, self.folder, self.folder / "student", plots)
+        write_card(self.record, self.folder, self.folder / "student", plots, self.recipe.hub.license)
 
 
 def new_record(recipe: Recipe) -> RunRecord:

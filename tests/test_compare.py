@@ -12,17 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from hf_hpmkd import classifier_training, compare, compare_jobs, quick_validation
 from hf_hpmkd.cli import main
+from hf_hpmkd.compare_jobs import Job, Workplace
 from hf_hpmkd.comparison_record import ComparisonRecord, Result
 from hf_hpmkd.data import DataConfig, load_parts
 from hf_hpmkd.distill import student_builder
 from hf_hpmkd.methods import METHODS as KNOWN
-from hf_hpmkd.methods import Method, method_recipe
+from hf_hpmkd.methods import Method, choose_methods, method_recipe
 from hf_hpmkd.models.tabular import TabularForClassification
-from hf_hpmkd.recipe import load_recipe, recipe_parts
+from hf_hpmkd.recipe import load_recipe, recipe_parts, recipe_tree
 from hf_hpmkd.run_folder import alone_in
 from hf_hpmkd.run_record import RunRecord
 
@@ -503,6 +505,43 @@ def session(leader):
         if int(fields[3]) == leader and fields[0] != "Z":
             found.append(int(stat.parent.name))
     return found
+
+
+def test_a_process_takes_each_job_once_and_leaves_those_of_others(tmp_path, monkeypatch):
+    """What `--jobs` starts, in this process."""
+    recipe = load_recipe(write_recipe(tmp_path))
+    direct = choose_methods(["direct"])[0]
+    jobs = [Job(direct, seed, tmp_path / "out") for seed in range(4)]
+    for job in jobs:
+        job.student.parent.mkdir(parents=True)
+        Result("direct", job.seed, "x").save(job.result_file)
+    done = jobs[1].result()
+    done.status = "completed"
+    done.save(jobs[1].result_file)
+    taken = []
+
+    def train(place, job):
+        taken.append(job.seed)
+        if job.seed == 3:
+            raise ValueError("too much")
+        result = job.result()
+        result.status = "completed"
+        result.save(job.result_file)
+
+    monkeypatch.setattr(Workplace, "train", train)
+    monkeypatch.setattr(compare_jobs, "end_when", lambda is_over: None)
+    monkeypatch.setattr(compare_jobs.signal, "signal", lambda *args: None)
+    with FileLock(jobs[2].lock):  # another process is at it
+        compare_jobs._work((recipe_tree(recipe), tmp_path / "out", None), jobs, torch.get_num_threads())
+    assert taken == [0, 3]
+    assert [job.result().status for job in jobs] == ["completed", "completed", "waiting", "failed"]
+    assert jobs[3].result().error == "ValueError: too much" and "too much" in jobs[3].log.read_text()
+    said = []
+    told = compare_jobs._Teller([jobs[2], jobs[3]], 4, said.append)
+    told.news()
+    told.lost([-9, 0])
+    assert told.done == 4 and [line.split(":")[0] for line in told.failures] == ["direct, seed 3", "direct, seed 2"]
+    assert "exit codes -9, 0; -9 is often too little memory" in told.failures[1] and len(said) == 2
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")

@@ -86,13 +86,14 @@ def test_a_second_student_finds_the_teachers_outputs(tmp_path, capsys):
 
 
 def test_a_run_may_push_its_student(hub, tmp_path, capsys, monkeypatch):
-    words = ["hub.push=true", "hub.repo_id=tester/student"]
+    words = ["hub.push=true", "hub.repo_id=tester/student", "hub.license=apache-2.0"]
     distill(tmp_path, *words)
     assert "tester/student" in capsys.readouterr().out
     files = hub.files("tester/student")
     assert {"README.md", "config.json", "model.safetensors", "run_record.json", "tabular.py"} <= set(files)
     assert files["model.safetensors"] == (tmp_path / "run/student/model.safetensors").read_bytes()
     assert hub.repos["models", "tester/student"].private
+    assert b"\nlicense: apache-2.0\n" in files["README.md"]
     monkeypatch.delenv("HF_TOKEN")
     asked = len(hub.requests)
     assert main(["distill", recipe(tmp_path), f"output.dir={tmp_path / 'two'}", *words]) == 2
