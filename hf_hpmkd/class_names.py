@@ -27,7 +27,9 @@ def align_labels(teacher_names: Sequence[str], data_names: Sequence[str]) -> lis
     if list(teacher_names) == list(data_names):
         return list(range(len(data_names)))
     exact = len(set(teacher_names)) == len(teacher_names) and set(teacher_names) == set(data_names)
-    if not exact and len(teacher_names) == len(data_names):
+    teacher = list(teacher_names) if exact else [plain_name(name) for name in teacher_names]
+    data = list(data_names) if exact else [plain_name(name) for name in data_names]
+    if len(teacher) == len(data) and set(teacher) != set(data):
         for whose, names, others, generic in (
             ("teacher", teacher_names, data_names, are_generic(teacher_names)),
             ("data", data_names, teacher_names, are_generic(data_names, numbers=False)),
@@ -40,8 +42,6 @@ def align_labels(teacher_names: Sequence[str], data_names: Sequence[str]) -> lis
                     stacklevel=2,
                 )
                 return list(range(len(data_names)))
-    teacher = list(teacher_names) if exact else [plain_name(name) for name in teacher_names]
-    data = list(data_names) if exact else [plain_name(name) for name in data_names]
     faults = [
         _listed(
             "missing from the teacher", [name for name, p in zip(data_names, data, strict=True) if p not in teacher]

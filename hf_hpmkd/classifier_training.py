@@ -306,13 +306,13 @@ def move_training(source: Path, target: Path) -> None:
     """
     if source.exists():
         shutil.move(source, target)
-    if done_file(source).is_file():
-        done_file(source).replace(done_file(target))
     for file in target.glob("checkpoints/*/trainer_state.json"):
         state = json.loads(file.read_text(encoding="utf-8"))
         if best := state["best_model_checkpoint"]:
             state["best_model_checkpoint"] = str(target / "checkpoints" / Path(best).name)
             write_json(file, state)
+    if done_file(source).is_file():
+        done_file(source).replace(done_file(target))
 
 
 def copy_training(source: Path, target: Path) -> None:

@@ -25,7 +25,7 @@ from hf_hpmkd.tasks.base import (
 )
 from hf_hpmkd.tasks.images import Augmentation, ImageRows
 from hf_hpmkd.tasks.tables import TableRows
-from hf_hpmkd.tasks.text import TextRows
+from hf_hpmkd.tasks.text import TextRows, require_texts
 from hf_hpmkd.tasks.word_dropout import WordDropout
 
 WHOLE = "the whole split"
@@ -173,6 +173,10 @@ def load_parts(
         require_columns(config.path, config.label_column, config.input_column, split, rows)
     task, columns, notes = choose_input(config.label_column, config.input_column, task, splits[chosen["train"]])
     splits, class_names = with_classes(splits, config.label_column)
+    if task == TEXT_CLASSIFICATION:
+        for split, rows in splits.items():  # in a part, which is drawn, nobody would find the row
+            if rows.data.column(columns[0]).null_count:
+                require_texts(column_values(rows, columns[0]), f" of split {split!r}")
     if config.max_length is not None and task != TEXT_CLASSIFICATION:
         raise ValueError(f"`data.max_length` is for texts, and this is {task}. Leave it out.")
     augmentation = _choose_augmentation(config, task, splits[chosen["train"]], columns)

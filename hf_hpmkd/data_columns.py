@@ -14,7 +14,7 @@ from hf_hpmkd.tasks.text import TEXT_COLUMNS
 Columns = str | list[str] | None
 _INDEX_NAMES = ("Unnamed: 0", "__index_level_0__")  # pandas' for an index that was written along
 _FEW_ROWS = 20  # whose numbers may count them by chance, and of whose words nothing can be said
-_MOSTLY = 0.9
+_FEW_ODD = 0.1  # of the different values of a column
 
 
 def require_columns(path: str, label_column: str, input_column: Columns, split: str, rows: Dataset) -> None:
@@ -66,20 +66,23 @@ def _table_columns(candidates: dict[str, Any], rows: Dataset, chosen: bool) -> t
     usable = [name for name, feature in candidates.items() if is_table_feature(feature)]
     left_out = [name for name in candidates if name not in usable]
     notes = [f"Columns left out of the table, by their type: {', '.join(left_out)}."] if left_out else []
-    if not chosen and (alone := [name for name in usable if _names_rows(candidates[name], rows, name)]):
-        usable = [name for name in usable if name not in alone]
-        left_out += alone
-        notes.append(
-            f"Columns left out of the table, because most rows have a value of their own there: {', '.join(alone)}. "
-            "Name all columns of the table with data.input_column=[A,B,...] to keep them; if one holds the texts to "
-            "classify, name it alone."
-        )
-    for name in usable:
-        if share := _share_of_numbers(candidates[name], rows, name):
+    words = {name: set(column_values(rows, name)) for name in usable if _is_string(candidates[name])}
+    if not chosen:
+        named = [name for name, values in words.items() if mostly_different(len(values), len(rows))]
+        counting = [name for name in usable if _counts_rows(candidates[name], rows, name)]
+        keep = "Name all columns of the table with data.input_column=[A,B,...] to keep them"
+        if named:
             notes.append(
-                f"Column {name} holds words, of which {share:.0%} are numbers, so it is read as categories. If it is a "
-                "quantity, mend or empty the other cells."
+                "Columns left out of the table, because most rows have a value of their own there: "
+                f"{', '.join(named)}. {keep}; if one holds the texts to classify, name it alone."
             )
+        if counting:
+            notes.append(
+                f"Columns left out of the table, because they only count the rows: {', '.join(counting)}. {keep}."
+            )
+        usable = [name for name in usable if name not in (*named, *counting)]
+        left_out += [*named, *counting]
+    notes += [note for name, values in words.items() if (note := _told_of_numbers(name, values))]
     if not usable or (chosen and left_out):
         odd = ", ".join(f"{name} ({candidates[name]})" for name in left_out) or "no column"
         raise ValueError(
@@ -89,21 +92,30 @@ def _table_columns(candidates: dict[str, Any], rows: Dataset, chosen: bool) -> t
     return usable, notes
 
 
-def _names_rows(feature: Any, rows: Dataset, column: str) -> bool:
+def _counts_rows(feature: Any, rows: Dataset, column: str) -> bool:
+    """Whether whole numbers go through a range, each once: an index that was written along, or a number of each row."""
+    if not (isinstance(feature, Value) and feature.dtype.startswith(("int", "uint"))):
+        return False
+    values = rows.with_format("arrow").select_columns([column])[:].column(0)
+    if len(values) <= _FEW_ROWS or values.null_count:
+        return False
     if column in _INDEX_NAMES:
-        return True
-    if isinstance(feature, Value) and feature.dtype.startswith(("int", "uint")):  # does it count the rows?
-        values = rows.with_format("arrow").select_columns([column])[:].column(0)
-        ends = pc.min_max(values)
-        span = len(values) > _FEW_ROWS and not values.null_count and ends["max"].as_py() - ends["min"].as_py() + 1
-        return span == len(values) and pc.count_distinct(values).as_py() == span
-    return _is_string(feature) and mostly_different(len(set(column_values(rows, column))), len(rows))
+        return pc.count_distinct(values).as_py() == len(values)
+    ends = pc.min_max(values)
+    in_a_row = ends["max"].as_py() - ends["min"].as_py() + 1 == len(values)
+    return in_a_row and pc.count_distinct(values).as_py() == len(values)
 
 
-def _share_of_numbers(feature: Any, rows: Dataset, column: str) -> float:
-    """How many of a string column's values read as numbers, if nearly all do and they are many; else 0."""
-    if not _is_string(feature):
-        return 0.0
-    values = {value for value in column_values(rows, column) if value is not None}
-    numbers = pd.to_numeric(pd.Series(sorted(values), dtype=object), errors="coerce").notna()
-    return float(numbers.mean()) if len(values) > _FEW_ROWS and _MOSTLY < numbers.mean() < 1 else 0.0
+def _told_of_numbers(column: str, values: set[Any]) -> str | None:
+    """What to say of a column of strings that nearly all read as numbers: a cell or two made it one of words."""
+    known = [value for value in values if value is not None]
+    if len(known) <= _FEW_ROWS:
+        return None
+    odd = [value for value in known if pd.isna(pd.to_numeric(value, errors="coerce"))]
+    if not 0 < len(odd) < _FEW_ODD * len(known):
+        return None
+    told = ", ".join(map(repr, sorted(odd)[:3]))
+    return (
+        f"Column {column} is read as words, because of {len(odd)} of its {len(known):,} different values, which are no "
+        f"numbers: {told}{', ...' if len(odd) > 3 else ''}. If it is a quantity, empty those cells."
+    )

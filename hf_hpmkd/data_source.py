@@ -98,10 +98,11 @@ def _open_files(path: str, files: list[str]) -> Source:
         raise ValueError(
             f"{path!r} must name files that all end in .parquet or all in .csv, got {', '.join(files[:5])}."
         )
-    words = {
-        _SPLIT_WORDS[w] for file in files for w in re.split(r"[^a-z]+", Path(file).stem.lower()) if w in _SPLIT_WORDS
-    }
-    if len(words) > 1:
+    named = [re.split(r"[^a-z]+", Path(file).stem.lower()) for file in files]
+    of_files = [{_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS} for words in named]
+    known = [splits for splits in of_files if splits]
+    words = set[str]().union(*known)
+    if known and not set.intersection(*known):  # car_evaluation_train.csv may be of two
         raise ValueError(
             f"{path!r} matches files of several splits ({', '.join(sorted(words))}), which would become one. "
             "Give the folder instead: its splits are then told apart by the file names."
@@ -231,7 +232,6 @@ def with_classes(splits: Mapping[str, Dataset], column: str) -> tuple[dict[str, 
     """
     for split, rows in splits.items():
         _check_labels(split, rows, column)
-    splits = {split: _whole(rows, column) for split, rows in splits.items()}
     features = {split: rows.features[column] for split, rows in splits.items()}
     typed = next((split for split, feature in features.items() if isinstance(feature, ClassLabel)), None)
     if typed is not None:
@@ -247,7 +247,8 @@ def with_classes(splits: Mapping[str, Dataset], column: str) -> tuple[dict[str, 
     if len(set(kinds.values())) > 1:
         told = ", ".join(f"{split!r} holds {kind} ({features[split].dtype})" for split, kind in kinds.items())
         raise ValueError(f"Column {column!r} must hold classes of one kind in all splits; {told}. Cast one of them.")
-    found = {value for rows in splits.values() for value in column_values(rows, column)}
+    labels = {split: [_whole(value) for value in column_values(rows, column)] for split, rows in splits.items()}
+    found = {value for values in labels.values() for value in values}
     count = sum(len(rows) for rows in splits.values())
     quantities = "numbers" in kinds.values() and found != set(range(len(found)))
     if mostly_different(len(found), count) or (quantities and len(found) > _FEW_VALUES):
@@ -261,18 +262,16 @@ def with_classes(splits: Mapping[str, Dataset], column: str) -> tuple[dict[str, 
     coded = {}
     for split, rows in splits.items():
         place = rows.column_names.index(column)
-        labels = [codes[value] for value in column_values(rows, column)]
-        kept = rows.remove_columns(column).add_column(column, labels).cast_column(column, ClassLabel(names=names))
+        coded_labels = [codes[value] for value in labels[split]]
+        kept = rows.remove_columns(column).add_column(column, coded_labels).cast_column(column, ClassLabel(names=names))
         order = [c for c in rows.column_names if c != column]
         coded[split] = kept.select_columns([*order[:place], column, *order[place:]])
     return coded, names
 
 
-def _whole(rows: Dataset, column: str) -> Dataset:
-    """Whole numbers that pandas wrote as real ones, because some had been missing, as what they are."""
-    feature = rows.features[column]
-    is_real = isinstance(feature, Value) and "float" in feature.dtype
-    return rows.cast_column(column, Value("int64")) if is_real else rows
+def _whole(value: Any) -> Any:
+    """A whole number that pandas wrote as a real one, because some had been missing, as what it is."""
+    return int(value) if isinstance(value, float) else value
 
 
 def _check_labels(split: str, rows: Dataset, column: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from hf_hpmkd.classifiers import Classifier, build_classifier
 from hf_hpmkd.model_names import parse_name, split_variant
@@ -135,13 +135,18 @@ def _build_teachers(
 
 
 def buildable(name: str) -> str:
-    """The name of the architecture of a weights file; other names as they are."""
+    """The name of the architecture of a weights file; other names as they are. Raises ValueError for another file, and
+    as `read_cifar_resnet_card` does.
+    """
     if not name.endswith(".safetensors"):
         return name
     path = Path(name).expanduser()
     depth = read_cifar_resnet_card(path)["architecture"]["depth"]
-    with safe_open(path, framework="pt") as file:
-        return f"cifar-resnet-{depth}x{file.get_slice('conv1.weight').get_shape()[0]}"
+    try:
+        with safe_open(path, framework="pt") as file:
+            return f"cifar-resnet-{depth}x{file.get_slice('conv1.weight').get_shape()[0]}"
+    except SafetensorError as error:
+        raise ValueError(f"{name} holds no weights of a CIFAR ResNet: {error}") from error
 
 
 @dataclass(frozen=True)

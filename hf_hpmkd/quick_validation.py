@@ -452,7 +452,7 @@ class _Search:
                 going_on.append((winner, self.student))
         for trial, target in going_on:
             source = self.folder / trial.name
-            if self.run.is_main and (source.exists() or done_file(source).exists()):
+            if self.run.is_main and any(place.exists() for place in (source, done_file(source), target)):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 move_training(source, target)
         PartialState().wait_for_everyone()

@@ -180,7 +180,7 @@ class HPMKDTrainer(Trainer):
         collate = self._get_collator_with_removed_columns(self.data_collator)
         names = own_class_names(self.model)
         rows, num_views = as_rows(self.train_dataset, collate, names, stored=not live)
-        if names and not are_generic(names):
+        if names and not are_generic(names) and not are_generic(rows.class_names):
             _check_classes("The student's names (`id2label`)", names, rows.class_names)
         if self.args.kd_kind == "standardized_kl" and len(rows.class_names) == 2:
             warnings.warn(
@@ -395,10 +395,14 @@ def _check_classes(what: str, others: Sequence[str], train: Sequence[str]) -> No
     moved = [name for name in theirs if name in ours and ours.index(name) != theirs.index(name)]
     if len(others) != len(train) or moved:
         raise ValueError(
-            f"{what} must have the classes of the training rows, in the same order, got "
-            f"{', '.join(others)} and {', '.join(train)}. Give both the same ClassLabel, for instance by "
+            f"{what} must have the classes of the training rows, in the same order, got {_some(others)} and "
+            f"{_some(train)}. Give both the same ClassLabel, for instance by "
             "`align_labels_with_mapping`."
         )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f", ... ({len(names):,})" if len(names) > 10 else "")
 
 
 def _without_row_ids(

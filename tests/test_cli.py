@@ -324,7 +324,7 @@ def test_the_cache_is_told_checked_and_cleared(tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / name).exists()
     capsys.readouterr()
     assert main(["cache", "ls", *place]) == 0
-    assert "0" in capsys.readouterr().out
+    assert "No teacher outputs" in capsys.readouterr().out
 
 
 def test_bench_passes_its_options(stub) -> None:

@@ -291,24 +291,34 @@ def test_whole_numbers_that_pandas_made_real_are_classes(tmp_path):
     assert names == ["3", "4"] and classes["train"]["label"][:2] == [0, 1] and classes["test"]["label"][:1] == [1]
 
 
+def test_a_missing_text_is_told_by_its_place_in_the_file(tmp_path):
+    texts = [f"text {i}" for i in range(60)]
+    texts[37] = None
+    pd.DataFrame({"text": texts, "label": [0, 1] * 30}).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(ValueError, match=r"1 of 60 rows of split 'train' have none \(first: row 37, counted from 0"):
+        load_parts(DataConfig(path=str(tmp_path / "t.csv")), teachers_saw_train=False)
+
+
 def test_an_index_that_was_written_along_is_no_feature(tmp_path):
     rows = {"Unnamed: 0": range(7, 47), "count": range(3, 43), "age": [20 + i % 9 for i in range(40)]}
     rows |= {"year": [1990 + i % 20 for i in range(40)], "label": [i % 2 for i in range(40)]}
     pd.DataFrame(rows).to_csv(tmp_path / "t.csv", index=False)
     parts = load_parts(DataConfig(path=str(tmp_path / "t.csv")), teachers_saw_train=False)
     assert parts.train.feature_columns == ["age", "year"]
-    assert "a value of their own there: Unnamed: 0, count." in parts.provenance["warnings"][0]
+    assert "because they only count the rows: Unnamed: 0, count." in parts.provenance["warnings"][0]
     named = DataConfig(path=str(tmp_path / "t.csv"), input_column=["count", "age"])
     assert load_parts(named, teachers_saw_train=False).train.feature_columns == ["count", "age"]
 
 
-def test_a_quantity_with_a_word_among_it_is_told(tmp_path):
-    ages = [*(str(20 + i % 40) for i in range(99)), "unknown"]
-    words = ["a", "b", "7"] * 33 + ["c"]
-    table = {"age": ages, "kind": words, "label": [i % 2 for i in range(100)]}
+@pytest.mark.parametrize("different", [40, 600])  # of many different ones the column is left out besides
+def test_a_quantity_with_a_word_among_it_is_told(tmp_path, different):
+    ages = [*(f"{20 + i % different}.5" for i in range(599)), "?"]
+    table = {"age": ages, "kind": ["a", "b", "7"] * 200, "label": [i % 2 for i in range(600)]}
     pd.DataFrame(table).to_csv(tmp_path / "t.csv", index=False)
-    told = load_parts(DataConfig(path=str(tmp_path / "t.csv")), teachers_saw_train=False).provenance["warnings"]
-    assert told[0].startswith("Column age holds words, of which 98% are numbers") and "kind" not in told[1]
+    parts = load_parts(DataConfig(path=str(tmp_path / "t.csv")), teachers_saw_train=False)
+    told = " ".join(parts.provenance["warnings"])
+    assert "Column age is read as words, because of 1 of its" in told and "no numbers: '?'." in told
+    assert "Column kind" not in told and ("age" in parts.train.feature_columns) == (different == 40)
 
 
 def test_a_file_without_rows_is_told(tmp_path):
@@ -589,6 +599,8 @@ def test_missing_sources_are_named(tmp_path, two_splits):
         (tmp_path / f"{name}.csv").write_text("a,label\n1,0\n")
     with pytest.raises(ValueError, match="several splits .train, validation., which would become one"):
         open_source(f"{tmp_path}/*.csv")
+    (tmp_path / "training.csv").rename(tmp_path / "car_evaluation_train.csv")
+    assert open_source(f"{tmp_path}/car*.csv").splits["train"].num_rows == 1  # Car Evaluation, a well-known table
     (tmp_path / "notes.txt").write_text("no data")
     with pytest.raises(ValueError, match="all end in .parquet or all in .csv"):
         open_source(str(tmp_path / "notes.txt"))

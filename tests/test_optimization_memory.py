@@ -594,11 +594,13 @@ KILLED = """if True:
     for round in range(25):
         told, tell = os.pipe()
         child = os.fork() or job(10**7 * round)
+        os.close(tell)
         if round % 5 == 0:
             os.read(told, 1)  # this one has finished a run when it is killed, however slow the machine is
         time.sleep(random.uniform(0.0, 0.08))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        os.close(told)
 """
 
 

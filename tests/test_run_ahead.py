@@ -218,10 +218,11 @@ def test_estimates_grow_with_what_is_to_be_done():
     assert outputs[0] / outputs[1] == pytest.approx(len(parts.train) / len(parts.guide))
 
 
-def test_a_teacher_whose_file_tells_nothing_has_an_estimate_all_the_same(tmp_path):
+@pytest.mark.parametrize("about", [{}, {"classes": list("abc"), "architecture": {"depth": 20}, "input": {}}])
+def test_a_teacher_whose_file_tells_nothing_has_an_estimate_all_the_same(tmp_path, about):
     """What is wrong with it is told when it is loaded."""
     (tmp_path / "teacher.safetensors").write_bytes(b"")
-    (tmp_path / "teacher.json").write_text("{}")
+    (tmp_path / "teacher.json").write_text(json.dumps(about))
     tree = {"data": {"path": "sklearn:digits"}, "student": {"model": "cifar-resnet-8x4"}}
     recipe = read_recipe({**tree, "teachers": [{"model": str(tmp_path / "teacher.safetensors")}]}, "a test")
     assert all(job.seconds > 0 for job in graph_of(recipe).jobs.values())

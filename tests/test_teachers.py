@@ -106,6 +106,7 @@ def plain_feed():
         (["1", "0"], ["0", "1"], [1, 0]),  # numbers as names are names
         (["0", "1", "2", "10"], ["0", "1", "10", "2"], [0, 1, 3, 2]),  # also where they only count
         (["LABEL_0", "LABEL_1"], ["LABEL_1", "LABEL_0"], [1, 0]),
+        (["label_1", "label_0"], ["LABEL_0", "LABEL_1"], [1, 0]),
     ],
 )
 def test_labels_are_aligned_by_name(teacher, data, expected):

@@ -5,6 +5,8 @@ import signal
 import socket
 import sys
 
+from hf_hpmkd.engines import end_when
+
 
 def fork_two_ranks() -> None:
     """Returns in the two children, after everything was imported once; this process ends as they do. A rank that fails
@@ -13,11 +15,12 @@ def fork_two_ranks() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    children = []
+    children, parent = [], os.getpid()
     for rank in ("0", "1"):
         if not (child := os.fork()):
             os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            end_when(lambda: os.getppid() != parent)  # as where the test has waited long enough
             return
         children.append(child)
     while children:

@@ -79,7 +79,8 @@ class TabularProcessor(FeatureExtractionMixin):
                 "(missing) or by a bound."
             )
         known = [values[column][~np.isnan(values[column])] for column in numeric]
-        spreads = [float(column.std()) if len(column) else 0.0 for column in known]
+        # Of a constant like 0.1 the standard deviation comes out as 1e-17.
+        spreads = [float(v.std()) if len(v) and v.min() < v.max() else 0.0 for v in known]
         categorical = [column for column in table.columns if column not in numeric]
         return cls(
             numeric_columns=numeric,
@@ -301,8 +302,9 @@ class TabularForClassification(PreTrainedModel):
                 "The model has no processor, so it cannot read a table. Load it from a folder that holds "
                 "preprocessor_config.json, or call `model.attach_processor(processor)`."
             )
-        if isinstance(table, pd.DataFrame):
-            table = table[[column for column in table.columns if column in self.processor.columns]]
+        wanted = self.processor.columns
+        if isinstance(table, pd.DataFrame) and table.columns.is_unique and set(wanted) <= set(table.columns):
+            table = table[wanted]
         inputs = self.processor(table)
         was_training = self.training
         self.eval()

@@ -29,6 +29,8 @@ TEXT_COLUMNS = ("text", "sentence")
 """What a column of texts is usually called."""
 
 
+_MARKS = 3  # tokens, beside the special ones, that a tokenizer without words may have: a space, the end of a word
+
 # Position numbers of these start behind the padding index, so that many positions are never used.
 _POSITIONS_AFTER_PADDING = ("roberta", "camembert", "longformer", "mpnet")
 
@@ -47,7 +49,7 @@ def require_words(tokenizer: Any, source: str) -> None:
     """Raises FileNotFoundError for a tokenizer that knows no words: of a folder without its files transformers makes
     one of the special tokens alone, to which every text is the same.
     """
-    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)) + _MARKS:
         raise FileNotFoundError(
             f"{source} has no tokenizer. Save the one it was trained with beside the model: "
             "`tokenizer.save_pretrained`."
@@ -74,7 +76,7 @@ class TextRows(Rows):
         self.supports_views = augmentation is not None
         self.keeps_labels = augmentation is None
         self.texts = list(texts)
-        require_texts(self.texts, "")
+        require_texts(self.texts, " of this part")
 
     @classmethod
     def from_dataset(

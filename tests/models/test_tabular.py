@@ -64,8 +64,10 @@ def test_new_rows_unknown_missing_and_extreme_values(table):
 
 def test_columns_without_spread_or_values():
     """They taught nothing, so whatever they are later changes nothing."""
-    processor = TabularProcessor.fit(pd.DataFrame({"flat": [7, 7], "empty": [np.nan, np.nan]}))
-    assert processor(pd.DataFrame({"flat": [7, 8], "empty": [None, 4.0]}))["numeric"].tolist() == [[0.0, 0.0]] * 2
+    flat = {"flat": [7.0] * 1000, "tenth": [0.1] * 1000, "empty": [np.nan] * 1000}
+    processor = TabularProcessor.fit(pd.DataFrame(flat))
+    later = pd.DataFrame({"flat": [7, 8], "tenth": [0.1, 1.1], "empty": [None, 4.0]})
+    assert processor(later)["numeric"].tolist() == [[0.0, 0.0, 0.0]] * 2
     older = TabularProcessor(numeric_columns=["flat"], mean=[7.0], std=[1.0])  # as they were saved before
     assert older(pd.DataFrame({"flat": [7, 8]}))["numeric"].tolist() == [[0.0], [1.0]]
 

@@ -125,7 +125,7 @@ def test_rows_hold_texts_and_refuse_missing_ones():
     rows = rows_of(TEXTS)
     assert rows.raw([3, 0])["text"] == [TEXTS[3], TEXTS[0]]
     assert rows.labels.tolist() == [0, 1, 0, 1, 0, 1]
-    with pytest.raises(ValueError, match=r"1 of 2 rows have none \(first: row 1, counted from 0, None\)"):
+    with pytest.raises(ValueError, match=r"1 of 2 rows of this part have none \(first: row 1, counted from 0, None\)"):
         rows_of(["a", None])
 
 
