@@ -304,6 +304,26 @@ def test_what_lies_in_a_stages_folder_names_no_place_on_this_disk(tmp_path: Path
         assert not any(word in path.read_bytes() for word in (str(tmp_path).encode(), b"my models")), path
 
 
+def test_a_student_that_brings_its_weights_keeps_them_beside_a_teacher_of_its_family(tmp_path: Path) -> None:
+    """README's second example, with folders in the place of repositories."""
+    rows = load_parts(DataConfig(path="sklearn:wine"), teachers_saw_train=True).train
+    for name, model, seed in (("teacher", "mlp-32", 0), ("small", "mlp-4", 1)):
+        built = build_classifier(model, rows, seed=seed)
+        built.model.save_pretrained(tmp_path / name)
+        built.feed.processor.save_pretrained(tmp_path / name)
+    line = ["distill", "--teacher", str(tmp_path / "teacher"), "--student", str(tmp_path / "small")]
+    line += ["--dataset", "sklearn:wine", "--output", str(tmp_path / "run"), "student.pretrained=true", "auto=off"]
+    settings = ["distillation.keep=distilled", "distillation.direct=false", "training.max_steps=2"]
+    assert main([*line, *settings, "training.learning_rate=1e-12"]) == 0
+    record = RunRecord.load(tmp_path / "run" / "run_record.json")
+    assert record.chain is None or (record.chain.student_origin, record.chain.student_warm_start) == ("", 0)
+    before, after = (load_file(tmp_path / place / "model.safetensors") for place in ("small", "run/student"))
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
+    drawn = record.parts["parts"]
+    assert drawn["guide"]["rows"] + drawn["validation"]["rows"] + drawn["test"]["rows"] + len(rows) == 178
+
+
 @pytest.mark.parametrize(
     ("chain", "message"),
     [
