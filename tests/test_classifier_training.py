@@ -259,31 +259,34 @@ import hf_hpmkd.classifier_training as training
 from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.recipe import read_recipe, recipe_parts
 sys.path.insert(0, sys.argv[2])
-from two_ranks import fork_two_ranks
+from two_ranks import in_two_ranks
 torch.set_num_threads(1)
-fork_two_ranks()
-tree = {"data": {"path": "sklearn:wine"}, "teachers": [{"model": "sklearn:LogisticRegression"}],
-        "student": {"model": "mlp-4"}, "training": {"epochs": 1, "batch_size": 16, "evaluations": 1}}
-recipe = read_recipe(tree, "a test")
-parts = recipe_parts(recipe)
-PartialState(cpu=True)
-usual = training.training_arguments
 
-def cut(*words):
-    made = usual(*words)
-    fields = {one.name: getattr(made, one.name) for one in dataclasses.fields(made) if one.init}
-    fields |= {"fsdp": "full_shard", "fsdp_config": {"version": 2, "auto_wrap_policy": "NO_WRAP"}}
-    made = type(made)(**fields)
-    assert made.device.type == "cpu"
-    made.use_cpu = False  # accelerate has it for GPUs alone, though gloo does as well
-    PartialState._shared_state["distributed_type"] = "MULTI_GPU"
-    return made
+def train():
+    tree = {"data": {"path": "sklearn:wine"}, "teachers": [{"model": "sklearn:LogisticRegression"}],
+            "student": {"model": "mlp-4"}, "training": {"epochs": 1, "batch_size": 16, "evaluations": 1}}
+    recipe = read_recipe(tree, "a test")
+    parts = recipe_parts(recipe)
+    PartialState(cpu=True)
+    usual = training.training_arguments
 
-training.training_arguments = cut
-build = lambda: build_classifier("mlp-4", parts.train, seed=0)
-trained = training.train_or_load("student", build, recipe, training.student_schedule(recipe), Path(sys.argv[1]),
-                                 parts.train, parts.validation)
-torch.save(trained.classifier.model.state_dict(), sys.argv[1] + f".{PartialState().process_index}.pt")
+    def cut(*words):
+        made = usual(*words)
+        fields = {one.name: getattr(made, one.name) for one in dataclasses.fields(made) if one.init}
+        fields |= {"fsdp": "full_shard", "fsdp_config": {"version": 2, "auto_wrap_policy": "NO_WRAP"}}
+        made = type(made)(**fields)
+        assert made.device.type == "cpu"
+        made.use_cpu = False  # accelerate has it for GPUs alone, though gloo does as well
+        PartialState._shared_state["distributed_type"] = "MULTI_GPU"
+        return made
+
+    training.training_arguments = cut
+    build = lambda: build_classifier("mlp-4", parts.train, seed=0)
+    trained = training.train_or_load("student", build, recipe, training.student_schedule(recipe), Path(sys.argv[1]),
+                                     parts.train, parts.validation)
+    torch.save(trained.classifier.model.state_dict(), sys.argv[1] + f".{PartialState().process_index}.pt")
+
+in_two_ranks(train)
 """
 
 

@@ -118,65 +118,71 @@ def test_accumulation_does_not_change_the_result(tmp_path, teachers, taught):
 
 _TWO_PROCESSES = """
 import sys
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 import torch
 sys.path.insert(0, {tests!r})
 import tiny
 from accelerate import PartialState
 from hf_hpmkd.trainer import HPMKDTrainer
-from two_ranks import fork_two_ranks
+from two_ranks import in_two_ranks
 torch.set_num_threads(1)
-fork_two_ranks()
-folder = Path({folder!r})
-arguments = tiny.arguments(folder, per_device_train_batch_size=8, **{settings!r})
-if arguments.fsdp:  # which accelerate has for GPUs alone, though gloo does as well
-    assert arguments.device.type == "cpu"
-    arguments.use_cpu = False
-    PartialState._shared_state["distributed_type"] = "MULTI_GPU"
-trainer = HPMKDTrainer(
-    tiny.tiny_vit(), tiny.tiny_teachers(2), arguments,
-    train_dataset=tiny.TinyImages(48), guide_dataset=tiny.TinyImages(40, seed=3),
-)
-trainer.train()
-assert trainer.args.world_size == 2, trainer.args.world_size
-assert trainer.accelerator.is_fsdp2 == bool(arguments.fsdp)
-trainer.save_model(folder / "student")
-gate = trainer.distiller.ensemble.gate
-flat = torch.cat([p.detach().flatten() for p in gate.parameters()])
-both = [torch.empty_like(flat) for _ in range(2)]
-torch.distributed.all_gather(both, flat)
-assert torch.equal(*both)
-trainer.accelerator.wait_for_everyone()
-saved = type(tiny.tiny_vit()).from_pretrained(folder / "student")
-result = [tiny.weights_of(saved), trainer.distiller.scheduler.temperature]
-torch.save(result, folder / f"rank{{trainer.args.process_index}}.pt")
+
+def train(folder, settings):
+    arguments = tiny.arguments(folder, per_device_train_batch_size=8, **settings)
+    if arguments.fsdp:  # which accelerate has for GPUs alone, though gloo does as well
+        assert arguments.device.type == "cpu"
+        arguments.use_cpu = False
+        PartialState._shared_state["distributed_type"] = "MULTI_GPU"
+    trainer = HPMKDTrainer(
+        tiny.tiny_vit(), tiny.tiny_teachers(2), arguments,
+        train_dataset=tiny.TinyImages(48), guide_dataset=tiny.TinyImages(40, seed=3),
+    )
+    trainer.train()
+    assert trainer.args.world_size == 2, trainer.args.world_size
+    assert trainer.accelerator.is_fsdp2 == bool(arguments.fsdp)
+    trainer.save_model(folder / "student")
+    gate = trainer.distiller.ensemble.gate
+    flat = torch.cat([p.detach().flatten() for p in gate.parameters()])
+    both = [torch.empty_like(flat) for _ in range(2)]
+    torch.distributed.all_gather(both, flat)
+    assert torch.equal(*both)
+    trainer.accelerator.wait_for_everyone()
+    saved = type(tiny.tiny_vit()).from_pretrained(folder / "student")
+    result = [tiny.weights_of(saved), trainer.distiller.scheduler.temperature]
+    torch.save(result, folder / f"rank{{trainer.args.process_index}}.pt")
+
+for name, settings in {ways!r}.items():
+    folder = Path({folder!r}) / name
+    folder.mkdir()
+    in_two_ranks(partial(train, folder, settings))
 """
+_WAYS = {
+    "default": {},
+    "joint": {"gate": "joint", "temperature_schedule": "loss", "gate_dropout": 0.0},  # dropout is drawn per process
+    "fsdp2": {"fsdp": "full_shard", "fsdp_config": {"version": 2, "auto_wrap_policy": "NO_WRAP"}},
+}
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        pytest.param(
-            {"gate": "joint", "temperature_schedule": "loss", "gate_dropout": 0.0},  # dropout is drawn per process
-            marks=pytest.mark.slow,
-        ),
-        {"fsdp": "full_shard", "fsdp_config": {"version": 2, "auto_wrap_policy": "NO_WRAP"}},
-    ],
-    ids=["default", "joint", "fsdp2"],
-)
-def test_two_processes_equal_one(tmp_path, settings):
-    script = tmp_path / "two.py"
+@pytest.fixture(scope="module")
+def of_two_processes(tmp_path_factory):
+    """A folder for each way."""
+    folder = tmp_path_factory.mktemp("two")
     tests = str(Path(__file__).parent)
-    script.write_text(_TWO_PROCESSES.format(tests=tests, folder=str(tmp_path), settings=settings))
+    (folder / "two.py").write_text(_TWO_PROCESSES.format(tests=tests, folder=str(folder), ways=_WAYS))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(tests).parent)}
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=240)
+    command = [sys.executable, str(folder / "two.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    alone = {name: value for name, value in settings.items() if not name.startswith("fsdp")}
+    return folder
+
+
+@pytest.mark.parametrize("way", _WAYS)
+def test_two_processes_equal_one(tmp_path, of_two_processes, way):
+    alone = {name: value for name, value in _WAYS[way].items() if not name.startswith("fsdp")}
     one = train(tmp_path, tiny.tiny_teachers(2), train_dataset=tiny.TinyImages(48), **alone)
     for rank in range(2):
-        weights, temperature = torch.load(tmp_path / f"rank{rank}.pt")
+        weights, temperature = torch.load(of_two_processes / way / f"rank{rank}.pt")
         assert torch.allclose(weights, tiny.weights_of(one.model), atol=2e-6)
         assert temperature == pytest.approx(one.distiller.scheduler.temperature, rel=1e-3)
 

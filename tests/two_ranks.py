@@ -4,13 +4,15 @@ import os
 import signal
 import socket
 import sys
+import traceback
+from collections.abc import Callable
 
 from hf_hpmkd.engines import end_when
 
 
-def fork_two_ranks() -> None:
-    """Returns in the two children, after everything was imported once; this process ends as they do. A rank that fails
-    ends the other, which would wait for it.
+def in_two_ranks(body: Callable[[], None]) -> None:
+    """Runs it in two children, which have what this process has imported. One that fails ends the other, which would
+    wait for it, and this process.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -21,7 +23,13 @@ def fork_two_ranks() -> None:
             os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             end_when(lambda: os.getppid() != parent)  # as where the test has waited long enough
-            return
+            try:
+                body()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
         children.append(child)
     while children:
         child, status = os.wait()
@@ -30,4 +38,3 @@ def fork_two_ranks() -> None:
             for other in children:
                 os.kill(other, signal.SIGKILL)
             sys.exit(1)
-    sys.exit(0)
