@@ -153,7 +153,7 @@ def show(
     stand side by side and are drawn; None takes all. Raises ValueError for methods that no record has.
     """
     records = [ComparisonRecord.load(path / COMPARISON_FILE if path.is_dir() else path) for path in paths]
-    known = {method.name for record in records for method in record.methods}
+    known = {line.method for record in records for line in lines(record, "validation", with_kept=True)}
     if unknown := [name for name in shown or () if name not in known]:
         raise ValueError(f"No comparison here has a method {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
     if baseline is not None:

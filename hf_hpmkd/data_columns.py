@@ -111,10 +111,11 @@ def _told_of_numbers(column: str, values: set[Any]) -> str | None:
     known = [value for value in values if value is not None]
     if len(known) <= _FEW_ROWS:
         return None
-    odd = [value for value in known if pd.isna(pd.to_numeric(value, errors="coerce"))]
+    each = pd.Series(sorted(known), dtype=object)
+    odd = each[pd.to_numeric(each, errors="coerce").isna()].tolist()
     if not 0 < len(odd) < _FEW_ODD * len(known):
         return None
-    told = ", ".join(map(repr, sorted(odd)[:3]))
+    told = ", ".join(map(repr, odd[:3]))
     return (
         f"Column {column} is read as words, because of {len(odd)} of its {len(known):,} different values, which are no "
         f"numbers: {told}{', ...' if len(odd) > 3 else ''}. If it is a quantity, empty those cells."

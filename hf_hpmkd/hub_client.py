@@ -110,7 +110,7 @@ def patience(seconds: float) -> Iterator[None]:
     limits = client.timeout.as_dict()
 
     def limit(request: Any) -> None:
-        if not any(request.extensions["timeout"].values()):  # listings ask for no limit at all
+        if not any(request.extensions.get("timeout", {}).values()):  # listings ask for no limit at all
             request.extensions["timeout"] = limits
 
     client.event_hooks = {**hooks, "request": [*hooks["request"], limit]}
