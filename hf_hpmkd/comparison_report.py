@@ -153,9 +153,12 @@ def show(
     stand side by side and are drawn; None takes all. Raises ValueError for methods that no record has.
     """
     records = [ComparisonRecord.load(path / COMPARISON_FILE if path.is_dir() else path) for path in paths]
-    known = {line.method for record in records for line in lines(record, "validation", with_kept=True)}
-    if unknown := [name for name in shown or () if name not in known]:
-        raise ValueError(f"No comparison here has a method {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
+    if shown is not None:
+        known = {line.method for record in records for line in lines(record, "validation", with_kept=True)}
+        if unknown := [name for name in shown if name not in known]:
+            raise ValueError(
+                f"No comparison here has a method {', '.join(unknown)}. Known: {', '.join(sorted(known))}."
+            )
     if baseline is not None:
         records = [against(record, baseline) for record in records]
     told = [summary(record) for record in records]

@@ -226,9 +226,10 @@ def mostly_different(num_values: int, num_rows: int) -> bool:
 def with_classes(splits: Mapping[str, Dataset], column: str) -> tuple[dict[str, Dataset], list[str]]:
     """The splits with a ClassLabel column, and its names in order. Checks every label.
 
-    Whole numbers, strings and booleans become classes, in numeric or alphabetic order of all splits together. Raises
-    ValueError for missing labels, regression targets (real numbers, or more than 50 whole ones that do not count from
-    0), several labels per row, splits of different kinds, and where most values occur once.
+    Whole numbers (also those that pandas made real), strings and booleans become classes, in numeric or alphabetic
+    order of all splits together. Raises ValueError for missing labels, regression targets (real numbers, or more than
+    50 whole ones that do not count from 0), several labels per row, splits of different kinds, and where most values
+    occur once.
     """
     for split, rows in splits.items():
         _check_labels(split, rows, column)

@@ -1,4 +1,5 @@
-"""What every conversation with the Hub needs: files that can be compared with those there, patience, plain reasons.
+"""What conversations with the Hub need: files that can be compared with those there, patience, plain reasons, and what
+a card says of its licence.
 
 Imports nothing of ours. Sends nothing by itself.
 """

@@ -197,7 +197,7 @@ class TrainingConfig:
 
     epochs: int = Field(10, ge=1, description="Passes over the training rows.")
     max_steps: int = Field(-1, ge=-1, description="Optimizer steps; -1 lets epochs decide.")
-    min_steps: int = Field(0, ge=0, description="At least so many steps where epochs decide, for data of few rows.")
+    min_steps: int = Field(0, ge=0, description="At least so many steps where `max_steps` is -1, for data of few rows.")
     batch_size: int = Field(128, ge=1, description="Training rows per step and process.")
     eval_batch_size: int = Field(256, ge=1, description="Rows per step of evaluation and of the teachers.")
     learning_rate: float = Field(LEARNING_RATE, gt=0, description=f"Largest learning rate. {RATES}")

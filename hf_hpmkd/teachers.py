@@ -31,7 +31,7 @@ from hf_hpmkd.sklearn_teachers import SAVED_TYPES, SklearnTeacher, load_skops, t
 from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TASKS, TEXT_CLASSIFICATION, Feed, Rows
 from hf_hpmkd.tasks.images import ImageFeed, ProcessorFeed
 from hf_hpmkd.tasks.tables import TableFeed
-from hf_hpmkd.tasks.text import TextFeed, most_positions, require_words
+from hf_hpmkd.tasks.text import NO_TOKENIZER, TextFeed, most_positions, require_words
 from hf_hpmkd.teacher_kinds import (
     ColumnTeacher,
     FoldedTeacher,
@@ -287,10 +287,7 @@ def _text_feed(source: str, config: PretrainedConfig, kwargs: dict[str, Any]) ->
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
     except OSError as error:
-        raise FileNotFoundError(
-            f"{source} has no tokenizer. Save the one it was trained with beside the model: "
-            "`tokenizer.save_pretrained`."
-        ) from error
+        raise FileNotFoundError(NO_TOKENIZER.format(source)) from error
     require_words(tokenizer, source)
     return TextFeed(tokenizer, min(_MOST_TOKENS, tokenizer.model_max_length, most_positions(config) or _MOST_TOKENS))
 

@@ -396,8 +396,8 @@ def _check_classes(what: str, others: Sequence[str], train: Sequence[str]) -> No
     if len(others) != len(train) or moved:
         raise ValueError(
             f"{what} must have the classes of the training rows, in the same order, got {_some(others)} and "
-            f"{_some(train)}. Give both the same ClassLabel, for instance by "
-            "`align_labels_with_mapping`."
+            f"{_some(train)}. Give all the same names in the same order: data sets by `align_labels_with_mapping`, a "
+            "student by its `id2label` and `label2id`."
         )
 
 

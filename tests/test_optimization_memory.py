@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from io import BytesIO
 from pathlib import Path
 
@@ -373,8 +374,21 @@ def test_a_memory_that_breaks_while_a_run_uses_it_ends_nothing(memory, model_fol
 
 
 def test_a_model_that_another_run_makes_is_waited_for_or_not(memory):
-    with memory.making("a"), OptimizationMemory(memory.root).making("a", wait=False), memory.making("b"):
-        pass
+    order = []
+
+    def wait():
+        with OptimizationMemory(memory.root).making("a"):
+            order.append("waited for")
+
+    other = threading.Thread(target=wait)
+    with memory.making("a"):
+        with OptimizationMemory(memory.root).making("a", wait=False), memory.making("b"):
+            order.append("not waited for")
+        other.start()
+        other.join(0.3)  # long enough to go in, if it could
+        order.append("made")
+    other.join(60)
+    assert order == ["not waited for", "made", "waited for"]
 
 
 # ---- merging ---------------------------------------------------------------------------------------------------------

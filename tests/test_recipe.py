@@ -88,7 +88,8 @@ def test_overrides_in_headers_are_understood(name: str) -> None:
     )
     quoted = re.findall(r"'(\w+(?:\.\w+)+=[^']*)'", header)
     plain = re.findall(r"(?<!')\b[a-z]+(?:\.\w+)+=[^\s,']+", header)
-    load_recipe(name, [word.rstrip(".") for word in quoted + plain])
+    words = [word.rstrip(".") for word in quoted + plain]
+    assert (load_recipe(name, words) != load_recipe(name)) == bool(words)
 
 
 def test_quickstart_needs_no_files_and_no_network() -> None:

@@ -29,6 +29,8 @@ TEXT_COLUMNS = ("text", "sentence")
 """What a column of texts is usually called."""
 
 
+NO_TOKENIZER = "{} has no tokenizer. Save the one it was trained with beside the model: `tokenizer.save_pretrained`."
+
 _MARKS = 3  # tokens, beside the special ones, that a tokenizer without words may have: a space, the end of a word
 
 # Position numbers of these start behind the padding index, so that many positions are never used.
@@ -50,10 +52,7 @@ def require_words(tokenizer: Any, source: str) -> None:
     one of the special tokens alone, to which every text is the same.
     """
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)) + _MARKS:
-        raise FileNotFoundError(
-            f"{source} has no tokenizer. Save the one it was trained with beside the model: "
-            "`tokenizer.save_pretrained`."
-        )
+        raise FileNotFoundError(NO_TOKENIZER.format(source))
 
 
 class TextRows(Rows):
