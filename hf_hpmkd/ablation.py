@@ -6,9 +6,9 @@ A component that the recipe uses is switched off; one that it leaves off is swit
 from dataclasses import dataclass
 from itertools import combinations
 
-from hf_hpmkd.losses import LEGAL_SCHEDULES
 from hf_hpmkd.methods import Method
 from hf_hpmkd.recipe import Recipe
+from hf_hpmkd.vocabulary import LEGAL_SCHEDULES
 
 FULL = "full"
 

@@ -34,10 +34,11 @@ from hf_hpmkd.models import (
     TabularForClassification,
     TabularProcessor,
 )
-from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TEXT_CLASSIFICATION, Feed, Rows
+from hf_hpmkd.tasks.base import Feed, Rows
 from hf_hpmkd.tasks.images import ImageFeed, ProcessorFeed
 from hf_hpmkd.tasks.tables import TableFeed
 from hf_hpmkd.tasks.text import MAX_TEXT_LENGTH, TextFeed, most_positions, require_words, train_tokenizer
+from hf_hpmkd.vocabulary import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TEXT_CLASSIFICATION
 
 _AUTO_MODEL = {
     IMAGE_CLASSIFICATION: AutoModelForImageClassification,

@@ -45,7 +45,8 @@ from hf_hpmkd.evaluation import student_logits
 from hf_hpmkd.kept_student import judge_students
 from hf_hpmkd.methods import Method, method_recipe
 from hf_hpmkd.quick_validation import configure, is_direct, proof_needed
-from hf_hpmkd.recipe import Recipe, fingerprint, read_recipe, recipe_parts, recipe_tree
+from hf_hpmkd.recipe import Recipe, fingerprint, read_recipe, recipe_tree
+from hf_hpmkd.recipe_parts import recipe_parts
 from hf_hpmkd.recipe_rules import is_trained_here, uses_teachers
 from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_environment import code_commit, environment

@@ -7,9 +7,10 @@ import pyarrow.compute as pc
 from datasets import Dataset, Image, Value
 
 from hf_hpmkd.data_source import mostly_different, suggest
-from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TEXT_CLASSIFICATION, column_values
+from hf_hpmkd.tasks.base import column_values
 from hf_hpmkd.tasks.tables import is_table_feature
 from hf_hpmkd.tasks.text import TEXT_COLUMNS
+from hf_hpmkd.vocabulary import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TEXT_CLASSIFICATION
 
 Columns = str | list[str] | None
 _INDEX_NAMES = ("Unnamed: 0", "__index_level_0__")  # pandas' for an index that was written along

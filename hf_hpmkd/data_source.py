@@ -33,12 +33,12 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 
 from hf_hpmkd.hub_client import card_license
 from hf_hpmkd.tasks.base import column_values
+from hf_hpmkd.vocabulary import SKLEARN_SETS
 
 FILE_KINDS = {".parquet": "parquet", ".csv": "csv"}
 # `datasets` reads 10,000 rows at a time, takes the types of the first for all, and fails on a later row of another. So
 # does pandas' faster parser with parts of a megabyte.
 _CSV_WHOLE = {"chunksize": 2**31, "engine": "python"}
-SKLEARN_SETS = ("digits", "iris", "wine", "breast_cancer")  # those that come with scikit-learn; nothing is fetched
 SKLEARN_LICENSE = "cc-by-4.0"  # all four are from the UCI repository, which states this licence
 # The library's HTTP error and OSError, whichever HTTP library the Hub client is built on (httpx, httpx2).
 _NO_ANSWER: tuple[type[Exception], ...] = HfHubHTTPError.__bases__

@@ -11,9 +11,10 @@ import torch
 from datasets.utils.file_utils import xopen
 from torch.utils.data import Dataset, IterableDataset
 
-from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, UNAUGMENTED, FedDataset, Rows
+from hf_hpmkd.tasks.base import UNAUGMENTED, FedDataset, Rows
 from hf_hpmkd.tasks.images import image_to_tensor
 from hf_hpmkd.tasks.text import TEXT_COLUMNS
+from hf_hpmkd.vocabulary import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION
 
 ROW_KEY, VIEW_KEY = "hpmkd_row", "hpmkd_view"
 _CHUNK = 256

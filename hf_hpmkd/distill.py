@@ -35,7 +35,8 @@ from hf_hpmkd.hub_store import check_can_push, push_run
 from hf_hpmkd.kept_student import distilled_folder, keep_better
 from hf_hpmkd.metrics import load_metric
 from hf_hpmkd.quick_validation import configure, is_direct, proof_needed
-from hf_hpmkd.recipe import Recipe, fingerprint, recipe_parts, recipe_tree
+from hf_hpmkd.recipe import Recipe, fingerprint, recipe_tree
+from hf_hpmkd.recipe_parts import recipe_parts
 from hf_hpmkd.recipe_rules import start_told, unread_parts, uses_teachers
 from hf_hpmkd.run_ahead import run_ahead
 from hf_hpmkd.run_context import Run, new_record

@@ -7,17 +7,7 @@ One convention throughout: a loss is returned per sample, `(batch,)`, in nats, a
 import torch
 import torch.nn.functional as F
 
-KD_KINDS = ("forward_kl", "standardized_kl", "dkd", "dist")
-TEMPERATURE_SCHEDULES = ("constant", "cosine", "loss", "convergence", "auto", "learned")
-
-# `learned` follows the closed-form gradient of the forward KL through the classifier head, so it serves that kind only.
-# DIST compares correlations, which a moving temperature would change together with what they are compared on.
-LEGAL_SCHEDULES: dict[str, tuple[str, ...]] = {
-    "forward_kl": TEMPERATURE_SCHEDULES,
-    "standardized_kl": ("constant", "cosine", "loss", "convergence", "auto"),
-    "dkd": ("constant", "cosine", "loss", "convergence", "auto"),
-    "dist": ("constant",),
-}
+from hf_hpmkd.vocabulary import KD_KINDS, LEGAL_SCHEDULES, TEMPERATURE_SCHEDULES
 
 _SMALLEST_WEIGHT = 1e-12
 _SMALLEST_PROBABILITY = 1e-12

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TASKS, TEXT_CLASSIFICATION
+from hf_hpmkd.vocabulary import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TASKS, TEXT_CLASSIFICATION
 
 FORMS = {
     IMAGE_CLASSIFICATION: (

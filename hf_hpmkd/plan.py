@@ -19,14 +19,16 @@ from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.data import PARTS, DataParts
 from hf_hpmkd.intermediate_models import build_intermediate, find_intermediates
 from hf_hpmkd.model_cost import activation_bytes, estimated_seconds, training_flops
-from hf_hpmkd.recipe import Recipe, TeacherConfig, recipe_parts
+from hf_hpmkd.recipe import Recipe, TeacherConfig
+from hf_hpmkd.recipe_parts import recipe_parts
 from hf_hpmkd.recipe_rules import family, is_trained_here, looks_local, start_told, teacher_names, uses_teachers
 from hf_hpmkd.run_memory import outputs_folder
 from hf_hpmkd.search_budget import budget_steps, most_candidates
-from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, Rows
+from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.tasks.images import ImageRows
 from hf_hpmkd.tasks.text import TextRows
 from hf_hpmkd.teacher_cache import estimate, readable_bytes
+from hf_hpmkd.vocabulary import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION
 
 _STAND_IN_SIDE = 224  # pixels; of images that are not on this disk
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")

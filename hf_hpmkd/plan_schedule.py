@@ -7,7 +7,8 @@ from hf_hpmkd.components.parallel_pipeline import Graph, Schedule, equal_workers
 from hf_hpmkd.gantt import Bar, gantt, plain_names
 from hf_hpmkd.job_graph import corrected, run_graph
 from hf_hpmkd.plan import on_this_disk
-from hf_hpmkd.recipe import Recipe, recipe_parts
+from hf_hpmkd.recipe import Recipe
+from hf_hpmkd.recipe_parts import recipe_parts
 from hf_hpmkd.report import markdown
 from hf_hpmkd.run_environment import environment
 from hf_hpmkd.run_memory import open_memory

@@ -23,7 +23,6 @@ from transformers.utils.logging import disable_progress_bar
 from hf_hpmkd.components.adaptive_configuration import CONTENDERS, DIRECT, EARLY, SPACE, Configuration, Example
 from hf_hpmkd.components.progressive_chain import estimate_gain
 from hf_hpmkd.configuration_examples import SCHEMA, prior_row, write_prior
-from hf_hpmkd.losses import LEGAL_SCHEDULES
 from hf_hpmkd.meta_features import LANDMARK, landmark_features
 from hf_hpmkd.quick_validation import landmark_loss
 from hf_hpmkd.recipe import MIN_STEPS, Recipe, read_recipe, recipe_tree
@@ -31,6 +30,7 @@ from hf_hpmkd.recipe_rules import usual_learning_rate
 from hf_hpmkd.run_environment import code_commit, environment
 from hf_hpmkd.run_record import write_whole
 from hf_hpmkd.table_runs import TableRuns, num_rows, spare_time, table_folders
+from hf_hpmkd.vocabulary import LEGAL_SCHEDULES
 
 STUDENTS = {
     "table": ("mlp-4", "mlp-8", "mlp-16", "mlp-32", "mlp-64", "mlp-16x16"),

@@ -13,17 +13,15 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from hf_hpmkd.data import DataConfig, DataParts, load_parts
+from hf_hpmkd.data_config import DataConfig
 from hf_hpmkd.engines import PipelineConfig
 from hf_hpmkd.recipe_faults import apply_overrides, did_you_mean, dotted, parse_yaml, validate, write_out
 from hf_hpmkd.recipe_rules import (
     LEARNING_RATE,
     RATE_BESIDE,
     RATES,
-    family,
     file_faults,
     fill_learning_rate,
-    is_trained_here,
     rule_faults,
 )
 from hf_hpmkd.search_budget import AutoConfig
@@ -465,14 +463,3 @@ def recipe_from_line(
     }
     tree |= {} if output is None else {"output": {"dir": output}}
     return read_recipe(tree, "the command line", overrides, check_files)
-
-
-def recipe_parts(recipe: Recipe) -> DataParts:
-    """The rows that a recipe asks for. Raises what `load_parts` does."""
-    names = [teacher.model for teacher in recipe.teachers]
-    return load_parts(
-        recipe.data,
-        task=recipe.task.type,
-        teachers_saw_train=not all(map(is_trained_here, names)),
-        fixed_answers=any(family(name) == "column" for name in names),
-    )

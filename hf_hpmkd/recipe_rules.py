@@ -7,12 +7,16 @@ from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_hpmkd.data_source import SKLEARN_SETS
-from hf_hpmkd.losses import LEGAL_SCHEDULES
 from hf_hpmkd.model_names import built_family, parse_name, split_variant
 from hf_hpmkd.recipe_faults import did_you_mean
-from hf_hpmkd.sklearn_teachers import ESTIMATORS
-from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TEXT_CLASSIFICATION
+from hf_hpmkd.sklearn_estimators import ESTIMATORS
+from hf_hpmkd.vocabulary import (
+    IMAGE_CLASSIFICATION,
+    LEGAL_SCHEDULES,
+    SKLEARN_SETS,
+    TABULAR_CLASSIFICATION,
+    TEXT_CLASSIFICATION,
+)
 
 if TYPE_CHECKING:
     from hf_hpmkd.recipe import Recipe, TeacherConfig
@@ -40,6 +44,13 @@ RATES = (
     f"Left out, an MLP has {MLP_LEARNING_RATE}, a student that begins with pre-trained weights {FINE_TUNING_RATE:f} "
     f"(what is trained beside it from nothing has the usual one), any other {LEARNING_RATE}."
 )
+
+USUAL_NAMES = {
+    "optimizer": {"adamw_torch", "adamw_torch_fused", "sgd"},
+    "lr_scheduler": {"cosine", "linear", "constant", "constant_with_warmup"},
+    "report_to": {"tensorboard", "trackio", "wandb"},
+}
+"""Of `training`; transformers knows them for sure. Whatever else it knows, it takes seconds to import to ask it."""
 
 RATE_BESIDE = "null takes training.learning_rate, or the usual one where the student begins with pre-trained weights."
 
@@ -363,21 +374,29 @@ def _process_faults(recipe: "Recipe") -> Iterator[Fault]:
 
 
 def _name_faults(recipe: "Recipe") -> Iterator[Fault]:
-    """Names that transformers knows or does not: optimizer, scheduler, trackers."""
+    """Names that transformers knows or does not: optimizer, scheduler, trackers. Only unusual ones are looked up."""
+    training = recipe.training
+    given = {
+        "optimizer": [training.optimizer],
+        "lr_scheduler": [training.lr_scheduler],
+        "report_to": training.report_to,
+    }
+    if all(set(names) <= USUAL_NAMES[key] for key, names in given.items()):
+        return
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
-    training = recipe.training
-    for key, names, known in (
-        ("optimizer", [training.optimizer], [one.value for one in OptimizerNames]),
-        ("lr_scheduler", [training.lr_scheduler], [one.value for one in SchedulerType]),
-        ("report_to", training.report_to, list(INTEGRATION_TO_CALLBACK)),
-    ):
+    known = {
+        "optimizer": [one.value for one in OptimizerNames],
+        "lr_scheduler": [one.value for one in SchedulerType],
+        "report_to": [*INTEGRATION_TO_CALLBACK],
+    }
+    for key, names in given.items():
         for name in names:
-            if name not in known:
+            if name not in known[key]:
                 at = f"training.{key}"
-                yield (at,), f"{at}: transformers knows no {name!r}.{did_you_mean(name, known)}"
+                yield (at,), f"{at}: transformers knows no {name!r}.{did_you_mean(name, known[key])}"
 
 
 def file_faults(recipe: "Recipe") -> Iterator[Fault]:

@@ -34,7 +34,8 @@ from hf_hpmkd.evaluation import capture
 from hf_hpmkd.job_graph import Task, corrected, has_chain, run_graph, run_tasks
 from hf_hpmkd.kept_student import distilled_folder
 from hf_hpmkd.model_cost import operations_per_second, thread_gain, training_flops
-from hf_hpmkd.recipe import Recipe, read_recipe, recipe_parts, recipe_tree
+from hf_hpmkd.recipe import Recipe, read_recipe, recipe_tree
+from hf_hpmkd.recipe_parts import recipe_parts
 from hf_hpmkd.recipe_rules import is_trained_here, teacher_names, uses_teachers
 from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_environment import environment

@@ -12,7 +12,6 @@ import json
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,48 +29,16 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
 from torch import Tensor
 
-from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TEXT_CLASSIFICATION, Rows, json_digest
+from hf_hpmkd.sklearn_estimators import ESTIMATORS, Estimator
+from hf_hpmkd.tasks.base import Rows, json_digest
 from hf_hpmkd.teacher_kinds import FoldedTeacher, Teacher
+from hf_hpmkd.vocabulary import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TEXT_CLASSIFICATION
 
 PREFIX = "sklearn:"
 PROBABILITY_FLOOR = 1e-4
 _PIPELINE_VERSION = 1
 _FORMAT_VERSION = 1
 
-
-@dataclass(frozen=True)
-class _Known:
-    """Where an estimator lives and what it wants. trees: split on values, so neither scale nor one-hot codes matter."""
-
-    module: str
-    trees: bool = False
-    takes_missing: bool = False
-    takes_sparse: bool = True
-    takes_negative: bool = True
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-
-
-ESTIMATORS = {
-    "LogisticRegression": _Known("linear_model", defaults={"max_iter": 1000}),
-    "SGDClassifier": _Known("linear_model"),
-    "RidgeClassifier": _Known("linear_model"),
-    "LinearSVC": _Known("svm"),
-    "SVC": _Known("svm"),
-    "KNeighborsClassifier": _Known("neighbors"),
-    "MLPClassifier": _Known("neural_network"),
-    "GaussianNB": _Known("naive_bayes", takes_sparse=False),
-    "BernoulliNB": _Known("naive_bayes"),
-    "MultinomialNB": _Known("naive_bayes", takes_negative=False),
-    "ComplementNB": _Known("naive_bayes", takes_negative=False),
-    "LinearDiscriminantAnalysis": _Known("discriminant_analysis", takes_sparse=False),
-    "QuadraticDiscriminantAnalysis": _Known("discriminant_analysis", takes_sparse=False),
-    "DecisionTreeClassifier": _Known("tree", trees=True),
-    "RandomForestClassifier": _Known("ensemble", trees=True),
-    "ExtraTreesClassifier": _Known("ensemble", trees=True),
-    "GradientBoostingClassifier": _Known("ensemble", trees=True),
-    "AdaBoostClassifier": _Known("ensemble", trees=True),
-    "HistGradientBoostingClassifier": _Known("ensemble", trees=True, takes_missing=True, takes_sparse=False),
-}
 
 # Plain Python classes inside the estimators above, and NumPy's dtype, that skops does not know by itself.
 _HARMLESS = frozenset(
@@ -313,7 +280,7 @@ def _build(name: str, params: Mapping[str, Any], task: str, seed: int, table: pd
     return make_pipeline(_table_columns(known, table), classifier)
 
 
-def _estimator(name: str, known: _Known, params: Mapping[str, Any], seed: int) -> BaseEstimator:
+def _estimator(name: str, known: Estimator, params: Mapping[str, Any], seed: int) -> BaseEstimator:
     kind = getattr(importlib.import_module(f"sklearn.{known.module}"), name)
     given = dict(params)
     calibrate = given.pop("calibrate", False)
@@ -335,7 +302,7 @@ def _estimator(name: str, known: _Known, params: Mapping[str, Any], seed: int) -
     return estimator
 
 
-def _table_columns(known: _Known, table: pd.DataFrame) -> ColumnTransformer:
+def _table_columns(known: Estimator, table: pd.DataFrame) -> ColumnTransformer:
     """Columns without any value in these rows are left out: nothing can be learnt from them."""
     filled = [column for column in table.columns if table[column].notna().any()]
     numeric = [column for column in filled if table[column].dtype.kind == "f"]

@@ -28,7 +28,7 @@ from hf_hpmkd.hub_client import card_license
 from hf_hpmkd.model_names import TAKEN_FOR_A_TABLE
 from hf_hpmkd.sklearn_teachers import PREFIX as SKLEARN_PREFIX
 from hf_hpmkd.sklearn_teachers import SAVED_TYPES, SklearnTeacher, load_skops, train_sklearn
-from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TASKS, TEXT_CLASSIFICATION, Feed, Rows
+from hf_hpmkd.tasks.base import Feed, Rows
 from hf_hpmkd.tasks.images import ImageFeed, ProcessorFeed
 from hf_hpmkd.tasks.tables import TableFeed
 from hf_hpmkd.tasks.text import NO_TOKENIZER, TextFeed, most_positions, require_words
@@ -40,6 +40,7 @@ from hf_hpmkd.teacher_kinds import (
     check_teacher,
     own_class_names,
 )
+from hf_hpmkd.vocabulary import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TASKS, TEXT_CLASSIFICATION
 
 __all__ = [
     "SAVED_TYPES",

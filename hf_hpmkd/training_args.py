@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from hf_hpmkd.components.attention_ensemble import GATE_OBJECTIVES
-from hf_hpmkd.losses import KD_KINDS, TEMPERATURE_SCHEDULES, check_kind_and_schedule
+from hf_hpmkd.losses import check_kind_and_schedule
+from hf_hpmkd.vocabulary import KD_KINDS, TEMPERATURE_SCHEDULES
 
 TEACHER_OUTPUTS = ("full", "topk", "live")
 

@@ -11,11 +11,12 @@ PACKAGE = Path(__file__).parents[1] / "hf_hpmkd"
 # From the bottom up; inside a level from left to right. A file may import what stands before it, nothing else. A folder
 # (tasks, models, metrics, components) is one word; what its files do among themselves is their matter, save components.
 LEVELS = (
-    ("losses", "heads", "paired_tests", "meta_features", "run_environment", "progress", "run_record",
-     "memory_records", "memory_files", "memory_index", "hub_client", "tasks", "models", "metrics"),
+    ("vocabulary", "sklearn_estimators", "losses", "heads", "paired_tests", "meta_features", "run_environment",
+     "progress", "run_record", "memory_records", "memory_files", "memory_index", "hub_client", "tasks", "models",
+     "metrics"),
     ("components", "engines", "expected_gain", "configuration_examples", "training_args", "dataset_rows",
-     "data_source", "data_columns", "data", "model_names", "classifiers", "model_shapes", "intermediate_models",
-     "warm_start", "fitted_start", "model_cost"),
+     "data_source", "data_config", "data_columns", "data", "model_names", "classifiers", "model_shapes",
+     "intermediate_models", "warm_start", "fitted_start", "model_cost"),
     (
         "class_names", "teacher_kinds", "sklearn_teachers", "teachers", "teacher_output_file", "foreign_outputs",
         "teacher_outputs", "teacher_cache", "gantt", "report", "run_summary", "comparison_record", "comparison_lines",
@@ -24,11 +25,11 @@ LEVELS = (
     ),
     ("control_teachers", "distiller", "trainer", "baselines"),
     (
-        "recipe_faults", "recipe_rules", "search_budget", "recipe", "recipe_text", "run_memory", "classifier_training",
-        "job_graph", "plan", "plan_schedule", "evaluation", "kept_classifiers", "teacher_training", "run_context",
-        "chain_stages", "chain_probes", "chain", "kept_student", "run_steps", "run_ahead", "launched_job",
-        "quick_validation", "distill", "table_runs", "prior_build", "auto_bench", "methods", "ablation", "tuning",
-        "compare_jobs", "compare", "bench", "bench_pipeline",
+        "recipe_faults", "recipe_rules", "search_budget", "recipe", "recipe_text", "recipe_parts", "run_memory",
+        "classifier_training", "job_graph", "plan", "plan_schedule", "evaluation", "kept_classifiers",
+        "teacher_training", "run_context", "chain_stages", "chain_probes", "chain", "kept_student", "run_steps",
+        "run_ahead", "launched_job", "quick_validation", "distill", "table_runs", "prior_build", "auto_bench",
+        "methods", "ablation", "tuning", "compare_jobs", "compare", "bench", "bench_pipeline",
     ),
     ("cli_measuring", "cli", "__main__"),
 )  # fmt: skip
@@ -36,15 +37,18 @@ ORDER = [unit for level in LEVELS for unit in level]
 
 # Stricter than the order: these import this much of ours at most.
 ONLY = {
-    "losses": set(),
+    "vocabulary": set(),
+    "sklearn_estimators": set(),
+    "data_config": set(),
+    "losses": {"vocabulary"},
     "heads": set(),
     "paired_tests": set(),
     "meta_features": set(),
     "run_environment": set(),
     "run_record": set(),
-    "tasks": set(),
+    "tasks": {"vocabulary"},
     "models": set(),
-    "model_names": {"tasks"},
+    "model_names": {"vocabulary"},
     "warm_start": {"heads", "models"},
     "fitted_start": {"models", "warm_start"},
     "metrics": set(),
@@ -52,7 +56,7 @@ ONLY = {
     "memory_records": {"run_record"},
     "memory_index": {"memory_records", "memory_files"},
     "memory_files": set(),
-    "components": {"losses", "memory_records", "memory_index", "memory_files"},
+    "components": {"vocabulary", "losses", "memory_records", "memory_index", "memory_files"},
     "expected_gain": {"components", "meta_features"},
     "configuration_examples": {"components", "meta_features", "memory_records"},
     "engines": {"components"},
@@ -71,6 +75,7 @@ ONLY = {
     "memory_hub": {"memory_records", "memory_files", "hub_client", "components"},
     "run_folder": {"run_record"},
     "recipe_faults": set(),
+    "recipe_rules": {"vocabulary", "sklearn_estimators", "model_names", "recipe_faults"},
     "search_budget": set(),
     "__main__": {"cli"},
 }

@@ -15,7 +15,8 @@ from hf_hpmkd.cli import main
 from hf_hpmkd.compare_jobs import chain_seconds
 from hf_hpmkd.comparison_record import Result
 from hf_hpmkd.components.progressive_chain import GainEstimate
-from hf_hpmkd.data import DataConfig, load_parts
+from hf_hpmkd.data import load_parts
+from hf_hpmkd.data_config import DataConfig
 from hf_hpmkd.kept_classifiers import About
 from hf_hpmkd.models.tabular import TabularForClassification
 from hf_hpmkd.recipe import RecipeError, load_recipe

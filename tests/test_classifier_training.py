@@ -27,7 +27,8 @@ from hf_hpmkd.classifier_training import (
     training_arguments,
 )
 from hf_hpmkd.classifiers import build_classifier
-from hf_hpmkd.data import DataConfig, DataParts, load_parts
+from hf_hpmkd.data import DataParts, load_parts
+from hf_hpmkd.data_config import DataConfig
 from hf_hpmkd.recipe import fingerprint, read_recipe, recipe_tree
 from hf_hpmkd.run_memory import run_memory
 from hf_hpmkd.sklearn_teachers import train_sklearn

@@ -19,12 +19,14 @@ from hf_hpmkd import classifier_training, compare, compare_jobs, quick_validatio
 from hf_hpmkd.cli import main
 from hf_hpmkd.compare_jobs import Job, Workplace
 from hf_hpmkd.comparison_record import ComparisonRecord, Result
-from hf_hpmkd.data import DataConfig, load_parts
+from hf_hpmkd.data import load_parts
+from hf_hpmkd.data_config import DataConfig
 from hf_hpmkd.distill import student_builder
 from hf_hpmkd.methods import METHODS as KNOWN
 from hf_hpmkd.methods import Method, choose_methods, method_recipe
 from hf_hpmkd.models.tabular import TabularForClassification
-from hf_hpmkd.recipe import load_recipe, recipe_parts, recipe_tree
+from hf_hpmkd.recipe import load_recipe, recipe_tree
+from hf_hpmkd.recipe_parts import recipe_parts
 from hf_hpmkd.run_folder import alone_in
 from hf_hpmkd.run_record import RunRecord
 

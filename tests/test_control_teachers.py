@@ -5,7 +5,8 @@ import torch
 
 from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.control_teachers import CONTROLS, ControlTeacher
-from hf_hpmkd.data import DataConfig, load_parts
+from hf_hpmkd.data import load_parts
+from hf_hpmkd.data_config import DataConfig
 from hf_hpmkd.tasks.base import UNAUGMENTED
 from hf_hpmkd.teacher_cache import TeacherCache
 from hf_hpmkd.teacher_kinds import TorchTeacher

@@ -13,7 +13,8 @@ from PIL import Image as PILImage
 from pydantic import ValidationError
 
 import hf_hpmkd.data_source as data_source
-from hf_hpmkd.data import PARTS, DataConfig, carve, check_disjoint, load_parts
+from hf_hpmkd.data import PARTS, carve, check_disjoint, load_parts
+from hf_hpmkd.data_config import DataConfig
 from hf_hpmkd.data_source import open_source, with_classes
 
 NAMES = ["bad", "good", "odd"]

@@ -81,7 +81,8 @@ def test_everything_is_left_in_the_output_folder(finished):
 
 def test_test_metrics_are_those_of_the_saved_student(finished):
     """Recomputed from the folder alone, on the test rows that the record's seed draws."""
-    from hf_hpmkd.data import DataConfig, load_parts
+    from hf_hpmkd.data import load_parts
+    from hf_hpmkd.data_config import DataConfig
 
     record = RunRecord.load(finished / "run" / "run_record.json")
     test = load_parts(DataConfig(path="sklearn:wine"), teachers_saw_train=False).test

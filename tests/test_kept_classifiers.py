@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from hf_hpmkd.classifier_training import done_file
 from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.components.optimization_memory import OptimizationMemory
-from hf_hpmkd.data import DataConfig, load_parts
+from hf_hpmkd.data import load_parts
+from hf_hpmkd.data_config import DataConfig
 from hf_hpmkd.kept_classifiers import About, Training, measure, take
 
 KEY, FILE = "0" * 64, "training.json"

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_hpmkd import losses
+from hf_hpmkd import losses, vocabulary
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_forward_kl_equals_the_sum_written_out_times_t_squared(batch):
         assert result[i].item() == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("kind", losses.KD_KINDS)
+@pytest.mark.parametrize("kind", vocabulary.KD_KINDS)
 def test_every_kind_is_zero_at_the_teacher_and_positive_elsewhere(batch, kind):
     student, teachers, labels, weights = batch
     one = weights[:, :1] * 0 + 1
@@ -139,7 +139,7 @@ def test_illegal_pairs_are_refused_and_legal_ones_pass():
         losses.check_kind_and_schedule("kl", "constant")
     with pytest.raises(ValueError, match="temperature_schedule.*got 'linear'"):
         losses.check_kind_and_schedule("dkd", "linear")
-    for kind, schedules in losses.LEGAL_SCHEDULES.items():
+    for kind, schedules in vocabulary.LEGAL_SCHEDULES.items():
         for schedule in schedules:
             losses.check_kind_and_schedule(kind, schedule)
 

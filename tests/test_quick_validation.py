@@ -17,7 +17,8 @@ from hf_hpmkd.cli import main
 from hf_hpmkd.compare_jobs import search_seconds
 from hf_hpmkd.components.adaptive_configuration import DIRECT, SPACE, Configuration
 from hf_hpmkd.configuration_examples import read_prior
-from hf_hpmkd.data import DataConfig, load_parts
+from hf_hpmkd.data import load_parts
+from hf_hpmkd.data_config import DataConfig
 from hf_hpmkd.quick_validation import (
     configuration_of,
     free_fields,

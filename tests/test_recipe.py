@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 import yaml
 
-from hf_hpmkd import losses
+from hf_hpmkd import vocabulary
 from hf_hpmkd.classifier_training import stage_schedule, student_schedule, teacher_schedule
 from hf_hpmkd.data import load_parts
 from hf_hpmkd.quick_validation import free_fields
@@ -22,13 +22,13 @@ from hf_hpmkd.recipe import (
     read_recipe,
     recipe_folder,
     recipe_from_line,
-    recipe_parts,
     recipe_schema,
     recipe_tree,
     section_keys,
 )
 from hf_hpmkd.recipe_faults import parse_yaml
-from hf_hpmkd.recipe_rules import family, is_trained_here, start_told, teacher_names
+from hf_hpmkd.recipe_parts import recipe_parts
+from hf_hpmkd.recipe_rules import USUAL_NAMES, family, is_trained_here, start_told, teacher_names
 from hf_hpmkd.recipe_text import recipe_text
 
 SOUND = {
@@ -128,8 +128,8 @@ def test_every_field_has_a_description() -> None:
 
 def test_choices_are_those_of_the_losses() -> None:
     properties = recipe_schema()["$defs"]["DistillationConfig"]["properties"]
-    assert tuple(properties["kd_kind"]["enum"]) == losses.KD_KINDS
-    assert tuple(properties["temperature_schedule"]["enum"]) == losses.TEMPERATURE_SCHEDULES
+    assert tuple(properties["kd_kind"]["enum"]) == vocabulary.KD_KINDS
+    assert tuple(properties["temperature_schedule"]["enum"]) == vocabulary.TEMPERATURE_SCHEDULES
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
@@ -215,6 +215,22 @@ def test_one_bad_value_is_one_fault(override: str, message: str) -> None:
     assert message in "\n".join(faults(override))
 
 
+def test_names_of_transformers_are_known_whether_it_is_asked_or_not() -> None:
+    usual = {key: [*names] for key, names in USUAL_NAMES.items()}
+    asked = read_recipe(SOUND, "x", [f"training.report_to={json.dumps(['comet_ml', *usual['report_to']])}"])
+    assert asked.training.report_to[0] == "comet_ml"  # an unusual one: now all names are looked up
+    for key in ("optimizer", "lr_scheduler"):
+        for name in usual[key]:
+            read_recipe(SOUND, "x", [f"training.{key}={name}", "training.report_to=[comet_ml]"])
+    told = faults("training.optimizer=cosine", "training.lr_scheduler=sgd", "training.report_to=[tensorbord]")
+    assert [line.partition(" transformers knows no ")[0] for line in told] == [
+        "training.optimizer:",
+        "training.lr_scheduler:",
+        "training.report_to:",
+    ]
+    assert "Did you mean `tensorboard`?" in told[2]
+
+
 def test_same_name_twice() -> None:
     assert "names must differ, 'a' is given 2 times" in only_fault("teachers.0.name=a", "teachers.1.name=a")
 
@@ -222,7 +238,7 @@ def test_same_name_twice() -> None:
 def test_schedule_that_the_kind_does_not_take() -> None:
     told = only_fault("distillation.kd_kind=dist", "distillation.temperature_schedule=cosine")
     assert "cosine does not go with kd_kind dist, which takes constant" in told
-    for kind, schedules in losses.LEGAL_SCHEDULES.items():
+    for kind, schedules in vocabulary.LEGAL_SCHEDULES.items():
         for schedule in schedules:
             read_recipe(SOUND, "x", [f"distillation.kd_kind={kind}", f"distillation.temperature_schedule={schedule}"])
 

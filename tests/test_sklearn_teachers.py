@@ -17,8 +17,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder
 from sklearn.svm import LinearSVC
 
+from hf_hpmkd.sklearn_estimators import ESTIMATORS
 from hf_hpmkd.sklearn_teachers import (
-    ESTIMATORS,
     SAVED_TYPES,
     SklearnTeacher,
     load_skops,

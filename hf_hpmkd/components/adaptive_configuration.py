@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_hpmkd.losses import LEGAL_SCHEDULES
+from hf_hpmkd.vocabulary import LEGAL_SCHEDULES
 
 EARLY = (0.125, 0.25, 0.5, 0.75)
 """Shares of a training at which an example may know how far ahead it was."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from hf_hpmkd.losses import TEMPERATURE_SCHEDULES, logit_gradient
+from hf_hpmkd.losses import logit_gradient
+from hf_hpmkd.vocabulary import TEMPERATURE_SCHEDULES
 
 _PROBE_SHARE = 0.1  # of training, before `auto` decides (the paper's 10 %)
 _SMOOTHING = 0.05  # share of training over which the running loss forgets
@@ -96,8 +97,8 @@ def _with_bias(features: torch.Tensor) -> torch.Tensor:
 class TemperatureScheduler:
     """The temperature of the next step, and the memory it takes to know it.
 
-    schedule: one of `losses.TEMPERATURE_SCHEDULES`. temperature > 0: the constant, and where `learned` starts (cut to
-    its range). 0 < temperature_min < temperature_max: the range of the others; `constant` does not read them.
+    schedule: one of `vocabulary.TEMPERATURE_SCHEDULES`. temperature > 0: the constant, and where `learned` starts (cut
+    to its range). 0 < temperature_min < temperature_max: the range of the others; `constant` does not read them.
     total_steps: optimizer steps of the run, below 1 taken as 1. num_updates: how many times `learn` will be called.
     Raises ValueError for another schedule and temperatures outside these ranges.
     """

@@ -19,11 +19,6 @@ from torch import Tensor
 UNAUGMENTED = -1
 """The view of a row that is not augmented."""
 
-IMAGE_CLASSIFICATION = "image-classification"
-TEXT_CLASSIFICATION = "text-classification"
-TABULAR_CLASSIFICATION = "tabular-classification"
-TASKS = (IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, TABULAR_CLASSIFICATION)
-
 
 class Rows(ABC):
     """The rows of one part of a data set (train, guide, validation, test). Not changed after construction.

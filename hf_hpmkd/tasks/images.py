@@ -18,7 +18,8 @@ from transformers import ViTImageProcessor
 from transformers.image_utils import PILImageResampling
 
 from hf_hpmkd.tasks.augmentation import Augmentation, Images, augment, by_shape, stack_if_equal
-from hf_hpmkd.tasks.base import IMAGE_CLASSIFICATION, Rows, column_values
+from hf_hpmkd.tasks.base import Rows, column_values
+from hf_hpmkd.vocabulary import IMAGE_CLASSIFICATION
 
 __all__ = ["Augmentation", "ImageFeed", "ImageRows", "ProcessorFeed", "augment"]
 

@@ -12,7 +12,8 @@ import torch
 from datasets import ClassLabel, Dataset, Value
 from torch import Tensor
 
-from hf_hpmkd.tasks.base import TABULAR_CLASSIFICATION, Rows, column_values, json_digest
+from hf_hpmkd.tasks.base import Rows, column_values, json_digest
+from hf_hpmkd.vocabulary import TABULAR_CLASSIFICATION
 
 
 def is_table_feature(feature: Any) -> bool:

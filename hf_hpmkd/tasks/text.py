@@ -17,8 +17,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hf_hpmkd.tasks.base import TEXT_CLASSIFICATION, Rows, column_values, json_digest
+from hf_hpmkd.tasks.base import Rows, column_values, json_digest
 from hf_hpmkd.tasks.word_dropout import WordDropout, drop_words
+from hf_hpmkd.vocabulary import TEXT_CLASSIFICATION
 
 SPECIAL_TOKENS = PAD, UNKNOWN, START, END, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 MAX_ALPHABET = 1000

@@ -23,7 +23,7 @@ from hf_hpmkd.components.adaptive_configuration import (
     judge,
     propose,
 )
-from hf_hpmkd.losses import LEGAL_SCHEDULES
+from hf_hpmkd.vocabulary import LEGAL_SCHEDULES
 
 SOFT, HARD = Configuration(alpha=0.9, temperature=4.0), Configuration(alpha=0.5, temperature=1.0)
 WARM = Configuration(warm_start=True)
