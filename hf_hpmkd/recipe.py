@@ -116,10 +116,10 @@ class DistillationConfig:
     """How the teachers teach. Needs nothing set; the defaults are plain ones."""
 
     alpha: float = Field(0.9, ge=0, le=1, description="Weight of the teachers: 0 ignores them, 1 ignores the labels.")
-    kd_kind: Literal["forward_kl", "standardized_kl", "dkd", "dist"] = Field(
+    kd_kind: Literal["forward_kl", "standardized_kl", "dkd", "dist", "js"] = Field(
         "forward_kl",
         description="Distillation loss: forward_kl (Hinton), standardized_kl (z-scored logits), dkd (decoupled), dist "
-        "(correlations).",
+        "(correlations), js (Jensen-Shannon: bounded, for students too small to fit every row).",
     )
     temperature: float = Field(4.0, gt=0, description="Softness T of the targets: 1 leaves them, larger flattens.")
     temperature_schedule: Literal["constant", "cosine", "loss", "convergence", "auto", "learned"] = Field(

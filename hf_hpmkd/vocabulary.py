@@ -7,7 +7,7 @@ TASKS = (IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, TABULAR_CLASSIFICATION)
 
 SKLEARN_SETS = ("digits", "iris", "wine", "breast_cancer")  # those that come with scikit-learn; nothing is fetched
 
-KD_KINDS = ("forward_kl", "standardized_kl", "dkd", "dist")
+KD_KINDS = ("forward_kl", "standardized_kl", "dkd", "dist", "js")
 TEMPERATURE_SCHEDULES = ("constant", "cosine", "loss", "convergence", "auto", "learned")
 
 # `learned` follows the closed-form gradient of the forward KL through the classifier head, so it serves that kind only.
@@ -17,4 +17,5 @@ LEGAL_SCHEDULES: dict[str, tuple[str, ...]] = {
     "standardized_kl": ("constant", "cosine", "loss", "convergence", "auto"),
     "dkd": ("constant", "cosine", "loss", "convergence", "auto"),
     "dist": ("constant",),
+    "js": ("constant", "cosine", "loss", "convergence", "auto"),
 }

@@ -94,6 +94,35 @@ def test_dist_equals_pearson_correlations_of_numpy(batch):
     assert losses.kd_loss("dist", student, target, labels, 1.0).tolist() == pytest.approx(expected, abs=1e-6)
 
 
+def test_jensen_shannon_equals_scipy_times_t_squared(batch):
+    from scipy.spatial.distance import jensenshannon
+
+    student, teachers, labels, _ = batch
+    target = F.log_softmax(teachers[0] / 3.0, dim=-1)
+    result = losses.kd_loss("js", student, target, labels, 3.0)
+    expected = 9.0 * jensenshannon(F.softmax(student / 3.0, dim=-1).numpy(), target.exp().numpy(), axis=1) ** 2
+    assert result.tolist() == pytest.approx(expected.tolist(), rel=1e-9)
+
+
+def test_jensen_shannon_is_bounded_even_where_the_two_share_nothing(batch):
+    student, teachers, labels, _ = batch
+    student = F.one_hot(torch.arange(5)).double() * 1e4
+    target = F.log_softmax(student.roll(1, dims=-1), dim=-1)
+    student.requires_grad_()
+    loss = losses.kd_loss("js", student, target, labels[:5], 2.0)
+    assert torch.allclose(loss, torch.full_like(loss, 4 * math.log(2)))
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    assert torch.isfinite(gradient).all()
+
+
+def test_jensen_shannon_is_a_quarter_of_the_kl_close_to_the_teacher(batch):
+    _, teachers, labels, _ = batch
+    target = F.log_softmax(teachers[0], dim=-1)
+    close = teachers[0] + 1e-3 * teachers[1]
+    ratio = losses.forward_kl(close, target, 1.0) / losses.kd_loss("js", close, target, labels, 1.0)
+    assert torch.allclose(ratio, torch.full_like(ratio, 4.0), rtol=1e-2)
+
+
 def test_gradient_size_does_not_change_with_temperature_when_it_is_high(batch):
     """The reason for T²: at high T the gradient tends to (z_s - z_t) / K (Hinton et al., eq. 4), whatever T is."""
     student, teachers, labels, _ = batch
