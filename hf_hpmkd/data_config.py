@@ -14,7 +14,8 @@ class DataConfig:
     """The `data` section of a recipe."""
 
     path: str = Field(
-        description="A data set of the Hub, a folder, a .parquet or .csv file or a glob of them, or sklearn:digits.",
+        description="A data set of the Hub, a folder, a Parquet, CSV, TSV or JSON Lines file or a glob of them, or "
+        "sklearn:digits.",
         min_length=1,
     )
     name: str | None = Field(default=None, description="Configuration of the data set, if it has several.")

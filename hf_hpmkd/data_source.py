@@ -33,9 +33,15 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 
 from hf_hpmkd.hub_client import card_license
 from hf_hpmkd.tasks.base import column_values
-from hf_hpmkd.vocabulary import SKLEARN_SETS
+from hf_hpmkd.vocabulary import DATA_FILES, SKLEARN_SETS
 
-FILE_KINDS = {".parquet": "parquet", ".csv": "csv"}
+_READ_AS: dict[str, tuple[str, dict[str, str]]] = {  # a builder of `datasets` with what it is told
+    ".parquet": ("parquet", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+}
 # `datasets` reads 10,000 rows at a time, takes the types of the first for all, and fails on a later row of another. So
 # does pandas' faster parser with parts of a megabyte.
 _CSV_WHOLE = {"chunksize": 2**31, "engine": "python"}
@@ -64,7 +70,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def open_source(path: str, name: str | None = None, revision: str | None = None) -> Source:
-    """path: a Hub id, a folder, a .parquet or .csv file or a glob of them, or "sklearn:digits".
+    """path: a Hub id, a folder, a Parquet, CSV, TSV or JSON file or a glob of them, or "sklearn:digits".
 
     Raises FileNotFoundError if it is not there, ValueError if it cannot be read as one of these.
     """
@@ -77,7 +83,7 @@ def open_source(path: str, name: str | None = None, revision: str | None = None)
         return _open_folder(local, name)
     if local.is_file():
         return _open_files(path, [str(local)])
-    if local.suffix in FILE_KINDS or path.startswith((".", "/", "~")) or not _HUB_ID.match(path):
+    if local.suffix in DATA_FILES or path.startswith((".", "/", "~")) or not _HUB_ID.match(path):
         beside = sorted(entry.name for entry in local.parent.iterdir()) if local.parent.is_dir() else []
         there = (
             f"{str(local.parent)!r} holds {', '.join(beside[:20]) or 'nothing'}" if beside else "nor does its folder"
@@ -93,10 +99,11 @@ def _plain(loaded: Dataset | DatasetDict) -> dict[str, Dataset]:
 def _open_files(path: str, files: list[str]) -> Source:
     if not files:
         raise FileNotFoundError(f"No file matches {path!r}.")
-    kinds = {FILE_KINDS.get(Path(file).suffix) for file in files}
-    if len(kinds) > 1 or None in kinds:
+    kinds = {Path(file).suffix for file in files}
+    if len(kinds) > 1 or not kinds <= {*DATA_FILES}:
         raise ValueError(
-            f"{path!r} must name files that all end in .parquet or all in .csv, got {', '.join(files[:5])}."
+            f"{path!r} must name files that all end alike, in {', '.join(DATA_FILES[:-1])} or {DATA_FILES[-1]}, got "
+            f"{', '.join(files[:5])}."
         )
     named = [re.split(r"[^a-z]+", Path(file).stem.lower()) for file in files]
     of_files = [{_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS} for words in named]
@@ -107,9 +114,8 @@ def _open_files(path: str, files: list[str]) -> Source:
             f"{path!r} matches files of several splits ({', '.join(sorted(words))}), which would become one. "
             "Give the folder instead: its splits are then told apart by the file names."
         )
-    kind = kinds.pop()
-    assert kind is not None
-    return Source(_read(path, kind, data_files={"train": files}), "file")
+    kind, settings = _READ_AS[kinds.pop()]
+    return Source(_read(path, kind, data_files={"train": files}, **settings), "file")
 
 
 def _open_folder(folder: Path, name: str | None) -> Source:
@@ -143,7 +149,9 @@ def _read(where: str, *args: Any, **settings: Any) -> dict[str, Dataset]:
             "files have the same columns."
         ) from error
     except datasets.exceptions.DataFilesNotFoundError as error:
-        raise FileNotFoundError(f"{where!r} holds no files that `datasets` reads (Parquet, CSV, images).") from error
+        raise FileNotFoundError(
+            f"{where!r} holds no files that `datasets` reads (Parquet, CSV, JSON, images)."
+        ) from error
     except ValueError as error:
         if "corresponds to no data" not in str(error):
             raise

@@ -11,6 +11,7 @@ from hf_hpmkd.model_names import built_family, parse_name, split_variant
 from hf_hpmkd.recipe_faults import did_you_mean
 from hf_hpmkd.sklearn_estimators import ESTIMATORS
 from hf_hpmkd.vocabulary import (
+    DATA_FILES,
     IMAGE_CLASSIFICATION,
     LEGAL_SCHEDULES,
     SKLEARN_SETS,
@@ -428,7 +429,7 @@ def file_faults(recipe: "Recipe") -> Iterator[Fault]:
 def looks_local(name: str) -> bool:
     """Whether a name can only mean a file or folder here: ./x, ../x, /x, ~/x, local-dir:x, or a known suffix."""
     return name.startswith(("./", "../", "/", "~", "local-dir:")) or name.endswith(
-        (".parquet", ".csv", ".safetensors", ".skops")
+        (*DATA_FILES, ".safetensors", ".skops")
     )
 
 

@@ -16,6 +16,7 @@ import hf_hpmkd.data_source as data_source
 from hf_hpmkd.data import PARTS, carve, check_disjoint, load_parts
 from hf_hpmkd.data_config import DataConfig
 from hf_hpmkd.data_source import open_source, with_classes
+from hf_hpmkd.vocabulary import DATA_FILES
 
 NAMES = ["bad", "good", "odd"]
 TEXT = Features({"text": Value("string"), "label": ClassLabel(names=NAMES)})
@@ -603,10 +604,29 @@ def test_missing_sources_are_named(tmp_path, two_splits):
     (tmp_path / "training.csv").rename(tmp_path / "car_evaluation_train.csv")
     assert open_source(f"{tmp_path}/car*.csv").splits["train"].num_rows == 1  # Car Evaluation, a well-known table
     (tmp_path / "notes.txt").write_text("no data")
-    with pytest.raises(ValueError, match="all end in .parquet or all in .csv"):
+    with pytest.raises(ValueError, match="all end alike, in .parquet, .csv, .tsv, .jsonl or .json, got"):
         open_source(str(tmp_path / "notes.txt"))
     with pytest.raises(ValueError, match="Did you mean 'digits'"):
         open_source("sklearn:digit")
+
+
+@pytest.mark.parametrize("ending", DATA_FILES)
+def test_a_table_is_the_same_in_every_kind_of_file(tmp_path, ending):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows = pd.DataFrame({"size": [0.5, 2.25, 4.0], "town": ["Ulm, old", 'a "b"', "c\td"], "label": ["x", "y", "x"]})
+    write = {
+        ".parquet": rows.to_parquet,
+        ".csv": lambda file: rows.to_csv(file, index=False),
+        ".tsv": lambda file: rows.to_csv(file, index=False, sep="\t"),
+        ".jsonl": lambda file: rows.to_json(file, orient="records", lines=True),
+        ".json": lambda file: rows.to_json(file, orient="records"),
+    }
+    write[ending](folder / f"rows{ending}")
+    for path in (f"{folder}/rows{ending}", f"{folder}/*{ending}", str(folder)):
+        assert open_source(path).splits["train"].to_dict() == rows.to_dict("list")
+    with pytest.raises(FileNotFoundError, match=f"does not exist.*Did you mean 'rows{ending}'"):
+        open_source(f"{folder}/row{ending}")
 
 
 def test_a_glob_of_one_split_is_read_whole(tmp_path):
