@@ -349,7 +349,6 @@ def _init(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from hf_hpmkd.plan import plan
     from hf_hpmkd.recipe import load_recipe
 
     if args.gantt is not None and args.workers is None:
@@ -358,6 +357,8 @@ def _plan(args: argparse.Namespace) -> None:
     if not all(word.isdigit() and int(word) > 0 for word in workers):
         raise ValueError(f"--workers must be numbers from 1 on, as 2 or 1,8,64, got {args.workers!r}.")
     recipe = load_recipe(args.recipe, args.words)
+    from hf_hpmkd.plan import plan
+
     _say(plan(recipe))
     if workers:
         from hf_hpmkd.plan_schedule import plan_schedule

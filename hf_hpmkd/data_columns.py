@@ -26,10 +26,25 @@ def require_columns(path: str, label_column: str, input_column: Columns, split: 
             if column not in rows.column_names:
                 raise ValueError(
                     f"`{key}` must be a column of {path!r}; split {split!r} has {', '.join(rows.column_names)}; "
-                    f"got {column!r}.{suggest(column, rows.column_names)} Name it with data.{key}=COLUMN."
+                    f"got {column!r}.{_way_out(key, column, rows.column_names, path)}"
                 )
             if key == "input_column" and column == label_column:
                 raise ValueError(f"`input_column` must not be the label, got {column!r} for both.")
+
+
+def _way_out(key: str, column: str, columns: list[str], path: str) -> str:
+    if len(columns) == 1 and not path.endswith((".parquet", ".json", ".jsonl")):
+        only = columns[0]
+        if "\t" in only:
+            return " This one column looks like several with tabs between them. Name the file .tsv instead of .csv."
+        if path.endswith(".tsv") and "," in only:
+            return " This one column looks like several with commas between them. Name the file .csv instead of .tsv."
+        if sign := next((sign for sign in ";|" if sign in only), None):
+            return (
+                f" This one column looks like several with {sign!r} between them. Save the file with commas between "
+                "columns, and points in numbers."
+            )
+    return f"{suggest(column, columns)} Name it with data.{key}=COLUMN."
 
 
 def choose_input(

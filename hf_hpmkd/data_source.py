@@ -70,7 +70,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def open_source(path: str, name: str | None = None, revision: str | None = None) -> Source:
-    """path: a Hub id, a folder, a Parquet, CSV, TSV or JSON file or a glob of them, or "sklearn:digits".
+    """path: a Hub id, a folder, a Parquet, CSV, TSV, JSON Lines or JSON file or a glob of them, or "sklearn:digits".
 
     Raises FileNotFoundError if it is not there, ValueError if it cannot be read as one of these.
     """
@@ -100,7 +100,7 @@ def _open_files(path: str, files: list[str]) -> Source:
     if not files:
         raise FileNotFoundError(f"No file matches {path!r}.")
     kinds = {Path(file).suffix for file in files}
-    if len(kinds) > 1 or not kinds <= {*DATA_FILES}:
+    if len(kinds) > 1 or not kinds <= {*_READ_AS}:
         raise ValueError(
             f"{path!r} must name files that all end alike, in {', '.join(DATA_FILES[:-1])} or {DATA_FILES[-1]}, got "
             f"{', '.join(files[:5])}."
@@ -115,7 +115,13 @@ def _open_files(path: str, files: list[str]) -> Source:
             "Give the folder instead: its splits are then told apart by the file names."
         )
     kind, settings = _READ_AS[kinds.pop()]
-    return Source(_read(path, kind, data_files={"train": files}, **settings), "file")
+    splits = _read(path, kind, data_files={"train": files}, **settings)
+    if kind == "json" and splits["train"].num_rows <= len(files):  # {"data": [...]}, or a list per column
+        raise ValueError(
+            f"{path!r} holds {splits['train'].num_rows} rows in {len(files)} files. A .jsonl file has one object per "
+            "line, a .json file one list of them, each with the same keys: a row."
+        )
+    return Source(splits, "file")
 
 
 def _open_folder(folder: Path, name: str | None) -> Source:
@@ -136,6 +142,8 @@ def _read(where: str, *args: Any, **settings: Any) -> dict[str, Dataset]:
     """load_dataset of local files, with its errors in our words."""
     try:
         return _plain(load_dataset(*args, **settings))
+    except StopIteration as error:  # of the JSON reader
+        raise ValueError(f"A JSON file of {where!r} holds no rows. Remove it.") from error
     except datasets.exceptions.DatasetGenerationError as error:
         _close_files(error)
         reason = str(error.__cause__ or error).splitlines()[-1]
@@ -144,10 +152,10 @@ def _read(where: str, *args: Any, **settings: Any) -> dict[str, Dataset]:
         if load_dataset_builder(*args, **settings).name == "csv":
             with suppress(datasets.exceptions.DatasetGenerationError):
                 return _plain(load_dataset(*args, **settings, **_CSV_WHOLE))
-        raise ValueError(
-            f"The files of {where!r} cannot be read as one data set ({reason}). Give the folder of one data set, whose "
-            "files have the same columns."
-        ) from error
+        way_out = "Give the folder of one data set, whose files have the same columns."
+        if "EOF inside string" in reason or "unexpected end of data" in reason:
+            way_out = 'A quotation mark opens a value and is never closed: write each " inside values twice.'
+        raise ValueError(f"The files of {where!r} cannot be read as one data set ({reason}). {way_out}") from error
     except datasets.exceptions.DataFilesNotFoundError as error:
         raise FileNotFoundError(
             f"{where!r} holds no files that `datasets` reads (Parquet, CSV, JSON, images)."

@@ -224,7 +224,7 @@ def _terms(features: np.ndarray, encoded: np.ndarray) -> np.ndarray:
         one["alpha"],
         one["temperature"],
         one["alpha"] * one["temperature"],
-        one["temperature"] * one["forward_kl"],
+        one["temperature"] * (one["forward_kl"] + one["js"]),
         one["moves"],
         one["standardized_kl"],
         one["dkd"],

@@ -96,10 +96,11 @@ def jensen_shannon(
     student_logits: torch.Tensor, target_log_probs: torch.Tensor, temperature: float | torch.Tensor
 ) -> torch.Tensor:
     """Jensen-Shannon divergence at temperature T, times T²: the mean of KL(teacher ‖ m) and KL(student ‖ m), m being
-    the mean of the two (Lin 1991, eq. 3.1; for distilling, Wen et al., ACL 2023).
+    the mean of the two (Lin 1991, section IV, equal weights; for distilling, Wen et al., ACL 2023).
 
-    At most T² log 2, whatever a row holds, where KL has no bound: a student too small for all rows gives up those that
-    it cannot learn instead of being pulled by them most. Near the teacher it is a quarter of the KL. Shape `(batch,)`.
+    At most T² log 2. The gradient of the KL grows with a row's error up to T per logit; this one falls to 0 again, so a
+    small student gives up rows that it cannot learn, and one that begins far off learns nothing by this alone. Near the
+    teacher it is a quarter of the KL, so that it takes a larger alpha. Returns `(batch,)` in nats.
     """
     student_log_probs = F.log_softmax(student_logits / temperature, dim=-1)
     log_mean = torch.logaddexp(student_log_probs, target_log_probs) - math.log(2.0)

@@ -100,7 +100,7 @@ def hub_id(source: str, commit: str | None) -> str | None:
     as well be a folder. `timm/NAME.TAG` is the id of a repository as it stands.
     """
     name = source.removeprefix("hf-hub:")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or re.search(r"\.(skops|safetensors|csv|parquet)$", name):
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or re.search(r"\.(skops|safetensors)$", name):
         return None
     known = commit is not None or source.startswith("hf-hub:") or re.fullmatch(r"timm/\w+\.\w+", name)
     return name if known else None

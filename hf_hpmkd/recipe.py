@@ -119,7 +119,7 @@ class DistillationConfig:
     kd_kind: Literal["forward_kl", "standardized_kl", "dkd", "dist", "js"] = Field(
         "forward_kl",
         description="Distillation loss: forward_kl (Hinton), standardized_kl (z-scored logits), dkd (decoupled), dist "
-        "(correlations), js (Jensen-Shannon: bounded, for students too small to fit every row).",
+        "(correlations), js (Jensen-Shannon, which lets go of rows that are far off; meant for alpha 0.9 at T 1).",
     )
     temperature: float = Field(4.0, gt=0, description="Softness T of the targets: 1 leaves them, larger flattens.")
     temperature_schedule: Literal["constant", "cosine", "loss", "convergence", "auto", "learned"] = Field(

@@ -6,7 +6,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Estimator:
+class KnownEstimator:
     """Where an estimator lives and what it wants. trees: split on values, so neither scale nor one-hot codes matter."""
 
     module: str
@@ -18,23 +18,23 @@ class Estimator:
 
 
 ESTIMATORS = {
-    "LogisticRegression": Estimator("linear_model", defaults={"max_iter": 1000}),
-    "SGDClassifier": Estimator("linear_model"),
-    "RidgeClassifier": Estimator("linear_model"),
-    "LinearSVC": Estimator("svm"),
-    "SVC": Estimator("svm"),
-    "KNeighborsClassifier": Estimator("neighbors"),
-    "MLPClassifier": Estimator("neural_network"),
-    "GaussianNB": Estimator("naive_bayes", takes_sparse=False),
-    "BernoulliNB": Estimator("naive_bayes"),
-    "MultinomialNB": Estimator("naive_bayes", takes_negative=False),
-    "ComplementNB": Estimator("naive_bayes", takes_negative=False),
-    "LinearDiscriminantAnalysis": Estimator("discriminant_analysis", takes_sparse=False),
-    "QuadraticDiscriminantAnalysis": Estimator("discriminant_analysis", takes_sparse=False),
-    "DecisionTreeClassifier": Estimator("tree", trees=True),
-    "RandomForestClassifier": Estimator("ensemble", trees=True),
-    "ExtraTreesClassifier": Estimator("ensemble", trees=True),
-    "GradientBoostingClassifier": Estimator("ensemble", trees=True),
-    "AdaBoostClassifier": Estimator("ensemble", trees=True),
-    "HistGradientBoostingClassifier": Estimator("ensemble", trees=True, takes_missing=True, takes_sparse=False),
+    "LogisticRegression": KnownEstimator("linear_model", defaults={"max_iter": 1000}),
+    "SGDClassifier": KnownEstimator("linear_model"),
+    "RidgeClassifier": KnownEstimator("linear_model"),
+    "LinearSVC": KnownEstimator("svm"),
+    "SVC": KnownEstimator("svm"),
+    "KNeighborsClassifier": KnownEstimator("neighbors"),
+    "MLPClassifier": KnownEstimator("neural_network"),
+    "GaussianNB": KnownEstimator("naive_bayes", takes_sparse=False),
+    "BernoulliNB": KnownEstimator("naive_bayes"),
+    "MultinomialNB": KnownEstimator("naive_bayes", takes_negative=False),
+    "ComplementNB": KnownEstimator("naive_bayes", takes_negative=False),
+    "LinearDiscriminantAnalysis": KnownEstimator("discriminant_analysis", takes_sparse=False),
+    "QuadraticDiscriminantAnalysis": KnownEstimator("discriminant_analysis", takes_sparse=False),
+    "DecisionTreeClassifier": KnownEstimator("tree", trees=True),
+    "RandomForestClassifier": KnownEstimator("ensemble", trees=True),
+    "ExtraTreesClassifier": KnownEstimator("ensemble", trees=True),
+    "GradientBoostingClassifier": KnownEstimator("ensemble", trees=True),
+    "AdaBoostClassifier": KnownEstimator("ensemble", trees=True),
+    "HistGradientBoostingClassifier": KnownEstimator("ensemble", trees=True, takes_missing=True, takes_sparse=False),
 }

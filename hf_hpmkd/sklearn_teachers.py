@@ -29,7 +29,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
 from torch import Tensor
 
-from hf_hpmkd.sklearn_estimators import ESTIMATORS, Estimator
+from hf_hpmkd.sklearn_estimators import ESTIMATORS, KnownEstimator
 from hf_hpmkd.tasks.base import Rows, json_digest
 from hf_hpmkd.teacher_kinds import FoldedTeacher, Teacher
 from hf_hpmkd.vocabulary import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TEXT_CLASSIFICATION
@@ -280,7 +280,7 @@ def _build(name: str, params: Mapping[str, Any], task: str, seed: int, table: pd
     return make_pipeline(_table_columns(known, table), classifier)
 
 
-def _estimator(name: str, known: Estimator, params: Mapping[str, Any], seed: int) -> BaseEstimator:
+def _estimator(name: str, known: KnownEstimator, params: Mapping[str, Any], seed: int) -> BaseEstimator:
     kind = getattr(importlib.import_module(f"sklearn.{known.module}"), name)
     given = dict(params)
     calibrate = given.pop("calibrate", False)
@@ -302,7 +302,7 @@ def _estimator(name: str, known: Estimator, params: Mapping[str, Any], seed: int
     return estimator
 
 
-def _table_columns(known: Estimator, table: pd.DataFrame) -> ColumnTransformer:
+def _table_columns(known: KnownEstimator, table: pd.DataFrame) -> ColumnTransformer:
     """Columns without any value in these rows are left out: nothing can be learnt from them."""
     filled = [column for column in table.columns if table[column].notna().any()]
     numeric = [column for column in filled if table[column].dtype.kind == "f"]

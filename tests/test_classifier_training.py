@@ -258,7 +258,8 @@ import torch
 from accelerate import PartialState
 import hf_hpmkd.classifier_training as training
 from hf_hpmkd.classifiers import build_classifier
-from hf_hpmkd.recipe import read_recipe, recipe_parts
+from hf_hpmkd.recipe import read_recipe
+from hf_hpmkd.recipe_parts import recipe_parts
 sys.path.insert(0, sys.argv[2])
 from two_ranks import in_two_ranks
 torch.set_num_threads(1)

@@ -361,24 +361,26 @@ def test_a_misspelled_option_is_told_with_the_right_one_and_never_guessed(capsys
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "told", "code"),
     [
-        (["--help"], "distill"),
-        (["recipe", "check", "quickstart"], "quickstart is sound"),
-        (["distill", "quickstart", "data.seed=-1"], "1 fault"),
+        (["--help"], "distill", 0),
+        (["recipe", "check", "quickstart"], "quickstart is sound", 0),
+        (["distill", "quickstart", "data.seed=-1"], "1 fault", 2),
+        (["plan", "quickstart", "data.seed=-1"], "1 fault", 2),
     ],
 )
-def test_help_and_faults_of_a_recipe_come_before_anything_heavy(words: list[str], told: str) -> None:
+def test_help_and_faults_of_a_recipe_come_before_anything_heavy(words: list[str], told: str, code: int) -> None:
     """They are to be there in a second, and torch alone takes longer."""
-    code = (
+    script = (
         f"import sys; sys.argv = {['hpmkd', *words]}\n"
         "from hf_hpmkd.cli import main\n"
-        "try:\n    main()\n"
+        "try:\n    sys.exit(main())\n"
         "finally:\n"
         "    heavy = {'torch', 'transformers', 'datasets', 'timm', 'sklearn', 'pandas', 'numpy'} & set(sys.modules)\n"
         "    print('loaded', sorted(heavy))\n"
     )
-    done = run(sys.executable, "-c", code)
+    done = run(sys.executable, "-c", script)
+    assert done.returncode == code
     assert told in done.stdout + done.stderr
     assert "loaded []" in done.stdout
 

@@ -1,6 +1,7 @@
 """From a data section to four parts: sources, splits, columns, labels, draws, and the faults that are named."""
 
 import gc
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -612,6 +613,7 @@ def test_missing_sources_are_named(tmp_path, two_splits):
 
 @pytest.mark.parametrize("ending", DATA_FILES)
 def test_a_table_is_the_same_in_every_kind_of_file(tmp_path, ending):
+    assert tuple(data_source._READ_AS) == DATA_FILES
     folder = tmp_path / "set"
     folder.mkdir()
     rows = pd.DataFrame({"size": [0.5, 2.25, 4.0], "town": ["Ulm, old", 'a "b"', "c\td"], "label": ["x", "y", "x"]})
@@ -627,6 +629,51 @@ def test_a_table_is_the_same_in_every_kind_of_file(tmp_path, ending):
         assert open_source(path).splits["train"].to_dict() == rows.to_dict("list")
     with pytest.raises(FileNotFoundError, match=f"does not exist.*Did you mean 'rows{ending}'"):
         open_source(f"{folder}/row{ending}")
+
+
+@pytest.mark.parametrize(
+    ("ending", "separator", "told"),
+    [
+        (
+            ".csv",
+            ";",
+            "got 'label'. This one column looks like several with ';'.* commas between columns, and points in",
+        ),
+        (".csv", "|", "got 'label'. This one column looks like several with '|'"),
+        (".csv", "\t", "got 'label'. This one column looks like several with tabs.* Name the file .tsv"),
+        (".tsv", ",", "got 'label'. This one column looks like several with commas.* Name the file .csv"),
+    ],
+)
+def test_another_separator_is_told(tmp_path, ending, separator, told):
+    file = tmp_path / f"rows{ending}"
+    file.write_text(f"size{separator}label\n1{separator}x\n")
+    with pytest.raises(ValueError, match=told.replace("|", "\\|")):
+        load_parts(DataConfig(path=str(file)))
+    mended = "," if ending == ".csv" else "\t"
+    file.write_text(f"si{separator}ze{mended}labels\n1{mended}x\n")  # columns may have such names
+    with pytest.raises(ValueError, match="got 'label'. Did you mean 'labels'. Name it with data.label_column=COLUMN"):
+        load_parts(DataConfig(path=str(file)))
+
+
+@pytest.mark.parametrize("ending", DATA_FILES)
+def test_files_without_rows_are_refused(tmp_path, ending):
+    rows = pd.DataFrame({"size": [], "label": []})
+    (rows.to_parquet if ending == ".parquet" else lambda file: Path(file).write_text(""))(tmp_path / f"rows{ending}")
+    with pytest.raises(ValueError, match="no rows|cannot be read as one data set|is empty"):
+        load_parts(DataConfig(path=f"{tmp_path}/rows{ending}"))
+
+
+@pytest.mark.parametrize("text", ['{"data": [{"a": 1, "label": "x"}]}', '{"a": {"0": 1, "1": 2}, "label": {"0": "x"}}'])
+def test_json_that_is_no_list_of_rows_is_refused(tmp_path, text):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(ValueError, match="1 rows in 1 files.*one list of them, each with the same keys"):
+        open_source(f"{tmp_path}/rows.json")
+
+
+def test_a_quotation_mark_that_is_never_closed_is_told(tmp_path):
+    (tmp_path / "rows.tsv").write_text('text\tlabel\n"Never closed\tx\nb\ty\n')
+    with pytest.raises(ValueError, match="A quotation mark opens a value and is never closed"):
+        open_source(f"{tmp_path}/rows.tsv")
 
 
 def test_a_glob_of_one_split_is_read_whole(tmp_path):

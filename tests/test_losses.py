@@ -104,15 +104,22 @@ def test_jensen_shannon_equals_scipy_times_t_squared(batch):
     assert result.tolist() == pytest.approx(expected.tolist(), rel=1e-9)
 
 
-def test_jensen_shannon_is_bounded_even_where_the_two_share_nothing(batch):
-    student, teachers, labels, _ = batch
-    student = F.one_hot(torch.arange(5)).double() * 1e4
-    target = F.log_softmax(student.roll(1, dims=-1), dim=-1)
-    student.requires_grad_()
-    loss = losses.kd_loss("js", student, target, labels[:5], 2.0)
-    assert torch.allclose(loss, torch.full_like(loss, 4 * math.log(2)))
-    (gradient,) = torch.autograd.grad(loss.sum(), student)
-    assert torch.isfinite(gradient).all()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_jensen_shannon_is_bounded_and_lets_go_of_rows_that_are_far_off(dtype):
+    teacher = torch.tensor([[6.0, 0.0, -2.0]], dtype=dtype)
+    target = F.log_softmax(teacher / 2.0, dim=-1)
+
+    def at(distance, loss):
+        student = torch.tensor([[-distance, distance, 0.0]], dtype=dtype, requires_grad=True)
+        value = loss(student, target, 2.0)
+        (gradient,) = torch.autograd.grad(value.sum(), student)
+        return value.item(), gradient.norm().item()
+
+    values, gradients = zip(*(at(distance, losses.jensen_shannon) for distance in (2.0, 8.0, 20.0, 1e4)), strict=True)
+    assert list(values) == sorted(values)
+    assert 0.8 * 4 * math.log(2) < values[-1] < 4 * math.log(2)  # the teacher's second guess is all they share
+    assert gradients[0] > 10 * gradients[2] > 10 * gradients[3] == 0
+    assert at(20.0, losses.forward_kl)[1] > at(2.0, losses.forward_kl)[1]
 
 
 def test_jensen_shannon_is_a_quarter_of_the_kl_close_to_the_teacher(batch):

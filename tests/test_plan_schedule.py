@@ -87,7 +87,7 @@ def test_data_on_the_hub_is_not_opened_for_a_schedule(tmp_path, capsys, monkeypa
     def opened(*words, **settings):
         raise AssertionError("the data were opened")
 
-    monkeypatch.setattr("hf_hpmkd.recipe.load_parts", opened)
+    monkeypatch.setattr("hf_hpmkd.recipe_parts.load_parts", opened)
     monkeypatch.chdir(tmp_path)
     tree = {"data": {"path": "USER/DATA"}, "teachers": [{"model": "cifar-resnet-14"}]}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({**tree, "student": {"model": "cifar-resnet-8"}}))

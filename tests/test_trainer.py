@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
 from hf_hpmkd.trainer import STATE_FILE, HPMKDTrainer, _name_apart
+from hf_hpmkd.vocabulary import KD_KINDS
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +92,9 @@ def test_one_uniform_teacher_is_plain_kd_written_by_hand(tmp_path, teachers):
 
 @pytest.mark.parametrize(
     ("kind", "gate"),
-    [(kind, "mixture") for kind in ("forward_kl", "standardized_kl", "dkd", "dist")]
-    + [("forward_kl", gate) for gate in ("joint", "label", "uniform")],
+    [(kind, "mixture") for kind in KD_KINDS]
+    + [("forward_kl", gate) for gate in ("joint", "label", "uniform")]
+    + [("js", "joint")],
 )
 def test_every_kind_and_gate_trains_and_logs(tmp_path, teachers, kind, gate):
     trainer = train(tmp_path, teachers, kd_kind=kind, gate=gate, temperature_schedule="constant", learning_rate=0.01)
