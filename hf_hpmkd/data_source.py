@@ -116,10 +116,12 @@ def _open_files(path: str, files: list[str]) -> Source:
         )
     kind, settings = _READ_AS[kinds.pop()]
     splits = _read(path, kind, data_files={"train": files}, **settings)
-    if kind == "json" and splits["train"].num_rows <= len(files):  # {"data": [...]}, or a list per column
+    rows = splits["train"]
+    nested = not all(isinstance(feature, Value) for feature in rows.features.values())
+    if kind == "json" and nested and len(rows) <= len(files):  # {"data": [...]}, or an object per column
         raise ValueError(
-            f"{path!r} holds {splits['train'].num_rows} rows in {len(files)} files. A .jsonl file has one object per "
-            "line, a .json file one list of them, each with the same keys: a row."
+            f"{path!r} holds {len(rows)} rows in {len(files)} files, with lists or objects in them. A .jsonl file has "
+            "one object per line, a .json file one list of them, each with the same keys: a row."
         )
     return Source(splits, "file")
 

@@ -670,6 +670,12 @@ def test_json_that_is_no_list_of_rows_is_refused(tmp_path, text):
         open_source(f"{tmp_path}/rows.json")
 
 
+def test_each_row_may_be_a_json_file_of_its_own(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.json").write_text(f'{{"size": {number}, "label": "x"}}')
+    assert open_source(f"{tmp_path}/*.json").splits["train"]["size"][:] == [0, 1, 2]
+
+
 def test_a_quotation_mark_that_is_never_closed_is_told(tmp_path):
     (tmp_path / "rows.tsv").write_text('text\tlabel\n"Never closed\tx\nb\ty\n')
     with pytest.raises(ValueError, match="A quotation mark opens a value and is never closed"):
