@@ -45,6 +45,20 @@ class GuideRows:
     labels: torch.Tensor  # (rows,)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch that the student has just answered: logits `(batch, classes)`, float32; labels `(batch,)`.
+
+    rows, views: which rows these are, and which view of each, as `TeacherOutputs` knows them. inputs: the student's.
+    """
+
+    logits: torch.Tensor
+    labels: torch.Tensor
+    rows: torch.Tensor
+    views: torch.Tensor
+    inputs: Mapping[str, Any]
+
+
 @dataclass
 class BatchLosses:
     """Per-sample losses `(batch,)`; `total` is what is trained on. weights: `(batch, teachers)`, detached."""
@@ -152,30 +166,23 @@ class Distiller:
 
     # ---- within a step ---------------------------------------------------------------------------------------------
 
-    def batch_losses(
-        self,
-        student_logits: torch.Tensor,
-        labels: torch.Tensor,
-        rows: torch.Tensor,
-        views: torch.Tensor,
-        inputs: Mapping[str, Any],
-    ) -> BatchLosses:
-        """The losses of a micro-batch just sent through the student; labels `(batch,)`, logits `(batch, classes)`."""
-        args = self.args
-        student_logits = student_logits.float()
+    def batch_losses(self, batch: Batch) -> BatchLosses:
+        """The losses of a micro-batch, per sample."""
+        args, student_logits, labels = self.args, batch.logits, batch.labels
         features = self.reader.read() if self.reader else student_logits[:, :1]
         teacher_features: list[torch.Tensor] = []
         if args.feature_weight > 0:
-            teacher_logits, teacher_features = self.outputs.lookup_with_features(rows, views, inputs)  # type: ignore[attr-defined]
+            look = self.outputs.lookup_with_features  # type: ignore[attr-defined]
+            teacher_logits, teacher_features = look(batch.rows, batch.views, batch.inputs)
         else:
-            teacher_logits = self.outputs.lookup(rows, views, inputs)
+            teacher_logits = self.teacher_logits(batch)
         calibrated = self.ensemble.calibrated(teacher_logits.to(student_logits.device))
         weights = self.ensemble.weights(features, calibrated, labels)
         teacher_logits = self.ensemble.taught(calibrated)
         temperature = self.scheduler.temperature
         target = log_mixture(teacher_logits, weights, temperature, standardized=args.kd_kind == "standardized_kl")
         kd = self.kd(student_logits, target, labels)
-        ce = F.cross_entropy(student_logits, labels, reduction="none", label_smoothing=args.label_smoothing_factor)
+        ce = self.cross_entropy(student_logits, labels)
         total = args.alpha * kd + (1.0 - args.alpha) * ce
         if args.gate == "joint" and self.ensemble.gate is not None:
             total = total - args.gate_entropy_weight * entropy(weights)
@@ -187,6 +194,14 @@ class Distiller:
             head = HeadBatch(features.detach(), student_logits.detach(), labels)
             self._remembered.append(_Remembered(head, teacher_logits.detach(), losses.weights))
         return losses
+
+    def teacher_logits(self, batch: Batch) -> torch.Tensor:
+        """What the teachers say of a batch, `(teachers, batch, classes)`, uncalibrated."""
+        return self.outputs.lookup(batch.rows, batch.views, batch.inputs)
+
+    def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The labels' term `(batch,)`, with the run's label smoothing."""
+        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.args.label_smoothing_factor)
 
     def kd(self, student_logits: torch.Tensor, target: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The KD term `(batch,)`. target: log-probabilities of the mixture at the temperature of this step."""

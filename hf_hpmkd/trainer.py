@@ -28,7 +28,7 @@ from hf_hpmkd.dataset_rows import (
     as_rows,
     fetcher,
 )
-from hf_hpmkd.distiller import Distiller, GuideRows, TeacherOutputs, check_guide
+from hf_hpmkd.distiller import Batch, Distiller, GuideRows, TeacherOutputs, check_guide
 from hf_hpmkd.tasks.base import UNAUGMENTED, FedDataset
 from hf_hpmkd.teacher_cache import LiveOutputs, TeacherCache
 from hf_hpmkd.teacher_kinds import FoldedTeacher, Teacher, own_class_names
@@ -116,7 +116,7 @@ class HPMKDTrainer(Trainer):
         labels = inputs.pop("labels")
         outputs = model(**inputs)
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        losses = self.distiller.batch_losses(logits, labels, rows, views, inputs)
+        losses = self.distiller.batch_losses(Batch(logits.float(), labels, rows, views, inputs))
         if num_items_in_batch is None:
             num_items_in_batch = len(labels)
         loss = losses.total.sum() / num_items_in_batch

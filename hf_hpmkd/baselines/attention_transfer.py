@@ -1,6 +1,5 @@
 """AT: the student looks where its teacher looks (Zagoruyko and Komodakis, ICLR 2017)."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ import torch.nn.functional as F
 
 from hf_hpmkd.baselines.base import Baseline
 from hf_hpmkd.baselines.stages import StageReader, check_pair
+from hf_hpmkd.distiller import Batch
 
 WEIGHT = 1000.0  # Tian et al. (ICLR 2020), with the mean over positions
 
@@ -43,16 +43,9 @@ class AttentionTransfer(Baseline):
         if len(counts) > 1:
             raise ValueError(f"Student and teachers must have the same number of stages, got {sorted(counts)}.")
 
-    def term(
-        self,
-        student_logits: torch.Tensor,
-        labels: torch.Tensor,
-        rows: torch.Tensor,
-        views: torch.Tensor,
-        inputs: Mapping[str, Any],
-    ) -> torch.Tensor:
+    def term(self, batch: Batch) -> torch.Tensor:
         maps = self.student_reader.read()
-        self.outputs.lookup(rows, views, inputs)  # the teachers' forward pass, which fills their readers
+        self.teacher_logits(batch)  # the teachers' forward pass, which fills their readers
         losses = [
             torch.stack([attention_loss(s, t.to(s.device)) for s, t in zip(maps, reader.read(), strict=True)]).sum(0)
             for reader in self.teacher_readers

@@ -2,14 +2,10 @@
 student. Knows no method.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from hf_hpmkd.distiller import BatchLosses, Distiller, GuideRows, TeacherOutputs, average_gradients
+from hf_hpmkd.distiller import Batch, BatchLosses, Distiller, GuideRows, TeacherOutputs, average_gradients
 from hf_hpmkd.teacher_kinds import TorchTeacher
 from hf_hpmkd.teacher_outputs import LiveOutputs
 from hf_hpmkd.training_args import HPMKDTrainingArguments
@@ -30,34 +26,19 @@ class Baseline(Distiller):
         self.total_steps = max(total_steps, 1)
         self._begins_step = True
 
-    def term(
-        self,
-        student_logits: torch.Tensor,
-        labels: torch.Tensor,
-        rows: torch.Tensor,
-        views: torch.Tensor,
-        inputs: Mapping[str, Any],
-    ) -> torch.Tensor:
-        """What the teachers add, `(batch,)`. The student has just made its forward pass on inputs."""
+    def term(self, batch: Batch) -> torch.Tensor:
+        """What the teachers add, `(batch,)`."""
         raise NotImplementedError
 
-    def batch_losses(
-        self,
-        student_logits: torch.Tensor,
-        labels: torch.Tensor,
-        rows: torch.Tensor,
-        views: torch.Tensor,
-        inputs: Mapping[str, Any],
-    ) -> BatchLosses:
-        student_logits = student_logits.float()
+    def batch_losses(self, batch: Batch) -> BatchLosses:
         if self.extras is not None and self._begins_step:
             self.extras.zero_grad()  # the trainer clears the student's gradients alone
         self._begins_step = False
-        term = self.term(student_logits, labels, rows, views, inputs)
-        ce = F.cross_entropy(student_logits, labels, reduction="none", label_smoothing=self.args.label_smoothing_factor)
+        term = self.term(batch)
+        ce = self.cross_entropy(batch.logits, batch.labels)
         total = self.args.alpha * term + (1.0 - self.args.alpha) * ce
         count = len(self.outputs.names)
-        return BatchLosses(total, term.detach(), ce.detach(), ce.new_full((len(labels), count), 1.0 / count))
+        return BatchLosses(total, term.detach(), ce.detach(), ce.new_full((len(ce), count), 1.0 / count))
 
     def finish_step(self) -> torch.Tensor | None:
         if self.extras is not None:

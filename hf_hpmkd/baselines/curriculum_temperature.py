@@ -1,13 +1,13 @@
 """CTKD: a temperature that learns to make the student's task harder (Li et al., AAAI 2023), its global form."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_hpmkd.baselines.base import Baseline
+from hf_hpmkd.distiller import Batch
 from hf_hpmkd.losses import forward_kl, log_mixture
 
 LOWEST, RANGE = 1.0, 20.0  # of the temperature: LOWEST to LOWEST + RANGE
@@ -55,16 +55,9 @@ class CurriculumTemperature(Baseline):
     def temperature(self) -> float:
         return float(self.global_temperature().detach())
 
-    def term(
-        self,
-        student_logits: torch.Tensor,
-        labels: torch.Tensor,
-        rows: torch.Tensor,
-        views: torch.Tensor,
-        inputs: Mapping[str, Any],
-    ) -> torch.Tensor:
-        teacher_logits = self.outputs.lookup(rows, views, inputs).to(student_logits.device)
+    def term(self, batch: Batch) -> torch.Tensor:
+        teacher_logits = self.teacher_logits(batch).to(batch.logits.device)
         count = len(self.outputs.names)
-        weights = teacher_logits.new_full((len(labels), count), 1.0 / count)
+        weights = teacher_logits.new_full((len(batch.labels), count), 1.0 / count)
         temperature = _Reverse.apply(self.global_temperature(), adversary_strength(self.step / self.total_steps))
-        return forward_kl(student_logits, log_mixture(teacher_logits, weights, temperature), temperature)
+        return forward_kl(batch.logits, log_mixture(teacher_logits, weights, temperature), temperature)

@@ -1,6 +1,5 @@
 """FitNets: a hint from the middle of the teacher (Romero et al., ICLR 2015)."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from torch import nn
 
 from hf_hpmkd.baselines.base import Baseline
 from hf_hpmkd.baselines.stages import StageReader, channels, check_pair
+from hf_hpmkd.distiller import Batch
 
 WEIGHT = 100.0  # Tian et al. (ICLR 2020)
 
@@ -46,16 +46,9 @@ class FitNets(Baseline):
         self.regressors = nn.ModuleList(maps)
         self.own_extras(self.regressors)
 
-    def term(
-        self,
-        student_logits: torch.Tensor,
-        labels: torch.Tensor,
-        rows: torch.Tensor,
-        views: torch.Tensor,
-        inputs: Mapping[str, Any],
-    ) -> torch.Tensor:
+    def term(self, batch: Batch) -> torch.Tensor:
         guided = _middle(self.student_reader.read())
-        self.outputs.lookup(rows, views, inputs)  # the teachers' forward pass, which fills their readers
+        self.teacher_logits(batch)  # the teachers' forward pass, which fills their readers
         losses = [
             hint_loss(regress(guided), _middle(reader.read()).to(guided.device))
             for regress, reader in zip(self.regressors, self.teacher_readers, strict=True)

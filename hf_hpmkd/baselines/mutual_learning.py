@@ -1,13 +1,12 @@
 """DML: two students of the same kind teach each other, without a teacher (Zhang et al., CVPR 2018)."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from hf_hpmkd.baselines.base import Baseline
-from hf_hpmkd.distiller import BatchLosses
+from hf_hpmkd.distiller import Batch, BatchLosses
 from hf_hpmkd.losses import forward_kl
 
 
@@ -27,31 +26,16 @@ class MutualLearning(Baseline):
         self.peer = self.own_extras(teachers[0].model.requires_grad_(True).train())
         self._peer_logits: torch.Tensor | None = None
 
-    def term(
-        self,
-        student_logits: torch.Tensor,
-        labels: torch.Tensor,
-        rows: torch.Tensor,
-        views: torch.Tensor,
-        inputs: Mapping[str, Any],
-    ) -> torch.Tensor:
-        outputs = self.peer(**inputs)
+    def term(self, batch: Batch) -> torch.Tensor:
+        outputs = self.peer(**batch.inputs)
         self._peer_logits = (outputs["logits"] if isinstance(outputs, dict) else outputs[0]).float()
-        return forward_kl(student_logits, F.log_softmax(self._peer_logits.detach(), dim=-1), 1.0)
+        return forward_kl(batch.logits, F.log_softmax(self._peer_logits.detach(), dim=-1), 1.0)
 
-    def batch_losses(
-        self,
-        student_logits: torch.Tensor,
-        labels: torch.Tensor,
-        rows: torch.Tensor,
-        views: torch.Tensor,
-        inputs: Mapping[str, Any],
-    ) -> BatchLosses:
-        student_logits = student_logits.float()
-        losses = super().batch_losses(student_logits, labels, rows, views, inputs)
+    def batch_losses(self, batch: Batch) -> BatchLosses:
+        losses = super().batch_losses(batch)
         peer_logits, self._peer_logits = self._peer_logits, None
         assert peer_logits is not None
-        kl = forward_kl(peer_logits, F.log_softmax(student_logits.detach(), dim=-1), 1.0)
-        ce = F.cross_entropy(peer_logits, labels, reduction="none", label_smoothing=self.args.label_smoothing_factor)
+        kl = forward_kl(peer_logits, F.log_softmax(batch.logits.detach(), dim=-1), 1.0)
+        ce = self.cross_entropy(peer_logits, batch.labels)
         losses.total = losses.total + self.args.alpha * kl + (1.0 - self.args.alpha) * ce
         return losses
