@@ -18,13 +18,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from hf_hpmkd.cli_line import add_line, is_line, line_recipe, line_words
 from hf_hpmkd.cli_measuring import add_measuring_commands
 
 if TYPE_CHECKING:
     from hf_hpmkd.methods import Method
     from hf_hpmkd.recipe import Recipe
-
-_LINE = ("teacher", "student", "dataset")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,10 +103,11 @@ def build_parser() -> argparse.ArgumentParser:
     one = command(commands, "distill", "Run a recipe, or one line of teachers, student and data set.", _distill)
     one.usage = (
         "hpmkd distill RECIPE [section.key=value ...] [--output DIR] [--overwrite] [--memory WHERE | --no-memory]\n"
-        "       hpmkd distill --teacher A --teacher B --student S --dataset D [--output DIR] [section.key=value ...]"
+        "       hpmkd distill --teacher A --teacher B {--student S | --compression X} --dataset D [--output DIR]\n"
+        "                     [section.key=value ...]"
     )
     one.add_argument("words", nargs="*", metavar="RECIPE | section.key=value", help="recipe file or name; overrides")
-    _add_line(one)
+    add_line(one)
     one.add_argument("--output", metavar="DIR", help="folder of the run")
     one.add_argument("--overwrite", action="store_true", help="replace a finished or different run in that folder")
     _add_run_memory(one)
@@ -121,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     one = command(commands, "init", "Write the recipe of such a line, with comments, to a file.", _init)
     one.add_argument("file", nargs="?", default="recipe.yaml", help="file to write (default: recipe.yaml)")
-    _add_line(one, required=True)
+    add_line(one, required=True)
     one.add_argument("--output", metavar="DIR", help="folder of the run")
 
     one = command(commands, "plan", "What a recipe would do: parameters, disk, memory, steps. Trains nothing.", _plan)
@@ -212,14 +212,6 @@ def _add_memory_commands(group: argparse._SubParsersAction, command: Callable[..
     add("stats", "Sizes, and how often runs found what they needed.")
 
 
-def _add_line(parser: argparse.ArgumentParser, required: bool = False) -> None:
-    parser.add_argument(
-        "--teacher", action="append", metavar="A", required=required, help="a teacher; give it once per teacher"
-    )
-    parser.add_argument("--student", metavar="S", required=required, help="the small model")
-    parser.add_argument("--dataset", metavar="D", required=required, help="Hub id, folder, file or sklearn:digits")
-
-
 def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         "hpmkd compare RECIPE [section.key=value ...] [--methods A,B,C] [--method 'NAME: section.key=value ...'] "
@@ -283,11 +275,10 @@ def _add_cache_dir(parser: argparse.ArgumentParser) -> None:
 
 
 def _distill(args: argparse.Namespace) -> None:
-    from hf_hpmkd.recipe import load_recipe, recipe_from_line
-
     words = [*args.words, *_options_as_words(args)]
-    given = [option for option in _LINE if getattr(args, option)]
-    if not given:
+    if not is_line(args):
+        from hf_hpmkd.recipe import load_recipe
+
         if not words or "=" in words[0]:
             raise ValueError(
                 "distill needs a recipe (a file, or a name from `hpmkd recipe list`), or --teacher, "
@@ -303,11 +294,8 @@ def _distill(args: argparse.Namespace) -> None:
                 f"give a recipe ({words[0]}) or --teacher, --student and --dataset, not both. What a recipe says is "
                 "changed with section.key=value: data.path=D, student.model=S, teachers.0.model=A."
             )
-        if missing := [f"--{option}" for option in _LINE if option not in given]:
-            raise ValueError(f"distill without a recipe also needs {' and '.join(missing)}.")
-        recipe = recipe_from_line(args.teacher, args.student, args.dataset, args.output, words, check_files=True)
-        options = [f"--teacher={teacher}" for teacher in args.teacher]
-        source = shlex.join([*options, f"--student={args.student}", f"--dataset={args.dataset}", *words])
+        recipe = line_recipe(args, _say, words, check_files=True)
+        source = line_words(args, words)
     _run(recipe, source)
 
 
@@ -332,10 +320,9 @@ def _run(recipe: "Recipe", source: str) -> None:
 
 
 def _init(args: argparse.Namespace) -> None:
-    from hf_hpmkd.recipe import recipe_from_line
     from hf_hpmkd.recipe_text import recipe_text
 
-    recipe = recipe_from_line(args.teacher, args.student, args.dataset, args.output)
+    recipe = line_recipe(args, _say)
     file_word = shlex.quote(args.file)
     header = (
         f"Written by `hpmkd init`. See what it would do:  hpmkd plan {file_word}\nRun it:  hpmkd distill {file_word}"

@@ -21,6 +21,9 @@ from hf_hpmkd.tasks.base import Rows
 TOLERANCE = 0.15
 """A size may miss its target by this share, where the family allows."""
 
+SMALLER_TOLERANCE = 1.5
+"""The size of a model that is so many times smaller may miss its target by this factor."""
+
 _BUILDS = 30  # per model looked for
 _GOOD = 0.07  # no further search below this score
 _DEPTH_FACTORS = (1.0, 0.9, 1.1, 0.8, 1.25, 0.6, 1.7)
@@ -115,6 +118,42 @@ def find_intermediates(
         f"{count} models can be built. Tried: {'; '.join(dict.fromkeys(tried)) or 'nothing'}. Set chain.models to "
         "names of your own, or chain.length to 0."
     )
+
+
+def find_smaller(models: Sequence[tuple[str, dict[str, Any]]], rows: Rows, times: float) -> tuple[Intermediate, int]:
+    """A model of the family of the largest of `models`, with about `times` fewer parameters, and which one that is.
+
+    models: names, each with the further arguments of `build_classifier`; times: above 1. rows: as `build_classifier`
+    takes them. Raises ValueError, with all that was tried, if none of the models can be built, or the family has none
+    within SMALLER_TOLERANCE of that size.
+    """
+    built, refusals = [], []
+    for index, (given, options) in enumerate(models):
+        try:
+            name = buildable(given)
+            built.append((build_classifier(name, rows, meta=True, **options), name, index))
+        except (OSError, ValueError) as error:
+            refusals.append(f"{given}: cannot be built here ({str(error)[:200]})")
+    if not built:
+        raise ValueError(
+            f"A smaller model needs one to be like, but of the teachers none is a network that can be built: "
+            f"{'; '.join(refusals) or 'there are none but scikit-learn and columns'}. Name a student instead."
+        )
+    large, name, index = max(built, key=lambda one: one[0].num_params)
+    target = max(1, round(large.num_params / times))
+    family = _Family(name, large, rows, (0, large.num_params), models[index][1])
+    near = [
+        (score, candidate)
+        for score, candidate in family.candidates([target], [])[0]
+        if abs(math.log(candidate.num_params / target)) <= math.log(SMALLER_TOLERANCE)
+    ]
+    if not near:
+        raise ValueError(
+            f"No model like {name} ({large.num_params:,} parameters) is {times:g} times smaller ({target:,}). Tried: "
+            f"{'; '.join([*family.tried(), *refusals])}. Choose another compression, or name a student."
+        )
+    best = min(near, key=lambda one: one[0])[1]
+    return Intermediate(best.name, best.num_params, target), index
 
 
 def _build_teachers(

@@ -6,7 +6,7 @@ Opens no data and no model. What the fields do is decided elsewhere; which value
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -442,14 +442,14 @@ MIN_STEPS = 1_000  # at least, of a line without a recipe that does not say how 
 
 def recipe_from_line(
     teachers: Sequence[str],
-    student: str,
+    student: str | Mapping[str, Any],
     dataset: str,
     output: str | None = None,
     overrides: Iterable[str] = (),
     check_files: bool = False,
 ) -> Recipe:
     """The recipe of `--teacher A … --student S --dataset D [--output DIR]`, `auto: fast`, with enough steps for few
-    rows unless the overrides say how long. Raises RecipeError.
+    rows unless the overrides say how long. student: its name, or fields of `StudentConfig`. Raises RecipeError.
     """
     overrides = list(overrides)
     long = {f"training.{key}" for key in ("epochs", "max_steps", "min_steps")}
@@ -458,7 +458,7 @@ def recipe_from_line(
         "auto": "fast",  # who sets nothing gets what pays
         "data": {"path": dataset},
         "teachers": [{"model": teacher} for teacher in teachers],
-        "student": {"model": student},
+        "student": {"model": student} if isinstance(student, str) else dict(student),
         "training": {} if said else {"min_steps": MIN_STEPS},
     }
     tree |= {} if output is None else {"output": {"dir": output}}

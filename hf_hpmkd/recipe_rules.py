@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +74,21 @@ def family(model: str) -> str:
 def is_trained_here(model: str) -> bool:
     """Whether a teacher of that name is trained on the spot; others are loaded."""
     return family(model) in (*_NETWORKS, "sklearn")
+
+
+def student_stand_in(teachers: Sequence[str]) -> str:
+    """A student's name to read the rest of a recipe with, while the student itself is to be found from the teachers.
+    Raises ValueError where no teacher is a network.
+    """
+    for name in teachers:
+        if family(name) in (*_NETWORKS, "timm", "hub"):
+            return name
+        if family(name) == "safetensors":
+            return "cifar-resnet-8"
+    raise ValueError(
+        f"--compression makes a smaller model of the largest network among the teachers, got {', '.join(teachers)}. "
+        "Add a network as a teacher, or name a student: --student S."
+    )
 
 
 def is_sklearn(model: str) -> bool:

@@ -62,6 +62,35 @@ def test_distill_of_a_line(runs: list) -> None:
     assert "--teacher=sklearn:SVC" in source
 
 
+def test_compression_in_the_place_of_a_student(
+    runs: list, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = ["--teacher", "sklearn:SVC", "--teacher", "mlp-64x64", "--compression", "10", "--dataset", "sklearn:iris"]
+    assert main(["distill", *line, "training.epochs=2"]) == 0
+    recipe, source = runs[0]
+    told = capsys.readouterr().out
+    assert f"The student is {recipe.student.model}: " in told and "10 times smaller than mlp-64x64" in told
+    assert recipe.student.model.startswith("mlp-") and recipe.training.learning_rate == 0.01  # that of an MLP
+    assert "--compression=10 --dataset=sklearn:iris training.epochs=2" in source
+    assert main(["init", *line]) == 0
+    assert load_recipe("recipe.yaml").student == recipe.student
+
+
+def test_the_smaller_likeness_comes_from_where_the_teacher_does(runs: list, tmp_path: Path) -> None:
+    from transformers import ResNetConfig
+
+    from hf_hpmkd.tasks.images import ImageFeed
+
+    ResNetConfig(embedding_size=32, hidden_sizes=[32, 64], depths=[2, 2]).save_pretrained(tmp_path)
+    ImageFeed((8, 8), (0.5,) * 3, (0.5,) * 3).processor.save_pretrained(tmp_path)
+    line = ["--teacher", str(tmp_path), "--compression", "4", "--dataset", "sklearn:digits"]
+    for trusted in (False, True):
+        assert main(["distill", *line, f"teachers.0.trust_remote_code={trusted}"]) == 0
+        student = runs[-1][0].student
+        assert student.model.startswith(f"{tmp_path}[") and student.trust_remote_code is trusted
+
+
 @pytest.mark.parametrize("start", [["quickstart"], [*LINE, *DIGITS]])
 def test_output_and_overwrite_go_into_the_recipe(runs: list, start: list[str]) -> None:
     assert main(["distill", *start]) == 0
@@ -81,7 +110,9 @@ def test_quickstart_is_the_bundled_recipe(runs: list) -> None:
     [
         (["distill"], "needs a recipe"),
         (["distill", "training.epochs=2"], "needs a recipe"),
-        (["distill", "--teacher", "mlp-4"], "also needs --student and --dataset"),
+        (["distill", "--teacher", "mlp-4"], "also needs --student (or --compression) and --dataset"),
+        (["distill", "--compression", "2"], "also needs --teacher and --dataset"),
+        (["distill", *LINE[2:4], "--compression", "2", *DIGITS], "largest network among the teachers, got sklearn:SVC"),
         (["distill", "quickstart", *LINE, *DIGITS], "give a recipe (quickstart) or --teacher"),
         (["distill", "quickstrt"], "Did you mean `quickstart`?"),
         (["distill", *LINE, "--dataset", "./none"], "there is no './none'"),

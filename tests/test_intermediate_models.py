@@ -12,7 +12,13 @@ from transformers import BertConfig, ConvNextConfig, DistilBertConfig, Qwen3Conf
 
 import hf_hpmkd.intermediate_models as intermediate_models
 from hf_hpmkd.classifiers import build_classifier, count_parameters
-from hf_hpmkd.intermediate_models import TOLERANCE, Intermediate, find_intermediates, geometric_sizes
+from hf_hpmkd.intermediate_models import (
+    TOLERANCE,
+    Intermediate,
+    find_intermediates,
+    find_smaller,
+    geometric_sizes,
+)
 from hf_hpmkd.model_names import split_variant, with_variant
 from hf_hpmkd.model_shapes import attention_width, read_shape, round_width
 from hf_hpmkd.models import CifarResNetConfig, CifarResNetForImageClassification, load_cifar_resnet_file
@@ -246,6 +252,49 @@ def test_the_largest_teacher_counts():
 
 def test_none_are_wanted():
     assert find_intermediates("cifar-resnet-56", [], IMAGES, 0) == []
+
+
+# ---- a smaller one ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "name", "times"),
+    [
+        (lambda: IMAGES, "cifar-resnet-56", 1.5),
+        (lambda: IMAGES, "cifar-resnet-56", 11),
+        (lambda: IMAGES, "timm/resnet34", 10),
+        (lambda: IMAGES, "timm/deit3_small_patch16_224", 4),
+        (table_rows, "mlp-64x64x32", 8),
+        (text_rows, "bert-4x256", 20),
+    ],
+)
+def test_so_many_times_smaller(rows, name, times):
+    rows = rows()
+    size = count_parameters(name, rows)
+    found, index = find_smaller([("no-such/model", {}), (name, {})], rows, times)
+    assert index == 1 and found.target == round(size / times)
+    assert found.num_params == count_parameters(found.name, rows) == pytest.approx(size / times, rel=TOLERANCE)
+    assert found.name.rstrip("0123456789x") == name.rstrip("0123456789x") or found.name.startswith(f"{name}[")
+
+
+def test_it_is_like_the_largest_and_a_named_relative_where_a_family_has_no_sizes(tmp_path):
+    file, _ = weights_file(tmp_path, 50, 4)
+    names = [("cifar-resnet-8", {}), (file, {}), ("timm/lcnet_150", {})]
+    found, index = find_smaller(names[:2], IMAGES, 3)
+    assert index == 0 and found.name.startswith("cifar-resnet-")  # 50 layers of four channels are fewer parameters
+    found, index = find_smaller(names, IMAGES, 3)
+    assert (found.name, index) == ("timm/lcnet_075", 2)
+
+
+def test_none_is_so_many_times_smaller():
+    names = [("mlp-64", {})]
+    found_none = r"No model like mlp-64 \(\d+ parameters\) is 100000 times smaller \(1\)\. Tried: mlp-"
+    with pytest.raises(ValueError, match=found_none):
+        find_smaller(names, table_rows(), 1e5)
+    with pytest.raises(ValueError, match=r"(?s)none is a network that can be built: no-such/model.* Name a"):
+        find_smaller([("no-such/model", {})], IMAGES, 10)
+    with pytest.raises(ValueError, match="there are none but scikit-learn and columns"):
+        find_smaller([], IMAGES, 10)
 
 
 # ---- failures --------------------------------------------------------------------------------------------------------

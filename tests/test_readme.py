@@ -22,6 +22,7 @@ from hf_hpmkd.comparison_report import against, overview, table
 from hf_hpmkd.comparison_report import summary as comparison_summary
 from hf_hpmkd.methods import choose_methods
 from hf_hpmkd.recipe import load_recipe, recipe_from_line
+from hf_hpmkd.recipe_rules import student_stand_in
 from hf_hpmkd.run_record import RunRecord
 from hf_hpmkd.run_summary import memory_table, summary
 
@@ -153,7 +154,8 @@ def test_commands_parse_and_name_recipes_that_exist():
         args = parser.parse_args(shlex.split(line)[1:])
         overrides = [word for word in getattr(args, "words", []) if "=" in word]
         if getattr(args, "dataset", None):
-            recipe_from_line(args.teacher, args.student, args.dataset, overrides=overrides)
+            student = args.student or student_stand_in(args.teacher)  # what --compression finds takes the data
+            recipe_from_line(args.teacher, student, args.dataset, overrides=overrides)
         elif named := [word for word in getattr(args, "words", []) if "=" not in word]:
             if named == ["recipe.yaml"]:  # what the README's `hpmkd init` wrote
                 recipe_from_line(["USER/CLASSIFIER"], "timm/resnet18", "USER/DATA", overrides=overrides)

@@ -1,0 +1,24 @@
+"""The student of a user who names none, but how many times smaller than the teachers it shall be. Trains nothing."""
+
+from typing import Any
+
+from hf_hpmkd.intermediate_models import find_smaller
+from hf_hpmkd.recipe import Recipe
+from hf_hpmkd.recipe_parts import recipe_parts
+from hf_hpmkd.recipe_rules import family
+
+
+def shrunk_student(recipe: Recipe, times: float) -> tuple[dict[str, Any], str]:
+    """A student like the largest network among the recipe's teachers with about `times` fewer parameters: the fields of
+    `StudentConfig` that make it, and what it is in words. The recipe's own student is not looked at.
+
+    The same recipe gives the same student. Raises ValueError where there is none of that size, and what
+    `recipe_parts` raises.
+    """
+    networks = [one for one in recipe.teachers if family(one.model) not in ("sklearn", "skops", "column")]
+    # Where the teacher is from, its smaller likeness is from, too.
+    origins = [{"revision": one.revision, "trust_remote_code": one.trust_remote_code} for one in networks]
+    names = [one.model for one in networks]
+    found, index = find_smaller(list(zip(names, origins, strict=True)), recipe_parts(recipe).train, times)
+    told = f"The student is {found.name}: {found.num_params:,} parameters, {times:g} times smaller than {names[index]}"
+    return {"model": found.name, **origins[index]}, f"{told} would be {found.target:,}."
