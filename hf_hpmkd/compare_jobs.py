@@ -362,12 +362,21 @@ def _run_one(place: Workplace, job: Job) -> None:
         result.save(job.result_file)
 
 
+def time_left(seconds: float, finished: int, left: int) -> str:
+    """What remains, in words, where so many students took so many seconds; "" under two minutes."""
+    minutes = round(seconds / finished * left / 60)
+    if minutes < 2:
+        return ""
+    return f"; about {minutes} min left" if minutes < 100 else f"; about {round(minutes / 60)} h left"
+
+
 class _Teller:
     """Says a line for every job that ended since the last time, and keeps those of the failed ones."""
 
     def __init__(self, waiting: Sequence[Job], total: int, say: Callable[[str], None]) -> None:
         self.waiting = list(waiting)
         self.total, self.done = total, total - len(waiting)
+        self.found, self.begun = self.done, time.monotonic()
         self.say = say
         self.failures: list[str] = []
 
@@ -382,8 +391,10 @@ class _Teller:
                 self._fail(job, str(result.error))
             else:
                 accuracy = result.scores["validation"].accuracy
+                left = time_left(time.monotonic() - self.begun, self.done - self.found, len(self.waiting))
                 self.say(
                     f"[{self.done}/{self.total}] {job.name}: validation accuracy {accuracy:.2%}, {result.seconds:.1f} s"
+                    f"{left}"
                 )
 
     def lost(self, exit_codes: Sequence[int | None]) -> None:

@@ -33,7 +33,7 @@ def require_columns(path: str, label_column: str, input_column: Columns, split: 
 
 
 def _way_out(key: str, column: str, columns: list[str], path: str) -> str:
-    if len(columns) == 1 and not path.endswith((".parquet", ".json", ".jsonl")):
+    if len(columns) == 1 and not path.endswith((".parquet", ".json", ".jsonl", ".ndjson")):
         only = columns[0]
         if "\t" in only:
             return " This one column looks like several with tabs between them. Name the file .tsv instead of .csv."

@@ -40,6 +40,7 @@ _READ_AS: dict[str, tuple[str, dict[str, str]]] = {  # a builder of `datasets` w
     ".csv": ("csv", {}),
     ".tsv": ("csv", {"sep": "\t"}),
     ".jsonl": ("json", {}),
+    ".ndjson": ("json", {}),
     ".json": ("json", {}),
 }
 # `datasets` reads 10,000 rows at a time, takes the types of the first for all, and fails on a later row of another. So

@@ -6,7 +6,7 @@ TABULAR_CLASSIFICATION = "tabular-classification"
 TASKS = (IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, TABULAR_CLASSIFICATION)
 
 SKLEARN_SETS = ("digits", "iris", "wine", "breast_cancer")  # those that come with scikit-learn; nothing is fetched
-DATA_FILES = (".parquet", ".csv", ".tsv", ".jsonl", ".json")  # a data set that is a file ends so
+DATA_FILES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")  # a data set that is a file ends so
 
 KD_KINDS = ("forward_kl", "standardized_kl", "dkd", "dist", "js")
 TEMPERATURE_SCHEDULES = ("constant", "cosine", "loss", "convergence", "auto", "learned")

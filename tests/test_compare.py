@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from hf_hpmkd import classifier_training, compare, compare_jobs, quick_validation
 from hf_hpmkd.cli import main
-from hf_hpmkd.compare_jobs import Job, Workplace
+from hf_hpmkd.compare_jobs import Job, Workplace, time_left
 from hf_hpmkd.comparison_record import ComparisonRecord, Result
 from hf_hpmkd.data import load_parts
 from hf_hpmkd.data_config import DataConfig
@@ -229,6 +229,12 @@ class _Closed:
 
     def __getattr__(self, name):
         raise AssertionError("the test part was opened")
+
+
+def test_what_is_left_is_told_at_the_pace_so_far():
+    assert time_left(60, 2, 10) == time_left(120, 4, 10) == "; about 5 min left"
+    assert time_left(60, 2, 2) == "" == time_left(1e6, 9, 0)
+    assert time_left(3600, 1, 3) == "; about 3 h left"
 
 
 def test_the_test_part_stays_closed(tmp_path, monkeypatch):

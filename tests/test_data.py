@@ -605,7 +605,7 @@ def test_missing_sources_are_named(tmp_path, two_splits):
     (tmp_path / "training.csv").rename(tmp_path / "car_evaluation_train.csv")
     assert open_source(f"{tmp_path}/car*.csv").splits["train"].num_rows == 1  # Car Evaluation, a well-known table
     (tmp_path / "notes.txt").write_text("no data")
-    with pytest.raises(ValueError, match="all end alike, in .parquet, .csv, .tsv, .jsonl or .json, got"):
+    with pytest.raises(ValueError, match="all end alike, in .parquet, .csv, .tsv, .jsonl, .ndjson or .json, got"):
         open_source(str(tmp_path / "notes.txt"))
     with pytest.raises(ValueError, match="Did you mean 'digits'"):
         open_source("sklearn:digit")
@@ -622,6 +622,7 @@ def test_a_table_is_the_same_in_every_kind_of_file(tmp_path, ending):
         ".csv": lambda file: rows.to_csv(file, index=False),
         ".tsv": lambda file: rows.to_csv(file, index=False, sep="\t"),
         ".jsonl": lambda file: rows.to_json(file, orient="records", lines=True),
+        ".ndjson": lambda file: rows.to_json(file, orient="records", lines=True),
         ".json": lambda file: rows.to_json(file, orient="records"),
     }
     write[ending](folder / f"rows{ending}")
