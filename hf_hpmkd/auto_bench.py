@@ -76,8 +76,9 @@ _TRAININGS = {
 @dataclass(frozen=True)
 class Settings:
     """data: folder with a folder of Parquet files per table. tables: None takes all. grid_seeds: seeds that the grid is
-    trained with too. most_rows: training rows that a table keeps. student, most_rows, epochs: None takes what suits the
-    kind of data. records: numbers of prior runs that the adaptive configuration may know; None is all.
+    trained with too. mode: that of `auto`. most_rows: training rows that a table keeps. student, most_rows, epochs:
+    None takes what suits the kind of data. records: numbers of prior runs that the adaptive configuration may know;
+    None is all.
     """
 
     data: Path
@@ -85,7 +86,7 @@ class Settings:
     tables: Sequence[str] | None = None
     seeds: int = 3
     grid_seeds: int = 3
-    mode: str = "fast"
+    mode: str | float = "fast"
     prior: Path | None = None
     student: str | None = None
     most_rows: int | None = None

@@ -29,7 +29,13 @@ def add_measuring_commands(commands: argparse._SubParsersAction, command: Comman
     _add_tables(one)
     one.add_argument("--seeds", type=int, default=3, help="seeds per table (default: 3)")
     one.add_argument("--grid-seeds", type=int, default=3, help="of these, also train the grid (default: 3)")
-    one.add_argument("--mode", choices=("fast", "thorough"), default="fast", help="budget of the tries (default: fast)")
+    one.add_argument(
+        "--mode",
+        type=_mode,
+        default="fast",
+        metavar="fast | thorough | MINUTES",
+        help="budget of the tries (default: fast)",
+    )
     one.add_argument("--prior", type=Path, metavar="FILE", help="prior to judge (default: the one of the package)")
     one.add_argument("--records", default="all", metavar="all,0,50", help="also judge with so many runs of the prior")
     one.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder; the same command goes on in it")
@@ -50,6 +56,14 @@ def add_measuring_commands(commands: argparse._SubParsersAction, command: Comman
     one.set_defaults(after_stop="The same command goes on where this one stood.")
     one = command(group, "show", "Where a prior comes from.", _prior_show)
     one.add_argument("file", nargs="?", type=Path, metavar="FILE", help="prior (default: the one of the package)")
+
+
+def _mode(text: str) -> str | float:
+    if text in ("fast", "thorough"):
+        return text
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be fast, thorough or minutes above 0, got {text}")
+    return float(text)
 
 
 def _add_tables(parser: argparse.ArgumentParser) -> None:

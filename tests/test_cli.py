@@ -339,6 +339,11 @@ def test_bench_and_prior_pass_their_options(stub, capsys: pytest.CaptureFixture)
         (Path("d"), 9, Path("p.parquet"), ["a", "b"]),
     ]
     assert "p.parquet has 7 runs." in capsys.readouterr().out
+    stub("auto_bench", Settings=lambda *args, records: (args[5], records), bench_auto=collect)
+    for mode in ("thorough", "2.5"):
+        assert main(["bench", "auto", "--data", "d", "--output", "o", "--mode", mode, "--records", "all,50"]) == 0
+    assert [one[0] for one in calls[2:]] == [("thorough", [None, 50]), (2.5, [None, 50])]
+    capsys.readouterr()
     assert main(["prior", "show"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["runs"] > 1000
 
