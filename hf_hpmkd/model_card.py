@@ -32,6 +32,7 @@ _CAPTIONS = {
     "temperature": "Distillation temperature over steps",
     "teacher_weights": "Mean weight of each teacher over steps",
     "class_weights": "Mean weight of each teacher on the guide rows of each class",
+    "pipeline": "The jobs of the run over time, worker by worker",
 }
 # (pattern in the lower-case licence, what it restricts)
 _RESTRICTIONS = (

@@ -279,6 +279,8 @@ def test_no_path_of_the_machine_is_shown(record, tmp_path, student):
     assert "jane" not in shown and "/home" not in shown and str(tmp_path) not in shown
     assert "`big.safetensors`" in shown and "slow disk at file.bin" in shown
     assert "(plots/temperature.png)" in shown
+    captions = re.findall(r"!\[(.*?)\]\(plots/", shown)
+    assert len(captions) == len(plots) and all(" " in caption for caption in captions)
     recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", shown, re.DOTALL)[1])
     assert [one["model"] for one in recipe["teachers"]] == ["big.safetensors", "owner/vit", "mlp-64"]
     assert "output" not in recipe and recipe["distillation"] == {"alpha": 0.9}
