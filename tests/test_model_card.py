@@ -12,7 +12,7 @@ from tiny import full_runs
 from hf_hpmkd import report
 from hf_hpmkd.components.adaptive_configuration import Configuration
 from hf_hpmkd.model_card import hub_id, license_warning, write_card
-from hf_hpmkd.run_record import AutoRecord, ChainRecord, KeptRecord, ModelRecord, RunRecord, TeacherRecord
+from hf_hpmkd.run_record import AutoRecord, ChainRecord, JobRecord, KeptRecord, ModelRecord, RunRecord, TeacherRecord
 
 METRICS = {"accuracy": 0.8513, "macro_f1": 0.8471, "calibration_error": 0.0319, "teacher_agreement": 0.9017}
 CONFIGS = {
@@ -272,6 +272,7 @@ def test_an_unfinished_run_is_said_to_be_one(record, tmp_path, student):
 
 
 def test_no_path_of_the_machine_is_shown(record, tmp_path, student):
+    record.jobs = [JobRecord("data", "main", 0.0, 1.0)]
     with full_runs():
         plots = report.draw_plots(record, tmp_path / "plots")
     record.warnings = ["slow disk\nat /home/jane/slow/file.bin"]
