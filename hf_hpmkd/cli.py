@@ -281,8 +281,8 @@ def _distill(args: argparse.Namespace) -> None:
 
         if not words or "=" in words[0]:
             raise ValueError(
-                "distill needs a recipe (a file, or a name from `hpmkd recipe list`), or --teacher, "
-                "--student and --dataset."
+                "distill needs a recipe (a file, or a name from `hpmkd recipe list`), or --teacher, --student (or "
+                "--compression) and --dataset."
             )
         if args.output is not None:
             words.append(f"output.dir={json.dumps(args.output)}")
@@ -291,8 +291,9 @@ def _distill(args: argparse.Namespace) -> None:
     else:
         if words and "=" not in words[0]:
             raise ValueError(
-                f"give a recipe ({words[0]}) or --teacher, --student and --dataset, not both. What a recipe says is "
-                "changed with section.key=value: data.path=D, student.model=S, teachers.0.model=A."
+                f"give a recipe ({words[0]}) or --teacher, --student (or --compression) and --dataset, not both. "
+                "What a recipe says is changed with section.key=value: data.path=D, student.model=S, "
+                "teachers.0.model=A."
             )
         recipe = line_recipe(args, _say, words, check_files=True)
         source = line_words(args, words)
@@ -322,6 +323,9 @@ def _run(recipe: "Recipe", source: str) -> None:
 def _init(args: argparse.Namespace) -> None:
     from hf_hpmkd.recipe_text import recipe_text
 
+    exists = f"{args.file} exists and is not overwritten. Remove it, or name another file."
+    if os.path.lexists(args.file):
+        raise ValueError(exists)
     recipe = line_recipe(args, _say)
     file_word = shlex.quote(args.file)
     header = (
@@ -331,7 +335,7 @@ def _init(args: argparse.Namespace) -> None:
         with open(args.file, "x", encoding="utf-8") as file:
             file.write(recipe_text(recipe, header))
     except FileExistsError:
-        raise ValueError(f"{args.file} exists and is not overwritten. Remove it, or name another file.") from None
+        raise ValueError(exists) from None  # since then
     _say(f"Wrote {args.file}. Next:  hpmkd plan {file_word}")
 
 

@@ -4,6 +4,7 @@ Parse and dispatch, as `cli` does.
 """
 
 import argparse
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_line(parser: argparse.ArgumentParser, required: bool = False) -> None:
-    """Adds the options of a line. required: whether teachers and data set must be there."""
+    """Adds the options of a line. required: whether all must be there."""
     parser.add_argument(
         "--teacher", action="append", metavar="A", required=required, help="a teacher; give it once per teacher"
     )
@@ -28,11 +29,19 @@ def add_line(parser: argparse.ArgumentParser, required: bool = False) -> None:
     parser.add_argument("--dataset", metavar="D", required=required, help="Hub id, folder, file or sklearn:digits")
 
 
+def positive(text: str, above: float, rule: str) -> float:
+    """A number above a bound, for argparse, whose message is the rule and what arrived."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = above
+    if not above < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}")
+    return number
+
+
 def _times(text: str) -> float:
-    times = float(text)
-    if not 1 < times < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be more than 1, as in 10 for a tenth of the parameters, got {text}")
-    return times
+    return positive(text, 1, "a number above 1, as 10 for a tenth of the parameters")
 
 
 def is_line(args: argparse.Namespace) -> bool:
@@ -46,7 +55,7 @@ def line_recipe(
     """The recipe of a line and overrides. Where --compression is in the student's place, the data are opened and the
     student found and told. Raises ValueError (RecipeError) where something is missing or wrong.
     """
-    from hf_hpmkd.recipe import recipe_from_line
+    from hf_hpmkd.recipe import RecipeError, recipe_from_line
 
     given = {
         "--teacher": args.teacher,
@@ -61,9 +70,18 @@ def line_recipe(
 
     if args.student is not None:
         return with_student(args.student)
+    if said := [word for word in words if re.match(r"student\b", word.strip())]:
+        raise ValueError(
+            f"--compression finds a student that begins with a teacher's layers, got {said[0]} too. Leave one of the "
+            "two out, or name the student with --student."
+        )
     from hf_hpmkd.recipe_rules import student_stand_in
 
-    like_a_teacher = with_student(student_stand_in(args.teacher))
+    try:
+        like_a_teacher = with_student(student_stand_in(args.teacher))
+    except RecipeError as error:  # nobody has named the student
+        others = [fault for fault in error.faults if not fault.startswith("student.")]
+        raise RecipeError("the command line", others or error.faults) from None
     from hf_hpmkd.shrunk_student import shrunk_student
 
     student, told = shrunk_student(like_a_teacher, args.compression)
@@ -72,7 +90,7 @@ def line_recipe(
 
 
 def line_words(args: argparse.Namespace, words: Sequence[str]) -> str:
-    """The line as it was written, in one order."""
+    """The line as a command has it, in one order."""
     options = [f"--teacher={teacher}" for teacher in args.teacher]
-    student = f"--compression={args.compression:g}" if args.student is None else f"--student={args.student}"
+    student = f"--compression={args.compression:.15g}" if args.student is None else f"--student={args.student}"
     return shlex.join([*options, student, f"--dataset={args.dataset}", *words])

@@ -5,6 +5,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from hf_hpmkd.cli_line import positive
+
 Command = Callable[..., argparse.ArgumentParser]
 """`(group, name, help, handler)` makes one command."""
 
@@ -61,9 +63,7 @@ def add_measuring_commands(commands: argparse._SubParsersAction, command: Comman
 def _mode(text: str) -> str | float:
     if text in ("fast", "thorough"):
         return text
-    if not 0 < float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be fast, thorough or minutes above 0, got {text}")
-    return float(text)
+    return positive(text, 0, "fast, thorough, or minutes above 0")
 
 
 def _add_tables(parser: argparse.ArgumentParser) -> None:

@@ -325,7 +325,7 @@ def run_jobs(place: Workplace, jobs: Sequence[Job], num_processes: int, say: Cal
     for job in waiting:
         job.student.parent.mkdir(parents=True, exist_ok=True)
         Result(job.method.name, job.seed, place.fingerprint(job)).save(job.result_file)
-    tell = _Teller(waiting, len(jobs), say)
+    tell = _Teller(waiting, len(jobs), num_processes, say)
     if num_processes == 1:
         for job in waiting:
             _run_one(place, job)
@@ -367,35 +367,42 @@ def time_left(seconds: float, finished: int, left: int) -> str:
     minutes = round(seconds / finished * left / 60)
     if minutes < 2:
         return ""
-    return f"; about {minutes} min left" if minutes < 100 else f"; about {round(minutes / 60)} h left"
+    told = f"{minutes} min" if minutes < 100 else f"{round(minutes / 60)} h"
+    return f"; about {told} for the other {left}"
 
 
 class _Teller:
-    """Says a line for every job that ended since the last time, and keeps those of the failed ones."""
+    """Says a line for every job that ended since the last time, and keeps those of the failed ones. num_processes: how
+    many are trained at a time, so that no fewer tell how long the rest takes.
+    """
 
-    def __init__(self, waiting: Sequence[Job], total: int, say: Callable[[str], None]) -> None:
+    def __init__(self, waiting: Sequence[Job], total: int, num_processes: int, say: Callable[[str], None]) -> None:
         self.waiting = list(waiting)
         self.total, self.done = total, total - len(waiting)
-        self.found, self.begun = self.done, time.monotonic()
+        self.num_processes, self.trained, self.begun = num_processes, 0, time.monotonic()
         self.say = say
         self.failures: list[str] = []
 
     def news(self) -> None:
-        for job in list(self.waiting):
-            result = job.result()
-            if result is None or result.status not in ("completed", "failed"):
-                continue
-            self.waiting.remove(job)
+        ended = [
+            (job, result)
+            for job in self.waiting
+            if (result := job.result()) and result.status in ("completed", "failed")
+        ]
+        over = [job for job, _ in ended]
+        self.waiting = [job for job in self.waiting if job not in over]
+        self.trained += sum(result.status == "completed" for _, result in ended)
+        left = ""
+        if ended and self.trained >= self.num_processes:
+            left = time_left(time.monotonic() - self.begun, self.trained, len(self.waiting))
+        for job, result in ended:
             self.done += 1
             if result.status == "failed":
                 self._fail(job, str(result.error))
-            else:
-                accuracy = result.scores["validation"].accuracy
-                left = time_left(time.monotonic() - self.begun, self.done - self.found, len(self.waiting))
-                self.say(
-                    f"[{self.done}/{self.total}] {job.name}: validation accuracy {accuracy:.2%}, {result.seconds:.1f} s"
-                    f"{left}"
-                )
+                continue
+            accuracy = result.scores["validation"].accuracy
+            told = f"[{self.done}/{self.total}] {job.name}: validation accuracy {accuracy:.2%}, {result.seconds:.1f} s"
+            self.say(told + left)
 
     def lost(self, exit_codes: Sequence[int | None]) -> None:
         """What is still waiting when all processes have ended."""

@@ -1,4 +1,5 @@
-"""Finds models of a size between a teacher and a student, for a chain that shrinks in geometric steps. Trains nothing.
+"""Finds models of a size: between a teacher and a student, for a chain that shrinks in geometric steps, or so many
+times smaller than a teacher, for a student. Trains nothing.
 
 A model found is a name that `build_classifier` builds. Sizes are counted on the meta device.
 """
@@ -124,33 +125,32 @@ def find_smaller(models: Sequence[tuple[str, dict[str, Any]]], rows: Rows, times
     """A model of the family of the largest of `models`, with about `times` fewer parameters, and which one that is.
 
     models: names, each with the further arguments of `build_classifier`; times: above 1. rows: as `build_classifier`
-    takes them. Raises ValueError, with all that was tried, if none of the models can be built, or the family has none
-    within SMALLER_TOLERANCE of that size.
+    takes them. Raises ValueError if one of the models cannot be built, and, with all that was tried, if the family has
+    none within SMALLER_TOLERANCE of that size.
     """
-    built, refusals = [], []
-    for index, (given, options) in enumerate(models):
+    if not models:
+        raise ValueError("A smaller model needs one to be like, but none of the teachers is a network. Name a student.")
+    built = []
+    for given, options in models:
         try:
             name = buildable(given)
-            built.append((build_classifier(name, rows, meta=True, **options), name, index))
+            built.append((build_classifier(name, rows, meta=True, **options), name))
         except (OSError, ValueError) as error:
-            refusals.append(f"{given}: cannot be built here ({str(error)[:200]})")
-    if not built:
-        raise ValueError(
-            f"A smaller model needs one to be like, but of the teachers none is a network that can be built: "
-            f"{'; '.join(refusals) or 'there are none but scikit-learn and columns'}. Name a student instead."
-        )
-    large, name, index = max(built, key=lambda one: one[0].num_params)
+            # Which one is the largest is not known without it, and another time it may be there.
+            raise ValueError(
+                f"Which teacher is the largest takes all of them, and {given} cannot be built here: {error} (Or name a "
+                "student instead.)"
+            ) from error
+    index = max(range(len(built)), key=lambda one: built[one][0].num_params)
+    large, name = built[index]
     target = max(1, round(large.num_params / times))
-    family = _Family(name, large, rows, (0, large.num_params), models[index][1])
-    near = [
-        (score, candidate)
-        for score, candidate in family.candidates([target], [])[0]
-        if abs(math.log(candidate.num_params / target)) <= math.log(SMALLER_TOLERANCE)
-    ]
+    bounds = (math.floor(target / SMALLER_TOLERANCE), min(math.ceil(target * SMALLER_TOLERANCE), large.num_params))
+    family = _Family(name, large, rows, bounds, models[index][1])
+    near = family.candidates([target], [])[0]
     if not near:
         raise ValueError(
-            f"No model like {name} ({large.num_params:,} parameters) is {times:g} times smaller ({target:,}). Tried: "
-            f"{'; '.join([*family.tried(), *refusals])}. Choose another compression, or name a student."
+            f"No model like {name} ({large.num_params:,} parameters) is about {times:.15g} times smaller ({target:,}). "
+            f"Tried: {'; '.join(family.tried())}. Choose another compression, or name a student."
         )
     best = min(near, key=lambda one: one[0])[1]
     return Intermediate(best.name, best.num_params, target), index

@@ -86,8 +86,8 @@ def student_stand_in(teachers: Sequence[str]) -> str:
         if family(name) == "safetensors":
             return "cifar-resnet-8"
     raise ValueError(
-        f"--compression makes a smaller model of the largest network among the teachers, got {', '.join(teachers)}. "
-        "Add a network as a teacher, or name a student: --student S."
+        "--compression makes a smaller model of the largest network among the teachers, got --teacher "
+        f"{', '.join(teachers)}. Add a network as a teacher, or name a student: --student S."
     )
 
 

@@ -32,7 +32,7 @@ LEVELS = (
         "run_ahead", "launched_job", "quick_validation", "distill", "table_runs", "prior_build", "auto_bench",
         "methods", "ablation", "tuning", "compare_jobs", "compare", "bench", "bench_pipeline",
     ),
-    ("cli_measuring", "cli_line", "cli", "__main__"),
+    ("cli_line", "cli_measuring", "cli", "__main__"),
 )  # fmt: skip
 ORDER = [unit for level in LEVELS for unit in level]
 
@@ -153,7 +153,7 @@ def test_the_command_line_imports_only_python_at_the_top() -> None:
     more: dict[str, set[str]] = {
         "cli": {"hf_hpmkd"},
         "cli_line": set(),
-        "cli_measuring": set(),
+        "cli_measuring": {"hf_hpmkd"},
         "recipe_faults": {"yaml", "pydantic"},
     }
     for name in more:

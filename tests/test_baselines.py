@@ -139,7 +139,8 @@ def test_fitnets_step_by_step(tmp_path):
     assert close(trainer.distiller.extras, torch.nn.ModuleList([regress]))
 
 
-def test_mutual_learning_step_by_step(tmp_path):
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_mutual_learning_step_by_step(tmp_path, smoothing):
     data, student, peer = TinyImages(), tiny_vit(2), tiny_vit(3)
     mine, other = copy.deepcopy(student).train(), copy.deepcopy(peer).train()
     for _ in range(STEPS):
@@ -147,9 +148,10 @@ def test_mutual_learning_step_by_step(tmp_path):
         p, q = logits.softmax(-1), others.softmax(-1)
         for_me = (q.detach() * (q.detach().log() - p.log())).sum(-1).mean()
         for_other = (p.detach() * (p.detach().log() - q.log())).sum(-1).mean()
-        descend(0.5 * F.cross_entropy(logits, data.labels) + 0.5 * for_me, mine)
-        descend(0.5 * F.cross_entropy(others, data.labels) + 0.5 * for_other, other)
-    trainer = trained(tmp_path, "dml", student, peer)
+        smoothed = (1 - smoothing) * F.one_hot(data.labels, p.shape[1]) + smoothing / p.shape[1]
+        descend(-0.5 * (smoothed * p.log()).sum(-1).mean() + 0.5 * for_me, mine)
+        descend(-0.5 * (smoothed * q.log()).sum(-1).mean() + 0.5 * for_other, other)
+    trainer = trained(tmp_path, "dml", student, peer, label_smoothing_factor=smoothing)
     assert close(trainer.model, mine) and close(trainer.distiller.peer, other)
 
 

@@ -16,6 +16,7 @@ from hf_hpmkd.recipe import Recipe, load_recipe
 
 LINE = ["--teacher", "cifar-resnet-14", "--teacher", "sklearn:SVC", "--student", "cifar-resnet-8"]
 DIGITS = ["--dataset", "sklearn:digits"]
+SMALLER = ["--teacher", "./none", "--compression", "2", *DIGITS]
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_compression_in_the_place_of_a_student(
     assert main(["distill", *line, "training.epochs=2"]) == 0
     recipe, source = runs[0]
     told = capsys.readouterr().out
-    assert f"The student is {recipe.student.model}: " in told and "10 times smaller than mlp-64x64" in told
+    assert f"The student is {recipe.student.model}: " in told and "10 times smaller than mlp-64x64 (" in told
     assert recipe.student.model.startswith("mlp-") and recipe.training.learning_rate == 0.01  # that of an MLP
     assert "--compression=10 --dataset=sklearn:iris training.epochs=2" in source
     assert main(["init", *line]) == 0
@@ -85,10 +86,14 @@ def test_the_smaller_likeness_comes_from_where_the_teacher_does(runs: list, tmp_
     ResNetConfig(embedding_size=32, hidden_sizes=[32, 64], depths=[2, 2]).save_pretrained(tmp_path)
     ImageFeed((8, 8), (0.5,) * 3, (0.5,) * 3).processor.save_pretrained(tmp_path)
     line = ["--teacher", str(tmp_path), "--compression", "4", "--dataset", "sklearn:digits"]
-    for trusted in (False, True):
-        assert main(["distill", *line, f"teachers.0.trust_remote_code={trusted}"]) == 0
-        student = runs[-1][0].student
-        assert student.model.startswith(f"{tmp_path}[") and student.trust_remote_code is trusted
+    assert main(["distill", *line]) == 0
+    assert main(["distill", *line, "teachers.0.trust_remote_code=true", "teachers.0.revision=abc"]) == 0
+    students = [recipe.student for recipe, _ in runs]
+    assert all(student.model.startswith(f"{tmp_path}[") for student in students)
+    assert [(student.trust_remote_code, student.revision) for student in students] == [(False, None), (True, "abc")]
+    line[1] = "timm/lcnet_150"  # in other sizes there is none, but a named relative, which has commits of its own
+    assert main(["distill", *line, "teachers.0.revision=abc"]) == 0
+    assert (runs[-1][0].student.model, runs[-1][0].student.revision) == ("timm/lcnet_050", None)
 
 
 @pytest.mark.parametrize("start", [["quickstart"], [*LINE, *DIGITS]])
@@ -112,7 +117,11 @@ def test_quickstart_is_the_bundled_recipe(runs: list) -> None:
         (["distill", "training.epochs=2"], "needs a recipe"),
         (["distill", "--teacher", "mlp-4"], "also needs --student (or --compression) and --dataset"),
         (["distill", "--compression", "2"], "also needs --teacher and --dataset"),
-        (["distill", *LINE[2:4], "--compression", "2", *DIGITS], "largest network among the teachers, got sklearn:SVC"),
+        (["distill", *LINE[2:4], "--compression", "2", *DIGITS], "among the teachers, got --teacher sklearn:SVC"),
+        (["distill", *SMALLER, "student.model=mlp-7"], "got student.model=mlp-7 too. Leave one"),
+        (["distill", *SMALLER, "student.pretrained=true"], "got student.pretrained=true too. Leave one"),
+        (["distill", *SMALLER, "--teacher", "./none.skops"], "2 faults:\n  - teachers.0.model: there is no"),
+        (["distill", *SMALLER, "training.epoch=1"], "Did you mean"),
         (["distill", "quickstart", *LINE, *DIGITS], "give a recipe (quickstart) or --teacher"),
         (["distill", "quickstrt"], "Did you mean `quickstart`?"),
         (["distill", *LINE, "--dataset", "./none"], "there is no './none'"),
@@ -368,6 +377,26 @@ def test_bench_passes_its_options(stub) -> None:
     stub("bench", bench_trainer=lambda output, steps: calls.append((output, steps)))
     assert main(["bench", "trainer", "--steps", "8", "--output", "b.json"]) == 0
     assert calls == [(Path("b.json"), 8)]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["distill", "--compression", "tenfold"],
+            "must be a number above 1, as 10 for a tenth of the parameters, got 'te",
+        ),
+        (["distill", "--compression", "1"], "must be a number above 1, as 10 for a tenth of the parameters, got '1'"),
+        (["distill", "--compression", "inf"], "got 'inf'"),
+        (["distill", "--compression", "2", "--student", "mlp-4"], "not allowed with argument --compression"),
+        (["bench", "auto", "--mode", "slow"], "must be fast, thorough, or minutes above 0, got 'slow'"),
+        (["bench", "auto", "--mode", "0"], "must be fast, thorough, or minutes above 0, got '0'"),
+    ],
+)
+def test_options_say_what_they_take(words: list[str], told: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2 and told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["recipe"], ["cache"], [], ["nonsense"], ["push", "run"], ["init"]])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from hf_hpmkd import classifier_training, compare, compare_jobs, quick_validation
 from hf_hpmkd.cli import main
 from hf_hpmkd.compare_jobs import Job, Workplace, time_left
-from hf_hpmkd.comparison_record import ComparisonRecord, Result
+from hf_hpmkd.comparison_record import ComparisonRecord, Result, Score
 from hf_hpmkd.data import load_parts
 from hf_hpmkd.data_config import DataConfig
 from hf_hpmkd.distill import student_builder
@@ -232,9 +233,32 @@ class _Closed:
 
 
 def test_what_is_left_is_told_at_the_pace_so_far():
-    assert time_left(60, 2, 10) == time_left(120, 4, 10) == "; about 5 min left"
+    assert time_left(60, 2, 10) == time_left(120, 4, 10) == "; about 5 min for the other 10"
     assert time_left(60, 2, 2) == "" == time_left(1e6, 9, 0)
-    assert time_left(3600, 1, 3) == "; about 3 h left"
+    assert time_left(3600, 1, 3) == "; about 3 h for the other 3"
+
+
+def test_it_is_told_when_each_process_has_trained_one(monkeypatch):
+    """Before, the time of the first counts as if the others were trained after it, and not beside it."""
+    found = {name: Result(name, 0, "x") for name in "abcdef"}
+    waiting = [SimpleNamespace(name=name, result=lambda name=name: found[name], log="its log") for name in found]
+    said, clock = [], [0.0]
+    monkeypatch.setattr(compare_jobs.time, "monotonic", lambda: clock[0])
+    tell = compare_jobs._Teller(waiting, 8, 2, said.append)
+
+    def end(seconds, *names, status="completed"):
+        clock[0] = seconds
+        for name in names:
+            found[name].status, found[name].seconds, found[name].error = status, 1.0, "no luck"
+            found[name].scores["validation"] = Score(0.5, 10, "")
+        tell.news()
+        return [line for line in said if line.startswith("[")][-len(names) :]
+
+    assert end(600, "a")[0] == "[3/8] a: validation accuracy 50.00%, 1.0 s"
+    assert all(line.endswith("s; about 15 min for the other 3") for line in end(900, "b", "c"))  # 5 minutes each
+    assert "failed, no luck" in end(901, "d", status="failed")[0]
+    assert end(1200, "e")[0].endswith("; about 5 min for the other 1")
+    assert end(1500, "f")[0].endswith("1.0 s")
 
 
 def test_the_test_part_stays_closed(tmp_path, monkeypatch):
@@ -545,7 +569,7 @@ def test_a_process_takes_each_job_once_and_leaves_those_of_others(tmp_path, monk
     assert [job.result().status for job in jobs] == ["completed", "completed", "waiting", "failed"]
     assert jobs[3].result().error == "ValueError: too much" and "too much" in jobs[3].log.read_text()
     said = []
-    told = compare_jobs._Teller([jobs[2], jobs[3]], 4, said.append)
+    told = compare_jobs._Teller([jobs[2], jobs[3]], 4, 1, said.append)
     told.news()
     told.lost([-9, 0])
     assert told.done == 4 and [line.split(":")[0] for line in told.failures] == ["direct, seed 3", "direct, seed 2"]

@@ -13,6 +13,7 @@ from transformers import BertConfig, ConvNextConfig, DistilBertConfig, Qwen3Conf
 import hf_hpmkd.intermediate_models as intermediate_models
 from hf_hpmkd.classifiers import build_classifier, count_parameters
 from hf_hpmkd.intermediate_models import (
+    SMALLER_TOLERANCE,
     TOLERANCE,
     Intermediate,
     find_intermediates,
@@ -271,30 +272,46 @@ def test_none_are_wanted():
 def test_so_many_times_smaller(rows, name, times):
     rows = rows()
     size = count_parameters(name, rows)
-    found, index = find_smaller([("no-such/model", {}), (name, {})], rows, times)
-    assert index == 1 and found.target == round(size / times)
+    found, index = find_smaller([(name, {})], rows, times)
+    assert index == 0 and found.target == round(size / times)
     assert found.num_params == count_parameters(found.name, rows) == pytest.approx(size / times, rel=TOLERANCE)
     assert found.name.rstrip("0123456789x") == name.rstrip("0123456789x") or found.name.startswith(f"{name}[")
 
 
-def test_it_is_like_the_largest_and_a_named_relative_where_a_family_has_no_sizes(tmp_path):
+def test_it_is_like_the_largest(tmp_path):
     file, _ = weights_file(tmp_path, 50, 4)
-    names = [("cifar-resnet-8", {}), (file, {}), ("timm/lcnet_150", {})]
-    found, index = find_smaller(names[:2], IMAGES, 3)
+    found, index = find_smaller([("cifar-resnet-8", {}), (file, {})], IMAGES, 3)
     assert index == 0 and found.name.startswith("cifar-resnet-")  # 50 layers of four channels are fewer parameters
-    found, index = find_smaller(names, IMAGES, 3)
-    assert (found.name, index) == ("timm/lcnet_075", 2)
+    found, index = find_smaller([(file, {}), ("timm/lcnet_150", {})], IMAGES, 3)
+    assert (found.name, index) == ("timm/lcnet_075", 1)  # a family without sizes has named relatives
+
+
+def test_relatives_by_another_name_are_looked_at_where_those_by_this_one_do_not_fit():
+    found, _ = find_smaller([("timm/mobilenetv3_large_100", {})], IMAGES, 4)
+    assert found.name == "timm/mobilenetv3_small_075"
+    assert found.num_params == pytest.approx(found.target, rel=SMALLER_TOLERANCE - 1)
 
 
 def test_none_is_so_many_times_smaller():
-    names = [("mlp-64", {})]
-    found_none = r"No model like mlp-64 \(\d+ parameters\) is 100000 times smaller \(1\)\. Tried: mlp-"
+    found_none = r"No model like mlp-64 \(\d+ parameters\) is about 100000 times smaller \(1\)\. Tried: mlp-"
     with pytest.raises(ValueError, match=found_none):
-        find_smaller(names, table_rows(), 1e5)
-    with pytest.raises(ValueError, match=r"(?s)none is a network that can be built: no-such/model.* Name a"):
-        find_smaller([("no-such/model", {})], IMAGES, 10)
-    with pytest.raises(ValueError, match="there are none but scikit-learn and columns"):
+        find_smaller([("mlp-64", {})], table_rows(), 1e5)
+    with pytest.raises(
+        ValueError, match=r"ghostnet_100 \([\d,]+ parameters\) is about 8 times smaller .*Tried: timm/ghost"
+    ):
+        find_smaller([("timm/ghostnet_100", {})], IMAGES, 8)
+    with pytest.raises(ValueError, match="none of the teachers is a network. Name a student"):
         find_smaller([], IMAGES, 10)
+
+
+def test_a_teacher_that_cannot_be_built_is_not_passed_over():
+    """It may be the largest, and another time it may be there."""
+    with pytest.raises(
+        ValueError, match=r"(?s)takes all of them, and no-such/model cannot be built here: .*name a student"
+    ):
+        find_smaller([("cifar-resnet-20", {}), ("no-such/model", {})], IMAGES, 10)
+    with pytest.raises(ValueError, match=r"cifar-resnet-8 cannot be built here: .*data\.input_column=COLUMN"):
+        find_smaller([("cifar-resnet-8", {})], table_rows(), 2)
 
 
 # ---- failures --------------------------------------------------------------------------------------------------------

@@ -68,12 +68,13 @@ def test_no_teachers_is_plain_trainer_and_some_are_not(tmp_path, taught):
     assert not torch.allclose(tiny.weights_of(taught.model), tiny.weights_of(plain.model), atol=1e-3)
 
 
-def test_one_uniform_teacher_is_plain_kd_written_by_hand(tmp_path, teachers):
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_one_uniform_teacher_is_plain_kd_written_by_hand(tmp_path, teachers, smoothing):
     rows = tiny.TinyImages(32)
     settings = {"per_device_train_batch_size": 32, "num_train_epochs": 3, "alpha": 0.7, "temperature": 3.0}
     trainer = train(
         tmp_path, teachers[0], train_dataset=rows, gate="uniform", calibrate_teachers=False,
-        temperature_schedule="constant", **settings,
+        temperature_schedule="constant", label_smoothing_factor=smoothing, **settings,
     )  # fmt: skip
     student = tiny.tiny_vit()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
@@ -82,7 +83,8 @@ def test_one_uniform_teacher_is_plain_kd_written_by_hand(tmp_path, teachers):
     for _ in range(3):
         logits = student(pixel_values=rows.pixels).logits
         kd = F.kl_div(F.log_softmax(logits / 3.0, -1), soft, reduction="batchmean") * 9.0
-        loss = 0.7 * kd + 0.3 * F.cross_entropy(logits, rows.labels)
+        labels = (1 - smoothing) * F.one_hot(rows.labels, logits.shape[1]) + smoothing / logits.shape[1]
+        loss = 0.7 * kd - 0.3 * (labels * logits.log_softmax(-1)).sum(-1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
