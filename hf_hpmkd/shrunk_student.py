@@ -22,5 +22,6 @@ def shrunk_student(recipe: Recipe, times: float) -> tuple[dict[str, Any], str]:
     found, index = find_smaller(list(zip(names, origins, strict=True)), recipe_parts(recipe).train, times)
     # A teacher in other sizes comes from where the teacher does, a named relative from its own place.
     same = split_variant(found.name)[0] == split_variant(names[index])[0]
-    told = f"The student is {found.name}: {found.num_params:,} parameters, made to be {times:.15g} times smaller than "
-    return {"model": found.name, **(origins[index] if same else {})}, f"{told}{names[index]} ({found.target:,})."
+    fewer = times * found.target / found.num_params
+    told = f"The student is {found.name}: {found.num_params:,} parameters, {fewer:.1f} times fewer than {names[index]}."
+    return {"model": found.name, **(origins[index] if same else {})}, told
