@@ -72,8 +72,8 @@ def line_recipe(
         return with_student(args.student)
     if said := [word for word in words if re.match(r"student\b", word.strip())]:
         raise ValueError(
-            f"--compression finds a student that begins with a teacher's layers, got {said[0]} too. Leave one of the "
-            "two out, or name the student with --student."
+            f"--compression finds the student, got {said[0]} too. Leave one of the two out, or name the student with "
+            "--student."
         )
     from hf_hpmkd.recipe_rules import student_stand_in
 
