@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hf_hpmkd.classifier_training import (
     Schedule,
@@ -28,13 +28,13 @@ from hf_hpmkd.fitted_start import MOST_ROWS, can_fit, fit_start
 from hf_hpmkd.intermediate_models import Intermediate, build_intermediate, find_intermediates
 from hf_hpmkd.kept_classifiers import NOT_IN_KEY, About, Training, answers_right, making, take
 from hf_hpmkd.models import TabularProcessor
-from hf_hpmkd.recipe import recipe_tree
+from hf_hpmkd.recipe import drop_unset, recipe_tree
 from hf_hpmkd.run_context import Run
 from hf_hpmkd.run_record import StageRecord, last_name
 from hf_hpmkd.stage_card import write_stage_card
 from hf_hpmkd.tasks.base import Feed, Rows, json_digest
 from hf_hpmkd.teacher_kinds import FoldedTeacher, Teacher, TorchTeacher, architecture
-from hf_hpmkd.warm_start import can_warm_start, warm_start
+from hf_hpmkd.warm_start import can_warm_start, same_vocabulary, warm_start
 
 STAGE_FILE = "stage.json"
 # What a recipe says that changes nothing in a stage's weights; epochs and seed are in its schedule.
@@ -68,8 +68,9 @@ class WarmBuild:
         classifier = self.build()
         source = self.source(classifier)
         if source is not None and isinstance(source.model, PreTrainedModel):
-            started = warm_start(classifier.model, source.model, _same_vocabulary(classifier.feed, source.feed))
+            started = warm_start(classifier.model, source.model, same_vocabulary(classifier.feed, source.feed))
             self.share, self.origin = started.fraction, source.name
+            classifier.origin = source
             if can_fit(classifier.model, source.model):
                 chosen = torch.linspace(0, len(self.rows) - 1, min(len(self.rows), MOST_ROWS)).long()
                 fit_start(classifier.model, source.model, classifier.feed(self.rows.raw(chosen)))
@@ -96,7 +97,7 @@ class WarmBuild:
         if start is None:
             return known
         fitted = {"fitted": True} if can_fit(classifier.model, start.model) else {}
-        return known | fitted | ({} if _same_vocabulary(classifier.feed, start.feed) else {"other_vocabulary": True})
+        return known | fitted | ({} if same_vocabulary(classifier.feed, start.feed) else {"other_vocabulary": True})
 
 
 def _same_columns(feed: Feed, above: Feed) -> bool:
@@ -105,14 +106,6 @@ def _same_columns(feed: Feed, above: Feed) -> bool:
     if not (isinstance(ours, TabularProcessor) and isinstance(theirs, TabularProcessor)):
         return True
     return all(getattr(ours, name) == getattr(theirs, name) for name in _PLACES)
-
-
-def _same_vocabulary(feed: Feed, above: Feed) -> bool:
-    """Whether two feeds of texts mean the same by a token id; other feeds: yes."""
-    ours, theirs = feed.processor, above.processor
-    if not (isinstance(ours, PreTrainedTokenizerBase) and isinstance(theirs, PreTrainedTokenizerBase)):
-        return True
-    return ours.get_vocab() == theirs.get_vocab()
 
 
 class Stages:
@@ -275,6 +268,7 @@ class Stages:
     def key(self, build: WarmBuild, schedule: Schedule, stages: Sequence[TorchTeacher]) -> str:
         """Of all that decides a training below these stages: another recipe that needs the same arrives at the same."""
         tree, rows = recipe_tree(self.run.recipe), self.parts.train
+        drop_unset(tree)
         return json_digest(
             {
                 "model": build.describe(),

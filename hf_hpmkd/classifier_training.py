@@ -25,6 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.distiller import Distiller
+from hf_hpmkd.layer_hints import LayerHints
 from hf_hpmkd.progress import progress_bar
 from hf_hpmkd.recipe import Recipe, TeacherConfig
 from hf_hpmkd.recipe_rules import usual_learning_rate
@@ -250,6 +251,11 @@ def train_or_load(
     trainer.distiller_class = distiller_class
     if cache is not None:
         trainer.teacher_cache = cache
+    hints = recipe.distillation
+    if hints.hint_weight > 0 and classifier.origin is not None:
+        trainer.hints = LayerHints(
+            classifier.model, classifier.origin, train, classifier.feed, hints.hint_weight, hints.hint_share
+        )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     result = trainer.train(resume_from_checkpoint=checkpoint)

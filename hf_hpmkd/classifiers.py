@@ -56,12 +56,15 @@ _STATISTICS_ROWS = 2048
 
 @dataclass
 class Classifier:
-    """A model and its own preprocessing. num_params: all parameters, buffers not counted."""
+    """A model and its own preprocessing. num_params: all parameters, buffers not counted. origin: the teacher, or stage
+    (a TorchTeacher), with whose layers it begins; None for none.
+    """
 
     model: PreTrainedModel
     feed: Feed
     family: str
     num_params: int
+    origin: Any = None
 
 
 @dataclass(frozen=True)

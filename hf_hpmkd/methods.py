@@ -49,7 +49,13 @@ class Method:
 
 
 _NO_CHAIN = ("chain.length=0", "chain.models=[]", "chain.warm_start=false")
-_DIRECT = ("distillation.alpha=0", "distillation.feature_weight=0", *_NO_CHAIN, "auto.mode=off")
+_DIRECT = (
+    "distillation.alpha=0",
+    "distillation.feature_weight=0",
+    "distillation.hint_weight=0",
+    *_NO_CHAIN,
+    "auto.mode=off",
+)
 
 # Plain distillation: fixed weights, fixed T, the teachers as they are, no chain. alpha and T stay the recipe's.
 PLAIN = (
@@ -58,6 +64,7 @@ PLAIN = (
     "distillation.gate=uniform",
     "distillation.calibrate_teachers=false",
     "distillation.feature_weight=0",
+    "distillation.hint_weight=0",
     *_NO_CHAIN,
     "auto.mode=off",
 )

@@ -418,6 +418,7 @@ def _training(record: RunRecord) -> str:
         "started": record.started or "",
         "finished": record.finished or "",  # not yet, where the run itself writes its card
         "commits": ", ".join(f"{name} {commit}" for name, commit in record.commits.items() if commit),
+        "layer hints": _hinted(record),
         "recipe fingerprint": record.recipe_fingerprint,
         "optimization memory": _linked(place, place.removeprefix("hf://")) if place.startswith("hf://") else "",
     }
@@ -430,6 +431,13 @@ def _training(record: RunRecord) -> str:
         recipe = yaml.safe_dump(record.recipe, sort_keys=False, allow_unicode=True, width=100).strip()
         text += f"\n\n<details><summary>The recipe</summary>\n\n```yaml\n{recipe}\n```\n\n</details>"
     return text
+
+
+def _hinted(record: RunRecord) -> str:
+    asked = record.recipe.get("distillation", {})
+    if not asked.get("hint_weight") or record.labels_alone:
+        return ""
+    return f"those of `{record.began_with}`, in the first {asked['hint_share']:.0%} of the steps"
 
 
 def _limits(record: RunRecord) -> str:

@@ -55,7 +55,7 @@ from hf_hpmkd.heads import find_classifier_head
 from hf_hpmkd.meta_features import LANDMARK, data_features, landmark_features, size_features, teacher_features
 from hf_hpmkd.model_cost import training_flops
 from hf_hpmkd.recipe import Recipe
-from hf_hpmkd.recipe_rules import usual_learning_rate
+from hf_hpmkd.recipe_rules import uses_teachers, usual_learning_rate
 from hf_hpmkd.run_context import Run
 from hf_hpmkd.run_record import AutoRecord, TrialRecord
 from hf_hpmkd.search_budget import budget_steps, halving, most_candidates
@@ -107,7 +107,7 @@ def configure(
 
 def is_direct(recipe: Recipe, chosen: Recipe) -> bool:
     """Whether the chosen recipe trains the student just as the run's direct training is."""
-    plain = chosen.distillation.alpha == 0 and chosen.distillation.feature_weight == 0 and not chosen.chain.warm_start
+    plain = not uses_teachers(chosen) and chosen.distillation.hint_weight == 0 and not chosen.chain.warm_start
     return recipe.auto.mode != "off" and plain and chosen.training == recipe.training
 
 
@@ -147,7 +147,7 @@ def overrides_of(configuration: Configuration, recipe: Recipe) -> dict[str, dict
     one, now = configuration, recipe.distillation
     training = {name: getattr(one, name) * getattr(recipe.training, name) for name in _FACTORS}
     if not one.distils:
-        silent = {"alpha": 0.0, "feature_weight": 0.0}
+        silent = {"alpha": 0.0, "feature_weight": 0.0, "hint_weight": 0.0}
         return {"distillation": silent, "training": training, "chain": {"warm_start": one.warm_start}}
     taught = {name: getattr(one, name) for name in _TAUGHT}
     if one.temperature_schedule == "learned":

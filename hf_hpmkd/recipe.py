@@ -143,6 +143,12 @@ class DistillationConfig:
     feature_weight: float = Field(
         0.0, ge=0, description="Weight of matching the teachers' features; above 0 needs teacher_outputs live."
     )
+    hint_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of matching the layers of the model whose layers a warm start takes; it runs live.",
+    )
+    hint_share: float = Field(0.5, gt=0, le=1, description="Share of the training, from its start, with such hints.")
     teacher_outputs: Literal["full", "topk", "live"] = Field(
         "full", description="full: computed once and kept; topk: the largest of each row; live: run in the loop."
     )
@@ -416,10 +422,17 @@ def fingerprint(recipe: Recipe) -> str:
             del tree[section]
         else:
             tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
-    for section, key in (("training", "min_steps"), ("data", "max_length")):  # as in recipes from before these
+    drop_unset(tree)
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def drop_unset(tree: dict[str, Any]) -> None:
+    """Takes out of a recipe's tree what decides nothing where it is not set, as in recipes from before these fields."""
+    if not tree["distillation"]["hint_weight"]:
+        del tree["distillation"]["hint_share"]
+    for section, key in (("training", "min_steps"), ("data", "max_length"), ("distillation", "hint_weight")):
         if not tree[section][key]:
             del tree[section][key]
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def recipe_schema() -> dict[str, Any]:

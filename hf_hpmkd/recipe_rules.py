@@ -282,11 +282,32 @@ def _distillation_rules(recipe: "Recipe") -> Iterator[Fault]:
                 f"{at}.feature_weight: every teacher must have features, but {', '.join(without)} has none "
                 "(scikit-learn models, columns and out-of-fold teachers). Set it to 0, or leave these teachers out.",
             )
+    if it.hint_weight > 0 and (obstacle := _no_hints(recipe)):
+        yield (
+            (f"{at}.hint_weight", "chain.warm_start", "student.model", "student.pretrained", "teachers"),
+            f"{at}.hint_weight: hints come from the model whose layers the student begins with, and {obstacle}. Set it "
+            "to 0.",
+        )
     if "fp16" in recipe.training.precision and (it.feature_weight > 0 or it.gate == "joint"):
         yield (
             ("training.precision", f"{at}.feature_weight", f"{at}.gate"),
             "training.precision: fp16 scales gradients, which gate joint and the feature term do not undo. Use bf16.",
         )
+
+
+def _no_hints(recipe: "Recipe") -> str:
+    """Why the student surely begins with no layers that have a hint for it; "" where it may."""
+    if not recipe.chain.warm_start:
+        return "chain.warm_start is false"
+    if recipe.student.pretrained:
+        return "student.pretrained is true"
+    kind = family(recipe.student.model)
+    if kind == "mlp":
+        return "the layers of an MLP are fitted to it, not taken"
+    others = [family(teacher.model) for teacher in recipe.teachers]
+    chain = recipe.chain.models or recipe.chain.length != 0
+    alike = {"cifar-resnet": (kind, "safetensors"), "bert": (kind, "hub")}.get(kind, (kind, "hub", "timm"))
+    return "" if chain or any(other in alike for other in others) else f"no teacher is of the family of {kind}"
 
 
 def _chain_rules(recipe: "Recipe") -> Iterator[Fault]:

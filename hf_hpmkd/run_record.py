@@ -284,9 +284,10 @@ class RunRecord:
 
     @property
     def distils(self) -> bool:
-        """Whether the run trained a student on the teachers' answers or features, kept or not."""
+        """Whether the run trained a student on the teachers' answers, features or layers, kept or not."""
         asked = self.recipe.get("distillation", {})
-        silent = self.auto is None and asked.get("alpha") == 0 and not asked.get("feature_weight")
+        heard = asked.get("alpha") != 0 or asked.get("feature_weight") or asked.get("hint_weight")
+        silent = self.auto is None and not heard
         return not silent and not self.chose_labels_alone
 
     @property

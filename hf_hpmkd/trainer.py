@@ -29,6 +29,7 @@ from hf_hpmkd.dataset_rows import (
     fetcher,
 )
 from hf_hpmkd.distiller import Batch, Distiller, GuideRows, TeacherOutputs, check_guide
+from hf_hpmkd.layer_hints import LayerHints
 from hf_hpmkd.tasks.base import UNAUGMENTED, FedDataset
 from hf_hpmkd.teacher_cache import LiveOutputs, TeacherCache
 from hf_hpmkd.teacher_kinds import FoldedTeacher, Teacher, own_class_names
@@ -55,6 +56,7 @@ class HPMKDTrainer(Trainer):
 
     distiller_class: type[Distiller] = Distiller  # another one makes this the trainer of another method
     teacher_cache: TeacherCache | None = None  # of the teachers' outputs; None makes one in `teacher_cache_dir`
+    hints: LayerHints | None = None  # of the model whose layers the student began with; for a FedDataset
     args: HPMKDTrainingArguments
     model: Any  # upstream's own type allows None, which it never is here
 
@@ -108,23 +110,55 @@ class HPMKDTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Training: the distillation loss. Evaluation, and `alpha=0`: upstream's loss; teachers are left out."""
+        """Training: the distillation loss. Evaluation, and `alpha=0`: upstream's loss; teachers are left out. Layer
+        hints are added to either in training.
+        """
         rows, views, inputs = _without_row_ids(inputs)
-        if self.distiller is None or not model.training:
+        if not model.training or (self.distiller is None and not self._has_hints()):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         assert rows is not None and views is not None
+        if self.distiller is None:
+            loss, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
+            counted = num_items_in_batch if self.model_accepts_loss_kwargs else None
+            loss = loss + self._hint_term(rows, views, inputs, counted)
+            return (loss, outputs) if return_outputs else loss
         labels = inputs.pop("labels")
         outputs = model(**inputs)
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         losses = self.distiller.batch_losses(Batch(logits.float(), labels, rows, views, inputs))
         if num_items_in_batch is None:
             num_items_in_batch = len(labels)
-        loss = losses.total.sum() / num_items_in_batch
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            loss = loss * self.args.world_size  # the count is over all processes, and DDP averages
+        loss = self._over_step(losses.total, num_items_in_batch)
         self.distiller.add_loss(loss)
+        if self._has_hints():
+            loss = loss + self._hint_term(rows, views, inputs, num_items_in_batch)
         self._record(losses)
         return (loss, outputs) if return_outputs else loss
+
+    def _over_step(self, losses: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
+        """The share of a micro-batch's losses `(batch,)` in the mean over a step's num_items; None: their own mean."""
+        if num_items is None:
+            return losses.mean()
+        share = losses.sum() / num_items
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            share = share * self.args.world_size  # the count is over all processes, and DDP averages
+        return share
+
+    def _has_hints(self) -> bool:
+        """Whether this step has layer hints. What they hold goes when they are over."""
+        if self.hints is not None and not self.hints.applies(self.state.global_step / max(self.state.max_steps, 1)):
+            self.hints.close()
+            self.hints = None
+        return self.hints is not None
+
+    def _hint_term(
+        self, rows: torch.Tensor, views: torch.Tensor, inputs: dict[str, Any], num_items: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        assert self.hints is not None
+        read = {name: value for name, value in inputs.items() if name != "labels"}
+        term = self.hints.term(rows, views, read)
+        self._metrics["train"]["hint_loss"].append(term.mean().detach())
+        return self._over_step(term, num_items)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Also counts the samples for students whose forward takes no loss arguments, which upstream does not count."""
@@ -346,10 +380,10 @@ class HPMKDTrainer(Trainer):
             metrics[f"weight/{name}"].append(means[index])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means since the last log: kd_loss, ce_loss, temperature, weight/<teacher>, guide_loss."""
-        if "loss" in logs and self.distiller is not None:
+        """Adds the means since the last log: kd_loss, ce_loss, temperature, weight/<teacher>, guide_loss, hint_loss."""
+        if "loss" in logs and self._metrics["train"]:
             means = {key: float(sum(values)) / len(values) for key, values in self._metrics["train"].items() if values}
-            logs = {**logs, **means, "alpha": self.args.alpha}
+            logs = {**logs, **means, **({} if self.distiller is None else {"alpha": self.args.alpha})}
             self._metrics["train"].clear()
         super().log(logs, start_time)
 

@@ -65,7 +65,8 @@ def trials(recipe: Recipe, method: Method, count: int) -> list[Method]:
         return [method]
     rates = [f"training.learning_rate={factor * base.training.learning_rate:g}" for factor in _LEARNING_RATES]
     grid = [[rate] for rate in rates]
-    alone = [_ALONE, *(["distillation.feature_weight=0"] if base.distillation.feature_weight else [])]
+    others = [name for name in ("feature_weight", "hint_weight") if getattr(base.distillation, name)]
+    alone = [_ALONE, *(f"distillation.{name}=0" for name in others)]
     if uses_teachers(base):
         alphas = [alpha for alpha in _ALPHAS if alpha < 1 or method.loss not in _NEED_LABELS]
         grid = [

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from hf_hpmkd.heads import find_classifier_head
 from hf_hpmkd.models import CifarResNetForImageClassification, TabularForClassification
+from hf_hpmkd.tasks.base import Feed
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # Their layers read what others wrote one after the other, and leading channels would mix those up.
@@ -98,8 +99,8 @@ def _obstacle(model: PreTrainedModel, above: PreTrainedModel) -> str | None:
 
 # ---- pairs -----------------------------------------------------------------------------------------------------------
 
-# Which channels of the one are which of the other: (size, size above, parts) to two index tensors of one length.
-_Channels = Callable[[int, int, int], tuple[Tensor, Tensor]]
+Channels = Callable[[int, int, int], tuple[Tensor, Tensor]]
+"""Which channels of the one are which of the other: (size, size above, parts) to two index tensors of one length."""
 
 
 @dataclass(frozen=True)
@@ -131,19 +132,22 @@ def _pairs(model: PreTrainedModel, above: PreTrainedModel) -> Iterator[_Pair]:
     head = (
         None if class_names(model) == class_names(above) else find_classifier_head(model, model.config.num_labels or 0)
     )
-    channels = _option_a(model.config.width, above.config.width) if _is_cifar_resnet(model) else _leading
+    channels = channels_between(model, above)
     for path, owner, target, source in _walk(model, above):
         if owner is not head and (places := _places(path, owner, target.shape, source.shape, channels)) is not None:
             yield _Pair(path, owner, target, source, places)
 
 
+def channels_between(model: nn.Module, above: nn.Module) -> Channels:
+    """Which channels a smaller model takes of a larger one of its family."""
+    if isinstance(model, CifarResNetForImageClassification) and isinstance(above, CifarResNetForImageClassification):
+        return _option_a(model.config.width, above.config.width)
+    return _leading
+
+
 def class_names(model: PreTrainedModel) -> list[str]:
     """In the order of the logits."""
     return [str(name) for _, name in sorted((model.config.id2label or {}).items())]
-
-
-def _is_cifar_resnet(model: PreTrainedModel) -> bool:
-    return isinstance(model, CifarResNetForImageClassification)
 
 
 def _walk(module: nn.Module, above: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, Tensor, Tensor]]:
@@ -166,15 +170,26 @@ def counterpart(name: str, names: list[str], theirs: list[str]) -> str | None:
     """Which child of the module above answers to a child: the one of its name; in a numbered row, the one at the same
     relative place, round(i (a - 1) / (m - 1)), halves up. None if there is none.
     """
-    numbered = _NUMBERED.fullmatch(name)
-    if numbered is None:
+    if _NUMBERED.fullmatch(name) is None:
         return name if name in theirs else None
-    ours, others = (
-        [one for one in row if (m := _NUMBERED.fullmatch(one)) and m[1] == numbered[1]] for row in (names, theirs)
-    )
-    if not others:
-        return None
-    return others[relative_place(ours.index(name), len(ours), len(others))]
+    for ours, others in numbered_rows(names, theirs):
+        if name in ours:
+            return others[relative_place(ours.index(name), len(ours), len(others))]
+    return None
+
+
+def numbered_rows(names: list[str], theirs: list[str]) -> list[tuple[list[str], list[str]]]:
+    """The numbered rows among the children of a module, each with that of the module above; those that both have."""
+
+    def rows(among: list[str]) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name in among:
+            if numbered := _NUMBERED.fullmatch(name):
+                found.setdefault(numbered[1], []).append(name)
+        return found
+
+    others = rows(theirs)
+    return [(row, others[kind]) for kind, row in rows(names).items() if kind in others]
 
 
 def relative_place(index: int, count: int, count_above: int) -> int:
@@ -182,11 +197,19 @@ def relative_place(index: int, count: int, count_above: int) -> int:
     return int(index * (count_above - 1) / max(count - 1, 1) + 0.5)
 
 
+def same_vocabulary(feed: Feed, above: Feed) -> bool:
+    """Whether two feeds of texts mean the same by a token id; other feeds: yes."""
+    ours, theirs = feed.processor, above.processor
+    if not (isinstance(ours, PreTrainedTokenizerBase) and isinstance(theirs, PreTrainedTokenizerBase)):
+        return True
+    return ours.get_vocab() == theirs.get_vocab()
+
+
 # ---- channels --------------------------------------------------------------------------------------------------------
 
 
 def _places(
-    path: str, owner: nn.Module, ours: torch.Size, theirs: torch.Size, channels: _Channels
+    path: str, owner: nn.Module, ours: torch.Size, theirs: torch.Size, channels: Channels
 ) -> list[tuple[Tensor, Tensor]] | None:
     """Per dimension, which places come from which; None where the tensors mean different things.
 
@@ -216,7 +239,7 @@ def _leading(ours: int, theirs: int, parts: int = 1) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def _option_a(width: int, width_above: int) -> _Channels:
+def _option_a(width: int, width_above: int) -> Channels:
     """Of CIFAR ResNets, whose shortcuts put zero channels on both sides of a stage's channels (option A): the leading
     channels of the first stage, and in later stages those that the shortcuts lead them to.
     """
