@@ -34,8 +34,9 @@ class Component:
 
 
 COMPONENTS = (
-    Component("chain", ("chain.length=0", "chain.models=[]"), ("chain.length=1",)),
-    Component("warm-starts", ("chain.warm_start=false",), ("chain.warm_start=true",)),
+    # Layer hints go with neither: they are of a teacher whose layers the student begins with.
+    Component("chain", ("chain.length=0", "chain.models=[]"), ("chain.length=1", "distillation.hint_weight=0")),
+    Component("warm-starts", ("chain.warm_start=false", "distillation.hint_weight=0"), ("chain.warm_start=true",)),
     Component(
         "attention",
         ("distillation.gate=uniform", "distillation.calibrate_teachers=false"),

@@ -27,8 +27,9 @@ from hf_hpmkd.data import DataParts
 from hf_hpmkd.fitted_start import MOST_ROWS, can_fit, fit_start
 from hf_hpmkd.intermediate_models import Intermediate, build_intermediate, find_intermediates
 from hf_hpmkd.kept_classifiers import NOT_IN_KEY, About, Training, answers_right, making, take
+from hf_hpmkd.layer_hints import required_points
 from hf_hpmkd.models import TabularProcessor
-from hf_hpmkd.recipe import drop_unset, recipe_tree
+from hf_hpmkd.recipe import Recipe, drop_unset, recipe_tree
 from hf_hpmkd.run_context import Run
 from hf_hpmkd.run_record import StageRecord, last_name
 from hf_hpmkd.stage_card import write_stage_card
@@ -98,6 +99,21 @@ class WarmBuild:
             return known
         fitted = {"fitted": True} if can_fit(classifier.model, start.model) else {}
         return known | fitted | ({} if same_vocabulary(classifier.feed, start.feed) else {"other_vocabulary": True})
+
+
+def require_hints(recipe: Recipe, build: WarmBuild) -> None:
+    """Raises ValueError where the recipe asks for layer hints and the student begins with no layers that have any."""
+    if recipe.distillation.hint_weight == 0:
+        return
+    student = build.build(meta=True)
+    source = build.source(student)
+    if source is None:
+        raise ValueError(
+            "`distillation.hint_weight` above 0 needs a teacher of the student's family, whose layers it begins with, "
+            f"got {', '.join(one.name for one in build.above) or 'no network'} for {recipe.student.model}. Add such a "
+            "teacher, or set it to 0."
+        )
+    required_points(student.model, student.feed, source)
 
 
 def _same_columns(feed: Feed, above: Feed) -> bool:

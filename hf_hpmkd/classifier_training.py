@@ -251,14 +251,15 @@ def train_or_load(
     trainer.distiller_class = distiller_class
     if cache is not None:
         trainer.teacher_cache = cache
-    hints = recipe.distillation
-    if hints.hint_weight > 0 and classifier.origin is not None:
-        trainer.hints = LayerHints(
-            classifier.model, classifier.origin, train, classifier.feed, hints.hint_weight, hints.hint_share
-        )
+    if (weight := recipe.distillation.hint_weight) and (above := classifier.origin) is not None:
+        share = recipe.distillation.hint_share
+        trainer.hints = LayerHints(classifier.model, above, train, classifier.feed, weight, share)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        trainer.end_hints()
     history, steps = trainer.state.log_history, trainer.state.global_step
     seconds = result.metrics["train_runtime"]
     if clock.before is not None:

@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_hpmkd.baselines import DISTILLERS
 from hf_hpmkd.chain import build_chain
-from hf_hpmkd.chain_stages import WarmBuild
+from hf_hpmkd.chain_stages import WarmBuild, require_hints
 from hf_hpmkd.classifier_training import (
     Trained,
     copy_training,
@@ -229,6 +229,8 @@ class Workplace:
                 raise ValueError(f"{job.name}: new views in every epoch go with no teacher, got {len(guides)}.")
             num_views = _FRESH
         build_warm = WarmBuild(build, chain.above, self.parts.train)
+        if job.method.teachers not in CONTROLS:  # which have no layers to begin with
+            require_hints(recipe, build_warm)
 
         def fit(build: Callable[[], Classifier], recipe: Recipe, folder: Path, teachers: Sequence[Teacher]) -> Trained:
             return train_or_load(

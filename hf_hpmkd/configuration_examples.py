@@ -107,7 +107,8 @@ def _example(row: dict[str, Any]) -> Example:
 
 
 def memory_examples(rows: Iterable[Row]) -> list[Example]:
-    """What the rows of a memory show: runs that measured direct training beside the student, and built no chain.
+    """What the rows of a memory show: runs that measured direct training beside the student, built no chain
+    and had no layer hints.
 
     The gain is that on validation rows: test rows are for judging, not for choosing. Rows whose JSON columns are not
     as this version writes them, which somebody else's may be, show nothing.
@@ -126,6 +127,10 @@ def _example_of_run(row: Row) -> Example | None:
         accuracy = details["models"]["distilled"]["metrics"].get("validation", {}).get("accuracy")
     chain = details.get("chain") or {}
     if accuracy is None or direct is None or not row["validation_rows"] or chain.get("stages"):
+        return None
+    if (
+        json.loads(row["configuration"]).get("distillation", {}).get("hint_weight")
+    ):  # a Configuration says nothing of it
         return None
     auto = details.get("auto")
     if auto is not None:

@@ -26,15 +26,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_hpmkd import report
 from hf_hpmkd.chain import build_chain, named_stages
-from hf_hpmkd.chain_stages import Stages, WarmBuild
+from hf_hpmkd.chain_stages import Stages, WarmBuild, require_hints
 from hf_hpmkd.classifier_training import Trained, copy_training, old_garbage_left, student_schedule, train_or_load
 from hf_hpmkd.classifiers import Classifier
-from hf_hpmkd.data import DataParts
 from hf_hpmkd.evaluation import evaluate_teachers, evaluate_test
 from hf_hpmkd.heads import find_classifier_head
 from hf_hpmkd.hub_store import check_can_push, push_run
 from hf_hpmkd.kept_student import distilled_folder, keep_better
-from hf_hpmkd.layer_hints import required_points
 from hf_hpmkd.metrics import load_metric
 from hf_hpmkd.quick_validation import configure, is_direct, proof_needed
 from hf_hpmkd.recipe import Recipe, fingerprint, recipe_tree
@@ -144,7 +142,8 @@ def _run(run: Run) -> None:
         run.warn_if_larger_than_every_teacher(num_params, teachers)
         evaluate_teachers(run.record, teachers, parts, recipe, run.memory.cache, say=run.say, warn=run.warn)
 
-    check_hints(run, parts, teachers, blueprint)
+    above = Stages(run, parts, teachers, run.folder).above([])
+    require_hints(recipe, WarmBuild(build_student, above, parts.train))
     direct_folder = run.folder / "direct" if recipe.distillation.direct else None
     chosen = configure(run, parts, teachers, build_student, run.folder / "student", direct_folder)
 
@@ -191,23 +190,6 @@ def _run(run: Run) -> None:
         evaluate_test(record, teachers, classifiers, parts, recipe, run.memory.cache, run.say, run.warn)
         run.memory.count(record)
         run.write_report()
-
-
-def check_hints(run: Run, parts: DataParts, teachers: list[Teacher], student: Classifier) -> None:
-    """Raises ValueError where layer hints are asked for and the model that the student begins with has none. The stages
-    of a chain are of the student's family, so with one there is nothing to look at yet.
-    """
-    recipe = run.recipe
-    if recipe.distillation.hint_weight == 0 or recipe.chain.length != 0 or recipe.chain.models:
-        return
-    above = Stages(run, parts, teachers, run.folder / "chain").above([])
-    source = WarmBuild(lambda meta=False: student, above, parts.train).source(student)
-    if source is None:
-        raise ValueError(
-            "`distillation.hint_weight` is above 0, but no teacher is of the student's family "
-            f"({recipe.student.model}), so it begins with none of their layers. Set it to 0."
-        )
-    required_points(student.model, student.feed, source)
 
 
 def check_student(recipe: Recipe, student: Classifier, num_classes: int) -> int:

@@ -1,4 +1,9 @@
-"""Finds a classifier's last linear layer and reads what goes into it. Knows nothing of distillation."""
+"""Finds a classifier's last linear layer, and reads what goes into it or comes out of other layers. Knows nothing of
+distillation.
+"""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,3 +57,38 @@ class FeatureReader:
 
     def close(self) -> None:
         self._handle.remove()
+
+
+class OutputReader:
+    """Keeps what modules put out in the latest forward pass `(batch, ...)`, with their gradient; of a tuple the first.
+
+    training: keeps it in training mode alone (True), in eval mode alone (False), in both (None). `close` takes the
+    hooks off.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], training: bool | None = None) -> None:
+        self._training = training
+        self._outputs: list[torch.Tensor | None] = [None] * len(modules)
+        self._handles = [module.register_forward_hook(self._keeper(place)) for place, module in enumerate(modules)]
+
+    def _keeper(self, place: int) -> Any:
+        def keep(module: nn.Module, args: object, output: Any) -> None:
+            if self._training in (None, module.training):
+                self._outputs[place] = output if isinstance(output, torch.Tensor) else output[0]
+
+        return keep
+
+    def read(self) -> list[torch.Tensor]:
+        """The outputs of the forward pass just made; reading forgets them."""
+        outputs = [output for output in self._outputs if output is not None]
+        if len(outputs) < len(self._outputs):
+            raise ValueError(
+                f"{len(self._outputs) - len(outputs)} layers have seen no forward pass since the last read."
+            )
+        self._outputs = [None] * len(self._outputs)
+        return outputs
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._outputs = [None] * len(self._outputs)

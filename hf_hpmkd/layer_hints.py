@@ -1,6 +1,6 @@
 """Layer hints: a student that begins with layers of a larger model is told what that model's layers go on to put out.
 
-A warm start takes a few of many layers, and each then has to do the work of several. So in the first part of the
+A warm start takes a few of many layers, and each then has to do the work of several. So in the first part of its
 training the last layer of every row of layers is drawn towards the last one of the row above: the hint of FitNets
 (Romero et al. 2015, eq. 3) without a regressor, because the student's channels are those of the larger model already,
 as in DistilBERT (Sanh et al. 2019). Trains nothing beside the student.
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_hpmkd.heads import OutputReader
 from hf_hpmkd.tasks.base import Feed, Rows
 from hf_hpmkd.teacher_kinds import TorchTeacher
 from hf_hpmkd.teacher_outputs import LiveOutputs
@@ -62,7 +63,8 @@ def _last_of(part: int, parts: int, count: int) -> int:
 
 
 def required_points(student: nn.Module, feed: Feed, above: TorchTeacher) -> list[HintPoint]:
-    """As `hint_points`. Raises ValueError where there are none, and for a text whose tokens mean something else above.
+    """As `hint_points`. Raises ValueError where there are none, and for texts of which the two read other tokens.
+
     feed: makes the student's inputs. The student may be on the meta device.
     """
     points = hint_points(student, above.model)
@@ -75,14 +77,20 @@ def required_points(student: nn.Module, feed: Feed, above: TorchTeacher) -> list
         raise ValueError(
             f"Layer hints need one tokenizer: {above.name} reads other tokens than the student. {_WAY_OUT}"
         )
+    lengths = [getattr(one, "max_length", 0) for one in (feed, above.feed)]
+    if lengths[0] > lengths[1]:
+        raise ValueError(
+            f"Layer hints need a teacher that reads all tokens that the student reads, {lengths[0]}; {above.name} "
+            f"reads {lengths[1]}. Set data.max_length to {lengths[1]}, or distillation.hint_weight to 0."
+        )
     return points
 
 
-def hint_loss(student: Tensor, above: Tensor, mask: Tensor | None = None) -> Tensor:
+def layer_hint_loss(student: Tensor, above: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared difference per sample `(batch,)`, in variances of what is above: 1 is as far off as its mean is.
 
     student, above: outputs of one shape, the batch first. mask: `(batch, positions)`, 1 for the tokens of a text that
-    count, 0 for padding.
+    count, 0 for padding. The variance is that of these rows.
     """
     student, above = student.float(), above.float()
     if mask is None:
@@ -98,10 +106,9 @@ class LayerHints:
     """The hints that one student gets from the model whose layers it began with.
 
     above: that model. rows, feed: the training rows, and what makes the student's inputs of them. weight: of the mean
-    of all hints, added to the loss, above 0. share: of the training, from its beginning, in (0, 1].
+    of all hints, added to the loss, above 0. share: of the training, from its beginning, in (0, 1]. `close` ends it.
 
-    Raises ValueError where the two have no row of layers in common, where their outputs are of other shapes, and for a
-    text whose tokens mean something else above.
+    Raises ValueError as `required_points` does, and where outputs differ in more than their channels.
     """
 
     def __init__(
@@ -112,67 +119,54 @@ class LayerHints:
         self._texts = rows.task == TEXT_CLASSIFICATION
         self._outputs = LiveOutputs([above], rows, feed)
         self._channels: Channels = channels_between(student, above.model)
-        self._home: torch.device | None = None
-        self._ours: dict[str, Tensor] = {}
-        self._theirs: dict[str, Tensor] = {}
-        self._handles = [
-            *(_keep(student, point.path, self._ours, training=True) for point in self.points),
-            *(_keep(above.model, point.path_above, self._theirs, training=False) for point in self.points),
-        ]
+        self._home: torch.device | None = None  # of the model above, where it has been moved
+        self._ours = OutputReader([student.get_submodule(point.path) for point in self.points], training=True)
+        theirs = [above.model.get_submodule(point.path_above) for point in self.points]
+        self._theirs = OutputReader(theirs, training=False)
 
     def applies(self, progress: float) -> bool:
         """Whether there are hints at this share, 0 to 1, of the training."""
         return progress < self.share
 
-    def term(self, rows: Tensor, views: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        """Weight times the mean of the hints, per sample `(batch,)`, of the batch whose forward pass was just made."""
-        self._theirs.clear()
-        device = next(iter(self._ours.values())).device
-        if self.above.device != device:
+    def losses(self, rows: Tensor, views: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """Mean of the hints, per sample `(batch,)`, of the batch that the student has just answered; see
+        `layer_hint_loss`.
+        """
+        ours = self._ours.read()
+        if self.above.device != ours[0].device:
             self._home = self.above.device
-            self.above.to(device)
+            self.above.to(ours[0].device)
         if self._texts:
             self.above.forward_logits(inputs)
         else:
             self._outputs.lookup(rows, views, inputs)
         mask = inputs.get("attention_mask") if self._texts else None
-        losses = []
-        for point in self.points:
-            ours, theirs = self._aligned(point, self._ours[point.path], self._theirs[point.path_above])
-            tokens = mask is not None and ours.dim() == 3 and ours.shape[:2] == mask.shape
-            losses.append(hint_loss(ours, theirs, mask if tokens else None))
-        self._ours.clear()
-        self._theirs.clear()
-        return self.weight * torch.stack(losses).mean(0)
+        found = []
+        for point, student, above in zip(self.points, ours, self._theirs.read(), strict=True):
+            student, above = self._same_channels(point, student, above)
+            tokens = mask is not None and student.dim() == 3 and student.shape[:2] == mask.shape
+            found.append(layer_hint_loss(student, above, mask if tokens else None))
+        return torch.stack(found).mean(0)
 
-    def _aligned(self, point: HintPoint, ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-        """Both with the channels that they share."""
-        if ours.shape == theirs.shape:
-            return ours, theirs
-        other = [dim for dim, (a, b) in enumerate(zip(ours.shape, theirs.shape, strict=False)) if a != b]
-        if ours.dim() != theirs.dim() or len(other) != 1 or other == [0]:
+    def _same_channels(self, point: HintPoint, student: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
+        """Both with the channels that they share: the last dimension, of maps it may be the second."""
+        if student.shape == above.shape:
+            return student, above
+        rank = student.dim()
+        other = [dim for dim, (a, b) in enumerate(zip(student.shape, above.shape, strict=False)) if a != b]
+        if above.dim() != rank or other not in ([[rank - 1], [1]] if rank == 4 else [[rank - 1]]):
             raise ValueError(
-                f"A layer hint needs outputs of one shape but for their channels, got {tuple(ours.shape)} of "
-                f"{point.path} and {tuple(theirs.shape)} of {point.path_above} in {self.above.name}. {_WAY_OUT}"
+                f"A layer hint needs outputs of one shape but for their channels, got {tuple(student.shape)} of "
+                f"{point.path} and {tuple(above.shape)} of {point.path_above} in {self.above.name}. {_WAY_OUT}"
             )
-        mine, its = self._channels(ours.shape[other[0]], theirs.shape[other[0]], 1)
-        return ours.index_select(other[0], mine.to(ours.device)), theirs.index_select(other[0], its.to(theirs.device))
+        places = self._channels(student.shape[other[0]], above.shape[other[0]], 1)
+        mine, its = (place.to(student.device) for place in places)
+        return student.index_select(other[0], mine), above.index_select(other[0], its)
 
     def close(self) -> None:
         """Takes the hooks off, and puts the model above back to where it was."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._ours.clear()
+        self._ours.close()
+        self._theirs.close()
         if self._home is not None:
             self.above.to(self._home)
-
-
-def _keep(model: nn.Module, path: str, kept: dict[str, Tensor], training: bool) -> Any:
-    """Hooks the output of a module in, in training or in eval mode."""
-
-    def keep(module: nn.Module, args: object, output: Any) -> None:
-        if module.training == training:
-            kept[path] = output if isinstance(output, Tensor) else output[0]
-
-    return model.get_submodule(path).register_forward_hook(keep)
+            self._home = None

@@ -263,6 +263,8 @@ def _opening(record: RunRecord) -> str:
     params = f" with {size:,} parameters" if size else ""
     classes = f" It tells {len(record.class_names)} classes apart." if record.class_names else ""
     source = "the labels alone" if alone else f"the outputs of {teachers}"
+    if record.hinted:
+        source = f"{'the labels' if alone else source} and the layers of its teacher `{record.began_with}`"
     origin = record.began_with if alone else ""
     start = f", from weights of its teacher `{origin}`," if origin else ""
     lines.append(f"A model{kind}{params}, trained on {source}{start} with `hf_hpmkd`.{classes}")
@@ -410,6 +412,7 @@ def _hardware(record: RunRecord) -> str:
 def _training(record: RunRecord) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     place = str(record.memory.get("where", ""))
+    share = record.recipe.get("distillation", {}).get("hint_share", 0)
     facts = {
         "seed": str(record.seed),
         "hardware": _hardware(record),
@@ -418,7 +421,9 @@ def _training(record: RunRecord) -> str:
         "started": record.started or "",
         "finished": record.finished or "",  # not yet, where the run itself writes its card
         "commits": ", ".join(f"{name} {commit}" for name, commit in record.commits.items() if commit),
-        "layer hints": _hinted(record),
+        "layer hints": f"those of `{record.began_with}`, in the first {share:.0%} of the steps"
+        if record.hinted
+        else "",
         "recipe fingerprint": record.recipe_fingerprint,
         "optimization memory": _linked(place, place.removeprefix("hf://")) if place.startswith("hf://") else "",
     }
@@ -431,13 +436,6 @@ def _training(record: RunRecord) -> str:
         recipe = yaml.safe_dump(record.recipe, sort_keys=False, allow_unicode=True, width=100).strip()
         text += f"\n\n<details><summary>The recipe</summary>\n\n```yaml\n{recipe}\n```\n\n</details>"
     return text
-
-
-def _hinted(record: RunRecord) -> str:
-    asked = record.recipe.get("distillation", {})
-    if not asked.get("hint_weight") or record.labels_alone:
-        return ""
-    return f"those of `{record.began_with}`, in the first {asked['hint_share']:.0%} of the steps"
 
 
 def _limits(record: RunRecord) -> str:

@@ -284,9 +284,9 @@ def _distillation_rules(recipe: "Recipe") -> Iterator[Fault]:
             )
     if it.hint_weight > 0 and (obstacle := _no_hints(recipe)):
         yield (
-            (f"{at}.hint_weight", "chain.warm_start", "student.model", "student.pretrained", "teachers"),
-            f"{at}.hint_weight: hints come from the model whose layers the student begins with, and {obstacle}. Set it "
-            "to 0.",
+            (f"{at}.hint_weight", f"{at}.alpha", "chain", "student", "teachers", "auto"),
+            f"{at}.hint_weight: hints come from a teacher whose layers the student begins with, but {obstacle}. Set it "
+            f"to 0, got {it.hint_weight:g}.",
         )
     if "fp16" in recipe.training.precision and (it.feature_weight > 0 or it.gate == "joint"):
         yield (
@@ -296,18 +296,21 @@ def _distillation_rules(recipe: "Recipe") -> Iterator[Fault]:
 
 
 def _no_hints(recipe: "Recipe") -> str:
-    """Why the student surely begins with no layers that have a hint for it; "" where it may."""
+    """Why there are surely no layer hints for the student; "" where there may be."""
+    if recipe.chain.length != 0 or recipe.chain.models:
+        return "with a chain it begins with those of its last stage"
     if not recipe.chain.warm_start:
         return "chain.warm_start is false"
     if recipe.student.pretrained:
         return "student.pretrained is true"
+    if recipe.auto.mode != "off" and recipe.distillation.alpha == 0:
+        return "auto tries labels alone (alpha 0) without hints"
     kind = family(recipe.student.model)
     if kind == "mlp":
         return "the layers of an MLP are fitted to it, not taken"
-    others = [family(teacher.model) for teacher in recipe.teachers]
-    chain = recipe.chain.models or recipe.chain.length != 0
-    alike = {"cifar-resnet": (kind, "safetensors"), "bert": (kind, "hub")}.get(kind, (kind, "hub", "timm"))
-    return "" if chain or any(other in alike for other in others) else f"no teacher is of the family of {kind}"
+    alike = ("hub", kind, "safetensors") if kind == "cifar-resnet" else ("hub", kind)
+    fits = kind == "hub" or any(family(teacher.model) in alike for teacher in recipe.teachers)
+    return "" if fits else f"no teacher is of the family of {recipe.student.model}"
 
 
 def _chain_rules(recipe: "Recipe") -> Iterator[Fault]:

@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_hpmkd.chain import FOLDER as CHAIN_FOLDER
 from hf_hpmkd.chain import build_chain
-from hf_hpmkd.chain_stages import WarmBuild
+from hf_hpmkd.chain_stages import WarmBuild, require_hints
 from hf_hpmkd.classifier_training import done_file, student_schedule, train_or_load, write_json
 from hf_hpmkd.components.parallel_pipeline import Graph, equal_workers, simulate
 from hf_hpmkd.data import DataParts
@@ -362,7 +362,9 @@ class _Place:
             told = {"curves": run.record.curves, "warnings": run.record.warnings}
             return {"chain": plain_values(dataclasses.asdict(run.record.chain), "chain"), **told}
         guides = chain.guides if uses_teachers(run.recipe) else []
-        self.train_student("student", guides, WarmBuild(build, chain.above, self.parts.train))
+        build_warm = WarmBuild(build, chain.above, self.parts.train)
+        require_hints(run.recipe, build_warm)
+        self.train_student("student", guides, build_warm)
         return {}
 
     def train_student(self, name: str, guides: list[Teacher], build: WarmBuild) -> None:

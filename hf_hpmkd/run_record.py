@@ -284,10 +284,9 @@ class RunRecord:
 
     @property
     def distils(self) -> bool:
-        """Whether the run trained a student on the teachers' answers, features or layers, kept or not."""
+        """Whether the run trained a student on the teachers' answers or features, kept or not."""
         asked = self.recipe.get("distillation", {})
-        heard = asked.get("alpha") != 0 or asked.get("feature_weight") or asked.get("hint_weight")
-        silent = self.auto is None and not heard
+        silent = self.auto is None and asked.get("alpha") == 0 and not asked.get("feature_weight")
         return not silent and not self.chose_labels_alone
 
     @property
@@ -299,6 +298,12 @@ class RunRecord:
     def began_with(self) -> str:
         """Name of the teacher, or stage, whose weights the student that the run left began with; "" for none."""
         return "" if self.chain is None or self.kept_direct else self.chain.student_origin
+
+    @property
+    def hinted(self) -> bool:
+        """Whether the student that the run left was drawn to the layers of the teacher that it began with."""
+        asked = self.recipe.get("distillation", {})
+        return bool(asked.get("hint_weight") and self.began_with) and not self.chose_labels_alone
 
     def num_rows(self, part: str) -> int | None:
         """Rows of a part; None if the record does not say."""

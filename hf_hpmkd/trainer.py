@@ -110,8 +110,8 @@ class HPMKDTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Training: the distillation loss. Evaluation, and `alpha=0`: upstream's loss; teachers are left out. Layer
-        hints are added to either in training.
+        """Training: the distillation loss. Evaluation, and `alpha=0`: upstream's loss; teachers are left out. In
+        training layer hints, where there are any, are added to the one or the other.
         """
         rows, views, inputs = _without_row_ids(inputs)
         if not model.training or (self.distiller is None and not self._has_hints()):
@@ -144,21 +144,27 @@ class HPMKDTrainer(Trainer):
             share = share * self.args.world_size  # the count is over all processes, and DDP averages
         return share
 
-    def _has_hints(self) -> bool:
-        """Whether this step has layer hints. What they hold goes when they are over."""
-        if self.hints is not None and not self.hints.applies(self.state.global_step / max(self.state.max_steps, 1)):
+    def end_hints(self) -> None:
+        """No more layer hints. What they held goes."""
+        if self.hints is not None:
             self.hints.close()
             self.hints = None
+
+    def _has_hints(self) -> bool:
+        """Whether this step has layer hints."""
+        if self.hints is not None and not self.hints.applies(self.state.global_step / max(self.state.max_steps, 1)):
+            self.end_hints()
         return self.hints is not None
 
     def _hint_term(
         self, rows: torch.Tensor, views: torch.Tensor, inputs: dict[str, Any], num_items: torch.Tensor | int | None
     ) -> torch.Tensor:
+        """What a micro-batch's hints add to the loss."""
         assert self.hints is not None
         read = {name: value for name, value in inputs.items() if name != "labels"}
-        term = self.hints.term(rows, views, read)
-        self._metrics["train"]["hint_loss"].append(term.mean().detach())
-        return self._over_step(term, num_items)
+        losses = self.hints.losses(rows, views, read)
+        self._metrics["train"]["hint_loss"].append(losses.mean().detach())
+        return self.hints.weight * self._over_step(losses, num_items)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Also counts the samples for students whose forward takes no loss arguments, which upstream does not count."""
@@ -196,7 +202,8 @@ class HPMKDTrainer(Trainer):
         """
         if self.distills and not self._scales:
             # The loss is a sum over the samples of a whole optimizer step divided by their number (`get_batch_samples`
-            # counts them), so accumulation steps and processes of any size add up to the same gradient.
+            # counts them), so accumulation steps and processes of any size add up to the same gradient; but for that of
+            # layer hints, which are measured in variances of a micro-batch.
             self._scales, self._upstream_scales = True, self.loss_is_scaled_for_ga
             self.loss_is_scaled_for_ga = True
         elif self._scales and not self.distills:

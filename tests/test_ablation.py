@@ -33,7 +33,7 @@ def test_what_is_left_off_comes_alone():
     assert names(COLD) == {FULL, "no-attention", "with-chain", "with-temperature", "with-warm-starts", "with-adaptive"}
 
 
-@pytest.mark.parametrize("words", [[], [COLD], ALL_ON])
+@pytest.mark.parametrize("words", [[], [COLD], ALL_ON, ["distillation.hint_weight=4"]])
 def test_a_switched_component_is_really_switched_and_no_other(words):
     recipe = load_recipe("quickstart", words)
     for method in ablation_methods(recipe):

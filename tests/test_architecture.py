@@ -52,7 +52,7 @@ ONLY = {
     "model_names": {"vocabulary"},
     "warm_start": {"heads", "models", "tasks"},
     "fitted_start": {"models", "warm_start"},
-    "layer_hints": {"tasks", "teacher_kinds", "teacher_outputs", "vocabulary", "warm_start"},
+    "layer_hints": {"heads", "tasks", "teacher_kinds", "teacher_outputs", "vocabulary", "warm_start"},
     "metrics": set(),
     "progress": set(),
     "memory_records": {"run_record"},

@@ -137,6 +137,14 @@ def test_records_of_before_tell_where_the_student_began_and_the_recipes_learning
     assert found.features == {"warm_start": 0.0, "log_learning_rate": -3.0}
 
 
+def test_a_run_with_layer_hints_tells_nothing_of_the_same_without() -> None:
+    recipe = {"distillation": {"alpha": 0.5, "kd_kind": "dkd", "gate": "uniform", "temperature": 2.0,
+                               "temperature_schedule": "constant", "hint_weight": 0.0}}  # fmt: skip
+    hinted = {"distillation": {**recipe["distillation"], "hint_weight": 4.0}}
+    assert len(memory_examples([memory_row(finished(recipe=recipe))])) == 1
+    assert memory_examples([memory_row(finished(recipe=hinted))]) == []
+
+
 @pytest.mark.parametrize("details", ["{}", "[]", "null", "{", '{"models": 3}', '{"models": {}, "teachers": [1]}'])
 def test_records_of_another_form_stop_nobody(details: str) -> None:
     odd = {**memory_row(finished()), "details": details}

@@ -1,6 +1,7 @@
 """Layer hints: which layers are a pair, how far apart they are, and what a training does with it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ import torch
 import yaml
 from test_classifiers import image_rows, table_rows, text_rows
 
-from hf_hpmkd.chain_stages import WarmBuild
+from hf_hpmkd.chain_stages import WarmBuild, require_hints
 from hf_hpmkd.classifier_training import student_schedule, train_or_load
 from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.cli import main
-from hf_hpmkd.layer_hints import HintPoint, LayerHints, hint_loss, hint_points
+from hf_hpmkd.components.adaptive_configuration import DIRECT
+from hf_hpmkd.layer_hints import HintPoint, LayerHints, hint_points, layer_hint_loss
+from hf_hpmkd.quick_validation import overrides_of
 from hf_hpmkd.recipe import RecipeError, fingerprint, read_recipe
 from hf_hpmkd.run_record import RunRecord
 from hf_hpmkd.tasks.base import UNAUGMENTED
@@ -61,11 +64,11 @@ def test_the_loss_is_in_variances_of_what_is_above():
     torch.manual_seed(0)
     student, above = torch.randn(5, 4, 3, 3), 3 + 2 * torch.randn(5, 4, 3, 3)
     expected = ((student - above).numpy() ** 2).reshape(5, -1).mean(1) / above.numpy().var()
-    np.testing.assert_allclose(hint_loss(student, above).numpy(), expected, rtol=1e-5)
-    assert hint_loss(above, above).abs().max() == 0
+    np.testing.assert_allclose(layer_hint_loss(student, above).numpy(), expected, rtol=1e-5)
+    assert layer_hint_loss(above, above).abs().max() == 0
     guessed = torch.full_like(above, float(above.mean()))
-    assert float(hint_loss(guessed, above).mean()) == pytest.approx(1, rel=1e-5)
-    assert torch.isfinite(hint_loss(torch.zeros(2, 3), torch.ones(2, 3))).all()  # nothing varies
+    assert float(layer_hint_loss(guessed, above).mean()) == pytest.approx(1, rel=1e-5)
+    assert torch.isfinite(layer_hint_loss(torch.zeros(2, 3), torch.ones(2, 3))).all()  # nothing varies
 
 
 def test_padding_does_not_count():
@@ -78,7 +81,7 @@ def test_padding_does_not_count():
         float((student[0, :3] - above[0, :3]).pow(2).mean()) / variance,
         float((student[1, :2] - above[1, :2]).pow(2).mean()) / variance,
     ]
-    np.testing.assert_allclose(hint_loss(student, above, mask).numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(layer_hint_loss(student, above, mask).numpy(), expected, rtol=1e-5)
 
 
 def without_chance(model):
@@ -98,10 +101,10 @@ def test_a_student_that_is_the_model_above_has_no_hint_left_and_another_one_has(
         hints = LayerHints(student.model, above, rows, student.feed, weight=2.0, share=0.5)
         inputs = student.feed(rows.raw(torch.arange(6)))
         student.model(**inputs)
-        term = hints.term(torch.arange(6), VIEWS, inputs)
-        assert term.shape == (6,) and bool((term > 1e-3).all()) == far and bool((term < 1e-8).all()) != far
+        found = hints.losses(torch.arange(6), VIEWS, inputs)
+        assert found.shape == (6,) and bool((found > 1e-3).all()) == far and bool((found < 1e-8).all()) != far
         if far:
-            term.sum().backward()
+            found.sum().backward()
             assert student.model.bert.encoder.layer[0].output.dense.weight.grad.abs().max() > 0
         assert all(parameter.grad is None for parameter in above.model.parameters())
         hints.close()
@@ -122,20 +125,21 @@ def test_a_narrower_student_is_drawn_to_the_channels_that_it_began_with():
     student.model.train()
     inputs = student.feed(IMAGES.raw(torch.arange(6)))
     student.model(**inputs)
-    term = hints.term(torch.arange(6), VIEWS, inputs)
+    found = hints.losses(torch.arange(6), VIEWS, inputs)
     # Shortcuts put zero channels on both sides of a stage's: a quarter of what they lead to before, a quarter behind.
     second = [0, 1, *(4 + channel for channel in range(4)), 12, 13]
     third = [0, 1, 2, 3, *(8 + channel for channel in second), 24, 25, 26, 27]
     expected = [
-        hint_loss(seen["ours", stage], seen["theirs", stage][:, channels])
+        layer_hint_loss(seen["ours", stage], seen["theirs", stage][:, channels])
         for stage, channels in zip((1, 2, 3), ([0, 1, 2, 3], second, third), strict=True)
     ]
-    torch.testing.assert_close(term, torch.stack(expected).mean(0))
+    torch.testing.assert_close(found, torch.stack(expected).mean(0))
     for handle in handles:
         handle.remove()
     student.model.eval()
     student.model(**inputs)
-    assert hints._ours == {}  # a student that is judged keeps nothing
+    with pytest.raises(ValueError, match="no forward pass"):  # of a student that is judged nothing is kept
+        hints.losses(torch.arange(6), VIEWS, inputs)
     hints.close()
 
 
@@ -153,6 +157,35 @@ def test_models_without_common_rows_are_refused(student, above, said):
         LayerHints(one.model, teacher(above, rows), rows, one.feed, 1.0, 0.5)
 
 
+def test_padding_reaches_the_loss():
+    rows = text_rows()
+    above, student = teacher("bert-2x16", rows), built("bert-1x16", rows)
+    without_chance(student.model).train()
+    hints = LayerHints(student.model, above, rows, student.feed, weight=1.0, share=0.5)
+    inputs = student.feed(rows.raw(torch.arange(6)))
+    mask = inputs["attention_mask"]
+    assert not mask.all() and mask.any()  # texts of unlike length
+    student.model(**inputs)
+    found = hints.losses(torch.arange(6), VIEWS, inputs)
+    states = [
+        model(**inputs, output_hidden_states=True).hidden_states[-1].detach() for model in (student.model, above.model)
+    ]
+    torch.testing.assert_close(found.detach(), layer_hint_loss(*states, mask))
+    assert not torch.allclose(found.detach(), layer_hint_loss(*states))
+    hints.close()
+
+
+def test_tokens_are_no_channels():
+    rows = text_rows()
+    above, student = teacher("bert-2x16", rows), built("bert-1x16", rows)
+    hints = LayerHints(without_chance(student.model).train(), above, rows, student.feed, weight=1.0, share=0.5)
+    inputs = student.feed(rows.raw(torch.arange(6)))
+    student.model(**{name: value[:, :-1] for name, value in inputs.items()})
+    with pytest.raises(ValueError, match="one shape but for their channels"):
+        hints.losses(torch.arange(6), VIEWS, inputs)
+    hints.close()
+
+
 def test_other_shapes_and_other_words_are_refused():
     rows, more = text_rows(), text_rows()
     more = more.subset(range(4))  # some words are missing, so a token id means another one
@@ -164,7 +197,7 @@ def test_other_shapes_and_other_words_are_refused():
     inputs = student.feed(IMAGES.raw(torch.arange(6)))
     student.model.train()(inputs["pixel_values"][:, :, ::2, ::2])  # a student of smaller images
     with pytest.raises(ValueError, match="one shape but for their channels"):
-        hints.term(torch.arange(6), VIEWS, inputs)
+        hints.losses(torch.arange(6), VIEWS, inputs)
 
 
 # ---- in a training ---------------------------------------------------------------------------------------------------
@@ -181,8 +214,8 @@ def recipe(**distillation):
     return read_recipe(tree, "a test")
 
 
-def trained(folder: Path, asked, teachers=(), **more):
-    above = teacher("cifar-resnet-14x4")
+def trained(folder: Path, asked, teachers=(), above=None, **more):
+    above = above or teacher("cifar-resnet-14x4")
     build = WarmBuild(lambda meta=False: built("cifar-resnet-8x4", meta=meta), [above], IMAGES)
     return train_or_load(
         "student", build, asked, student_schedule(asked), folder, IMAGES, IMAGES, teachers=list(teachers), **more
@@ -204,6 +237,34 @@ def test_hints_are_given_in_their_share_of_the_training(tmp_path: Path, alpha: f
     assert logged == {step: step <= steps / 2 for step in range(1, steps + 1)}
     assert not any("hint_loss" in row for row in plain.curve)
     assert all(row["hint_loss"] > 0 for row in hinted.curve if "hint_loss" in row)
+
+
+@pytest.mark.parametrize(("share", "stop_at"), [(1, None), (0.5, None), (1, 2)])
+def test_after_a_training_nothing_listens_to_the_teacher(tmp_path: Path, share: float, stop_at: int | None) -> None:
+    above = teacher("cifar-resnet-14x4")
+    found = trained(tmp_path / "one", recipe(alpha=0, hint_weight=1, hint_share=share), above=above, stop_at=stop_at)
+    assert found.steps == (stop_at or found.steps)
+    assert any("hint_loss" in row for row in found.curve)
+    assert not any(module._forward_hooks for module in above.model.modules())
+
+
+def test_a_student_must_begin_with_layers_that_have_hints() -> None:
+    asked = recipe(hint_weight=1)
+
+    def begins(*teachers):
+        return WarmBuild(lambda meta=False: built("cifar-resnet-8x4", meta=meta), teachers, IMAGES)
+
+    require_hints(asked, begins(teacher("cifar-resnet-14x4")))
+    require_hints(recipe(), begins())
+    with pytest.raises(ValueError, match="got no network for cifar-resnet-8x4"):
+        require_hints(asked, begins())
+    with pytest.raises(ValueError, match="got timm/resnet18 for cifar-resnet-8x4"):
+        require_hints(asked, begins(teacher("timm/resnet18")))
+
+
+def test_labels_alone_have_no_hints_where_auto_tries_them() -> None:
+    assert overrides_of(DIRECT, recipe(hint_weight=1))["distillation"]["hint_weight"] == 0
+    assert "hint_weight" not in overrides_of(replace(DIRECT, alpha=0.5), recipe(hint_weight=1))["distillation"]
 
 
 def test_nothing_is_hinted_from_nowhere(tmp_path: Path) -> None:
@@ -249,7 +310,10 @@ def tree(student="cifar-resnet-8", teachers=("cifar-resnet-20",), pretrained=Fal
         (tree("timm/resnet18", ("timm/resnet34",), pretrained=True), "student.pretrained is true"),
         (tree("mlp-16", ("mlp-256x256",)), "the layers of an MLP are fitted"),
         (tree("cifar-resnet-8", ("timm/resnet18", "sklearn:SVC")), "no teacher is of the family of cifar-resnet"),
-        (tree("bert-1x64", ("sklearn:LogisticRegression",)), "no teacher is of the family of bert"),
+        (tree("bert-1x64", ("sklearn:LogisticRegression",)), "no teacher is of the family of bert-1x64"),
+        (tree(chain={"models": ["cifar-resnet-14"]}), "with a chain it begins with those of its last stage"),
+        (tree(chain={"length": "auto"}), "with a chain it begins with those of its last stage"),
+        (tree(distillation={"hint_weight": 1, "alpha": 0}, auto="fast"), "labels alone .alpha 0. without hints"),
     ],
 )
 def test_a_student_that_surely_begins_with_no_layers_is_a_fault(asked, said):
@@ -264,7 +328,9 @@ def test_a_student_that_surely_begins_with_no_layers_is_a_fault(asked, said):
         tree("cifar-resnet-8", ("a.safetensors", "sklearn:SVC")),
         tree("bert-1x64", ("USER/MODEL",)),
         tree("USER/SMALL", ("USER/LARGE",)),
-        tree("cifar-resnet-8", ("sklearn:SVC",), chain={"models": ["cifar-resnet-14"]}),
+        tree("cifar-resnet-8", ("./a/folder",)),
+        tree("./a/folder", ("cifar-resnet-20",)),
+        tree(auto="fast"),
     ],
 )
 def test_one_that_may_is_none(asked):
@@ -296,5 +362,6 @@ def test_a_run_with_hints_says_so(tmp_path: Path) -> None:
     assert not any("hint_loss" in row for row in record.curves["direct"])
     assert record.distils and record.began_with == "cifar-resnet-14x4"
     card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert "outputs of one teacher and the layers of its teacher `cifar-resnet-14x4` with `hf_hpmkd`" in card
     assert "- layer hints: those of `cifar-resnet-14x4`, in the first 50% of the steps\n" in card
     assert json.loads((tmp_path / "run" / "run_record.json").read_text())["recipe"]["distillation"]["hint_weight"] == 4

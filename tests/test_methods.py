@@ -16,6 +16,7 @@ SHARED = {
     "entropy_weight",  # only where a gate is trained
     "guide_every",
     "guide_batch_size",
+    "hint_share",  # only where there are hints
     "teacher_outputs",
     "topk",
     "cache_dir",
@@ -28,6 +29,7 @@ OTHERWISE = {
     "gate": "mixture",
     "calibrate_teachers": True,
     "feature_weight": 0.5,
+    "hint_weight": 4,
     "teacher_outputs": "live",
 }
 
@@ -66,14 +68,16 @@ def test_plain_methods_stay_plain_whatever_the_recipe_sets(recipe, name):
         "gate": "uniform",
         "calibrate_teachers": False,
         "feature_weight": 0,
+        "hint_weight": 0,
         "teacher_outputs": "live",
     }
     assert (made.alpha, made.temperature) == (recipe.distillation.alpha, recipe.distillation.temperature)
 
 
 def test_direct_hears_no_teacher(recipe):
-    made = method_recipe(recipe, known_methods()["direct"], 0).distillation
-    assert made.alpha == 0 and made.feature_weight == 0
+    hinted = read_recipe(recipe_tree(recipe), "a test", ["distillation.hint_weight=4"])
+    made = method_recipe(hinted, known_methods()["direct"], 0).distillation
+    assert made.alpha == 0 and made.feature_weight == 0 and made.hint_weight == 0
 
 
 def test_direct_warm_is_direct_from_a_teachers_weights(recipe):

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from hf_hpmkd.heads import OutputReader
+
 
 def stages(model: nn.Module) -> list[nn.Module]:
     """The modules layer1, layer2, ... of a ResNet (ours, torchvision's, timm's).
@@ -28,31 +30,16 @@ def channels(stage: nn.Module) -> int:
     return convolutions[-1].out_channels
 
 
-class StageReader:
-    """Keeps what the stages of a model put out in its latest forward pass, with gradients. `close` takes the hooks off.
-
-    Raises ValueError if the model has no stages.
-    """
+class StageReader(OutputReader):
+    """Keeps what the stages of a model put out in its latest forward pass. Raises ValueError if it has no stages."""
 
     def __init__(self, model: nn.Module) -> None:
         self.stages = stages(model)
-        self._maps: dict[int, torch.Tensor] = {}
-        self._handles = [stage.register_forward_hook(self._keeper(place)) for place, stage in enumerate(self.stages)]
-
-    def _keeper(self, place: int):
-        def keep(module: nn.Module, args: object, output: torch.Tensor) -> None:
-            self._maps[place] = output
-
-        return keep
+        super().__init__(self.stages)
 
     def read(self) -> list[torch.Tensor]:
-        """The maps `(batch, channels, height, width)` of the forward pass just made; reading forgets them."""
-        maps, self._maps = [self._maps[place].float() for place in range(len(self.stages))], {}
-        return maps
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        """The maps `(batch, channels, height, width)`, float32, of the forward pass just made; reading forgets them."""
+        return [output.float() for output in super().read()]
 
 
 def check_pair(student: torch.Tensor, teacher: torch.Tensor) -> None:
