@@ -36,6 +36,10 @@ def test_the_labels_alone_are_among_the_trials_where_the_method_allows_it():
     recipe = load_recipe("quickstart")
     alone = [one for one in trials(recipe, known_methods()["hpmkd"], 99) if values(recipe, one)[0] == 0]
     assert len(alone) == 5 and not any("temperature" in word for one in alone for word in one.overrides)
+    hinted = load_recipe("quickstart", ["distillation.hint_weight=4"])
+    for one in trials(hinted, known_methods()["hpmkd"], 99):
+        made = method_recipe(hinted, one, 0).distillation
+        assert (made.hint_weight == 0) == (made.alpha == 0)
     chained = [values(recipe, one)[0] for one in trials(recipe, known_methods()["takd"], 99)]
     assert len(chained) == 3 * 4 * 5 and min(chained) == 0.5  # nobody would listen to the chain
 
