@@ -268,6 +268,7 @@ def _add_comparison(parser: argparse.ArgumentParser, suffix: str) -> None:
         help="teachers trained on the spot are trained once, with this seed (default: anew for each seed)",
     )
     add("--final", action="store_true", help="also score on the test part; every look at it goes into the record")
+    _add_run_memory(parser)
 
 
 def _add_cache_dir(parser: argparse.ArgumentParser) -> None:
@@ -308,10 +309,13 @@ def _quickstart(args: argparse.Namespace) -> None:
 
 
 def _options_as_words(args: argparse.Namespace) -> list[str]:
-    words = ["output.overwrite=true"] if args.overwrite else []
-    if args.memory is not None:
-        words += ["memory.use=true", f"memory.path={json.dumps(args.memory)}"]
-    return [*words, "memory.use=false"] if args.no_memory else words
+    return [*(["output.overwrite=true"] if args.overwrite else []), *_memory_words(args)]
+
+
+def _memory_words(args: argparse.Namespace) -> list[str]:
+    if args.no_memory:
+        return ["memory.use=false"]
+    return [] if args.memory is None else ["memory.use=true", f"memory.path={json.dumps(args.memory)}"]
 
 
 def _run(recipe: "Recipe", source: str) -> None:
@@ -371,16 +375,18 @@ def _compare(args: argparse.Namespace) -> None:
     if not args.words or "=" in args.words[0]:
         raise ValueError("compare needs a recipe: a file, or a name from `hpmkd recipe list`.")
     methods = choose_methods(args.methods.split(",") if args.methods else None, args.method)
-    recipe = load_recipe(args.words[0], args.words[1:], check_files=True)
-    _run_comparison(args, recipe, methods, "-compare", args.words, args.baseline, args.tune)
+    words = [*args.words, *_memory_words(args)]
+    recipe = load_recipe(words[0], words[1:], check_files=True)
+    _run_comparison(args, recipe, methods, "-compare", words, args.baseline, args.tune)
 
 
 def _ablate(args: argparse.Namespace) -> None:
     from hf_hpmkd.ablation import FULL, ablation_methods
     from hf_hpmkd.recipe import load_recipe
 
-    recipe = load_recipe(args.recipe, args.words, check_files=True)
-    _run_comparison(args, recipe, ablation_methods(recipe), "-ablation", [args.recipe, *args.words], FULL)
+    words = [args.recipe, *args.words, *_memory_words(args)]
+    recipe = load_recipe(words[0], words[1:], check_files=True)
+    _run_comparison(args, recipe, ablation_methods(recipe), "-ablation", words, FULL)
 
 
 def _run_comparison(

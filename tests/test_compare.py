@@ -95,6 +95,17 @@ def test_every_method_and_seed_has_its_result(finished):
     assert {path.name for path in (finished / "out" / "plots").iterdir()} == {"accuracy.png", "accuracy_seconds.png"}
 
 
+@pytest.mark.parametrize("asked", [[], ["--no-memory"], ["--memory", "other"]])
+def test_the_memory_is_the_one_that_is_asked_for(tmp_path, monkeypatch, asked):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HPMKD_CACHE", raising=False)
+    monkeypatch.setenv("HPMKD_MEMORY", str(tmp_path / "usual"))
+    words = ["--methods", "direct,kd-mean", "--seeds", "1", "--output", str(tmp_path / "out")]
+    assert main(["compare", write_recipe(tmp_path), "training.epochs=1", *words, *asked]) == 0
+    kept = {name for name in ("usual", "other") if any((tmp_path / name).rglob("*.safetensors"))}
+    assert kept == ({"usual"} if not asked else set() if asked == ["--no-memory"] else {"other"})
+
+
 def weights(folder):
     return load_file(folder / "model.safetensors")
 
