@@ -361,6 +361,6 @@ def _memory_lines(recipe: Recipe, student: _Model, teachers: list[_Model]) -> li
         lines.append(f"         {readable_bytes(kept)} for the activations of {batch} rows")
     loaded = sum(4 * teacher.num_params for teacher in teachers if teacher.num_params)
     when = "all the time" if recipe.distillation.teacher_outputs == "live" else "while their outputs are computed"
-    when += ", the student's own beyond that" if recipe.distillation.hint_weight else ""
+    when += "; for layer hints one of them longer" if recipe.distillation.hint_weight else ""
     lines.append(f"         {readable_bytes(loaded)} for the teachers' weights, {when}")
     return lines
