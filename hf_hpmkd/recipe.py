@@ -146,8 +146,8 @@ class DistillationConfig:
     hint_weight: float = Field(
         0.0,
         ge=0,
-        description="Weight of layer hints: of matching what the layers of the teacher put out whose layers a warm start "
-        "takes (it runs live); 4 was tried, 0 gives none.",
+        description="Weight of layer hints: of matching what the layers of the teacher put out that a warm start takes "
+        "layers of (it runs live); 4 was tried, 0 gives none.",
     )
     hint_share: float = Field(0.5, gt=0, le=1, description="Share of the training, from its start, with layer hints.")
     teacher_outputs: Literal["full", "topk", "live"] = Field(
