@@ -75,6 +75,7 @@ def test_where_there_is_no_floor_the_keys_are_those_of_before_there_was() -> Non
     known = recipe_tree(without)
     del known["auto"], known["output"], known["hub"], known["memory"], known["pipeline"]
     del known["training"]["min_steps"], known["data"]["max_length"], known["distillation"]["cache_dir"]
+    del known["distillation"]["hint_weight"], known["distillation"]["hint_share"]
     for name in ("report_to", "num_workers", "save_total_limit"):
         del known["training"][name]
     assert fingerprint(without) == hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
