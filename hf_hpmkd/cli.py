@@ -215,7 +215,8 @@ def _add_memory_commands(group: argparse._SubParsersAction, command: Callable[..
 def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         "hpmkd compare RECIPE [section.key=value ...] [--methods A,B,C] [--method 'NAME: section.key=value ...'] "
-        "[--seeds N]\n                     [--tune N] [--output DIR] [--jobs N] [--final]\n"
+        "[--seeds N]\n                     [--tune N] [--output DIR] [--jobs N] [--final] "
+        "[--memory WHERE | --no-memory]\n"
         "       hpmkd compare --table DIR [--plot FILE]\n"
         "       hpmkd compare --list"
     )

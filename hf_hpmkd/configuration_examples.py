@@ -107,8 +107,8 @@ def _example(row: dict[str, Any]) -> Example:
 
 
 def memory_examples(rows: Iterable[Row]) -> list[Example]:
-    """What the rows of a memory show: runs that measured direct training beside the student, built no chain
-    and had no layer hints.
+    """What the rows of a memory show: runs that measured direct training beside the student, without a chain
+    and without layer hints.
 
     The gain is that on validation rows: test rows are for judging, not for choosing. Rows whose JSON columns are not
     as this version writes them, which somebody else's may be, show nothing.
@@ -128,9 +128,8 @@ def _example_of_run(row: Row) -> Example | None:
     chain = details.get("chain") or {}
     if accuracy is None or direct is None or not row["validation_rows"] or chain.get("stages"):
         return None
-    if (
-        json.loads(row["configuration"]).get("distillation", {}).get("hint_weight")
-    ):  # a Configuration says nothing of it
+    asked = json.loads(row["configuration"]).get("distillation", {})
+    if asked.get("hint_weight"):  # of which a Configuration says nothing
         return None
     auto = details.get("auto")
     if auto is not None:

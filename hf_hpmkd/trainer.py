@@ -48,7 +48,7 @@ class HPMKDTrainer(Trainer):
     temperature. The other arguments are those of `Trainer`. Before training the teachers' outputs on the training and
     guide rows are computed once and kept in the teacher cache (`teacher_outputs=live` runs the teachers in the loop).
     The saved model is the student alone; gate, temperature and their optimizer are kept beside the optimizer's state.
-    A start from a teacher's weights, direct training beside it, the chain and `auto` are `distill`'s, not its own.
+    A start from a teacher's weights, layer hints, direct training beside it, the chain and `auto` are `distill`'s.
 
     Raises ValueError where a teacher's classes do not fit the student's, where a teacher needs raw columns that the
     dataset no longer has, and where settings need guide rows or features that are not there.
