@@ -111,14 +111,13 @@ def stage_schedule(recipe: Recipe) -> Schedule:
 
 
 def _rate_from_nothing(recipe: Recipe, model: str) -> float:
-    """The student's rate, but where that is for fine-tuning: then the usual one of such a model."""
-    return usual_learning_rate(model) if recipe.student.pretrained else recipe.training.learning_rate
+    """The student's rate where the recipe names one and it is not for fine-tuning, else the usual one of the model."""
+    own, rate = recipe.student, recipe.training.learning_rate
+    return usual_learning_rate(model) if own.pretrained or rate == usual_learning_rate(own.model) else rate
 
 
 def batches_per_step(recipe: Recipe) -> int:
-    """How many of the schedule's batches a step takes: one per process; one in all where the processes are those of a
-    job (`pipeline.processes`), whose result must not depend on them.
-    """
+    """Batches of the schedule in a step: one per process; those of a job (`pipeline.processes`) share one."""
     processes = PartialState().num_processes
     return 1 if processes == recipe.pipeline.processes else processes
 

@@ -35,15 +35,15 @@ _NETWORKS = ("cifar-resnet", "mlp", "bert")
 LEARNING_RATE = 0.001
 """Of a student whose recipe names none."""
 
-MLP_LEARNING_RATE = 0.01
-"""The same of an MLP, which learns little by the other."""
+FAST_LEARNING_RATE = 0.01
+"""The same of MLPs and CIFAR ResNets, which learn little by the other."""
 
 FINE_TUNING_RATE = 5e-5
 """The same of a student that begins with pre-trained weights: the Trainer's own default."""
 
 RATES = (
-    f"Left out, an MLP has {MLP_LEARNING_RATE}, a student that begins with pre-trained weights {FINE_TUNING_RATE:f} "
-    f"(what is trained beside it from nothing has the usual one), any other {LEARNING_RATE}."
+    f"Left out, an MLP or a CIFAR ResNet has {FAST_LEARNING_RATE}, a student that begins with pre-trained weights "
+    f"{FINE_TUNING_RATE:f} (what is trained beside it from nothing has the usual one), any other {LEARNING_RATE}."
 )
 
 USUAL_NAMES = {
@@ -53,7 +53,7 @@ USUAL_NAMES = {
 }
 """Of `training`; transformers knows them for sure. Whatever else it knows, it takes seconds to import to ask it."""
 
-RATE_BESIDE = "null takes training.learning_rate, or the usual one where the student begins with pre-trained weights."
+RATE_BESIDE = "null takes the named training.learning_rate of a student that begins from nothing, else the usual one."
 
 
 def family(model: str) -> str:
@@ -100,7 +100,7 @@ def usual_learning_rate(student: str, pretrained: bool = False) -> float:
     """Of a student by this name whose recipe names none."""
     if pretrained:
         return FINE_TUNING_RATE
-    return MLP_LEARNING_RATE if family(student) == "mlp" else LEARNING_RATE
+    return FAST_LEARNING_RATE if family(student) in ("mlp", "cifar-resnet") else LEARNING_RATE
 
 
 def fill_learning_rate(tree: dict[str, Any]) -> None:

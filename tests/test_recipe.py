@@ -394,10 +394,19 @@ def test_what_begins_from_nothing_beside_a_fine_tuned_student_keeps_the_usual_ra
     tree = {**SOUND, "student": {"model": "timm/resnet18", "pretrained": True}}
     recipe = read_recipe(tree, "x")
     assert student_schedule(recipe).learning_rate == 5e-5
-    assert teacher_schedule(recipe, recipe.teachers[0]).learning_rate == stage_schedule(recipe).learning_rate == 0.001
+    assert teacher_schedule(recipe, recipe.teachers[0]).learning_rate == 0.01  # a CIFAR ResNet
+    assert stage_schedule(recipe).learning_rate == 0.001  # like the student
     named = read_recipe(tree, "x", ["teachers.0.learning_rate=0.02", "chain.learning_rate=0.03"])
     assert teacher_schedule(named, named.teachers[0]).learning_rate == 0.02
     assert stage_schedule(named).learning_rate == 0.03
+
+
+def test_a_teacher_of_another_family_has_its_own_usual_rate_unless_the_recipe_names_one() -> None:
+    tree = {**SOUND, "student": {"model": "timm/resnet18"}}
+    for words, expected in (([], 0.01), (["training.learning_rate=0.002"], 0.002)):
+        recipe = read_recipe(tree, "x", words)
+        assert teacher_schedule(recipe, recipe.teachers[0]).learning_rate == expected
+        assert stage_schedule(recipe).learning_rate == student_schedule(recipe).learning_rate
     other = read_recipe(SOUND, "x", ["training.learning_rate=0.004"])
     assert teacher_schedule(other, other.teachers[0]).learning_rate == stage_schedule(other).learning_rate == 0.004
 
@@ -484,12 +493,13 @@ def test_recipe_can_be_made_in_python() -> None:
     [
         ("mlp-16", {}, 0.01),
         ("mlp-16", {"learning_rate": 0.001}, 0.001),
-        ("cifar-resnet-8", {}, 0.001),
+        ("cifar-resnet-8", {}, 0.01),
+        ("cifar-resnet-8", {"learning_rate": 0.001}, 0.001),
         ("bert-1x16", {}, 0.001),
         ("USER/table-student", {}, 0.001),
     ],
 )
-def test_an_mlp_is_trained_faster_where_no_learning_rate_is_named(student, said, expected):
+def test_small_families_are_trained_faster_where_no_learning_rate_is_named(student, said, expected):
     teacher = {"mlp": "mlp-8", "cif": "cifar-resnet-8", "ber": "bert-1x16", "USE": "USER/teacher"}[student[:3]]
     tree = {"data": {"path": "USER/DATA"}, "teachers": [{"model": teacher}], "student": {"model": student}}
     tree["training"] = said
