@@ -495,7 +495,7 @@ def test_recipe_can_be_made_in_python() -> None:
         ("mlp-16", {"learning_rate": 0.001}, 0.001),
         ("cifar-resnet-8", {}, 0.01),
         ("cifar-resnet-8", {"learning_rate": 0.001}, 0.001),
-        ("bert-1x16", {}, 0.001),
+        ("bert-1x16", {}, 0.002),
         ("USER/table-student", {}, 0.001),
     ],
 )
