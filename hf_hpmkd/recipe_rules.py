@@ -42,8 +42,8 @@ FINE_TUNING_RATE = 5e-5
 """The same of a student that begins with pre-trained weights: the Trainer's own default."""
 
 RATES = (
-    f"Left out, mlp-... and cifar-resnet-... have {FAMILY_RATES['mlp']}, bert-... has {FAMILY_RATES['bert']}, a student "
-    f"that begins with pre-trained weights {FINE_TUNING_RATE:f} (what is trained beside it from nothing has the usual "
+    f"Left out, mlp-... and cifar-resnet-... have {FAMILY_RATES['mlp']}, bert-... has {FAMILY_RATES['bert']}, what "
+    f"begins with pre-trained weights {FINE_TUNING_RATE:f} (what is trained beside it from nothing has the usual "
     f"one), any other {LEARNING_RATE}."
 )
 
