@@ -68,15 +68,16 @@ def test_the_judgement_of_the_adaptive_configuration_is_that_of_its_record():
     folder = ROOT / "model_cards" / "auto"
     results = json.loads((folder / "bench.json").read_text(encoding="utf-8"))["results"]
     assert block("auto") == totals(results)
-    grown, tables, longer, long = (
+    grown, tables, longer, long, now = (
         json.loads((folder / f"bench_{name}.json").read_text(encoding="utf-8"))["results"]
-        for name in ("growth", "grid", "minutes", "long_grid")
+        for name in ("growth", "grid", "minutes", "long_grid", "long")
     )
     assert block("regrets") == regrets(tables)
     shown = f"{auto_summary(results)}\n\n## As the prior grows\n\n{growth(grown)}\n"
     shown += f"\n## The tables with a grid, one seed each\n\n{auto_summary(tables)}\n"
     shown += f"\n## The same with two minutes of tries\n\n{auto_summary(longer)}\n"
     shown += f"\n## Images and a text, with a grid\n\n{auto_summary(long)}\n"
+    shown += f"\n## Images and a text, at larger rates\n\n{auto_summary(now)}\n"
     assert (folder / "README.md").read_text(encoding="utf-8").split("\n\n", 2)[2] == shown
 
 
