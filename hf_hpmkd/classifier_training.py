@@ -111,7 +111,7 @@ def stage_schedule(recipe: Recipe) -> Schedule:
 
 
 def _rate_from_nothing(recipe: Recipe, model: str) -> float:
-    """The student's rate where the recipe names one and it is not for fine-tuning, else the usual one of the model."""
+    """The student's rate; where that is for fine-tuning, or the student's usual one, the one usual for the model."""
     own, rate = recipe.student, recipe.training.learning_rate
     return usual_learning_rate(model) if own.pretrained or rate == usual_learning_rate(own.model) else rate
 

@@ -36,7 +36,7 @@ LEARNING_RATE = 0.001
 """Of a student whose recipe names none."""
 
 FAMILY_RATES = {"mlp": 0.01, "cifar-resnet": 0.01, "bert": 0.002}
-"""The same of our small families, which learn little by the other."""
+"""The same of our own families, as small ones want it (model_cards/LOG.md); larger ones were not asked."""
 
 FINE_TUNING_RATE = 5e-5
 """The same of a student that begins with pre-trained weights: the Trainer's own default."""
@@ -54,7 +54,7 @@ USUAL_NAMES = {
 }
 """Of `training`; transformers knows them for sure. Whatever else it knows, it takes seconds to import to ask it."""
 
-RATE_BESIDE = "null takes the named training.learning_rate of a student that begins from nothing, else the usual one."
+RATE_BESIDE = "null takes training.learning_rate; where that fine-tunes or is the student's usual one, the model's."
 
 
 def family(model: str) -> str:

@@ -401,10 +401,11 @@ def test_what_begins_from_nothing_beside_a_fine_tuned_student_keeps_the_usual_ra
     assert stage_schedule(named).learning_rate == 0.03
 
 
-def test_a_teacher_of_another_family_has_its_own_usual_rate_unless_the_recipe_names_one() -> None:
+def test_a_teacher_of_another_family_has_its_own_usual_rate_unless_the_recipe_names_another() -> None:
     tree = {**SOUND, "student": {"model": "timm/resnet18"}}
-    for words, expected in (([], 0.01), (["training.learning_rate=0.002"], 0.002)):
-        recipe = read_recipe(tree, "x", words)
+    # 0.001 is usual for the student, and a recipe that was written out names it anyway.
+    for rate, expected in ((None, 0.01), (0.001, 0.01), (0.002, 0.002)):
+        recipe = read_recipe(tree, "x", [] if rate is None else [f"training.learning_rate={rate}"])
         assert teacher_schedule(recipe, recipe.teachers[0]).learning_rate == expected
         assert stage_schedule(recipe).learning_rate == student_schedule(recipe).learning_rate
     other = read_recipe(SOUND, "x", ["training.learning_rate=0.004"])
