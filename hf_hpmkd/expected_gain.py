@@ -317,7 +317,7 @@ def _certain(one: Example | None) -> float:
 
 def _counted(examples: Sequence[Example]) -> str:
     own = sum(one.own for one in examples)
-    parts = [f"{own:,} runs of the memory"] if own else []
+    parts = [f"{own:,} run{'s' if own > 1 else ''} of the memory"] if own else []
     parts += [f"{len(examples) - own:,} runs of a prior"] if own < len(examples) else []
     return " and ".join(parts)
 
