@@ -171,3 +171,16 @@ def test_bundled_recipe_without_files_is_planned(name: str) -> None:
     text = plan(load_recipe(name))
     assert "for the activations of" in text
     assert "None" not in text
+
+
+def test_tries_add_no_more_steps_than_all_their_trainings_have() -> None:
+    def told(epochs: int) -> tuple[int, int]:
+        text = plan(digits("auto=fast", "training.batch_size=100", f"training.epochs={epochs}"))
+        return number(r"tries at most (\d+) configurations", text), number(r"([\d,]+) steps more at most", text)
+
+    rows = len(load_parts(digits().data, teachers_saw_train=False).train)
+    steps = math.ceil(rows / 100)
+    candidates, more = told(epochs=1)
+    assert more == candidates * steps
+    candidates, more = told(epochs=100)
+    assert more < candidates * 100 * steps
