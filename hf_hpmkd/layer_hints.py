@@ -1,9 +1,9 @@
 """Layer hints: a student that begins with layers of a larger model is told what that model's layers go on to put out.
 
 A warm start takes a few of many layers, and each then has to do the work of several. So in the first part of its
-training each is drawn towards the last of those above whose work it does: the hint of FitNets (Romero et
-al. 2015, eq. 3) without a regressor, because the student's channels are those of the larger model already, as in
-DistilBERT (Sanh et al. 2019). Trains nothing beside the student.
+training each is drawn towards the last of those above whose work it does: the hint of FitNets (Romero et al. 2015,
+eq. 3) without a regressor, because the student's channels are those of the larger model already, as in DistilBERT
+(Sanh et al. 2019). Trains nothing beside the student.
 """
 
 from collections.abc import Iterator, Mapping

@@ -42,9 +42,9 @@ FINE_TUNING_RATE = 5e-5
 """The same of a student that begins with pre-trained weights: the Trainer's own default."""
 
 RATES = (
-    f"Left out, mlp-... and cifar-resnet-... have {FAMILY_RATES['mlp']}, bert-... has {FAMILY_RATES['bert']}, what "
-    f"begins with pre-trained weights {FINE_TUNING_RATE:f} (what is trained beside it from nothing has the usual "
-    f"one), any other {LEARNING_RATE}."
+    f"Left out, {', '.join(f'{name}-... has {rate}' for name, rate in FAMILY_RATES.items())}, what begins with "
+    f"pre-trained weights {FINE_TUNING_RATE:f} (what is trained beside it from nothing has the usual one), any other "
+    f"{LEARNING_RATE}."
 )
 
 USUAL_NAMES = {
