@@ -29,6 +29,7 @@ from hf_hpmkd.layer_hints import LayerHints
 from hf_hpmkd.progress import progress_bar
 from hf_hpmkd.recipe import Recipe, TeacherConfig
 from hf_hpmkd.recipe_rules import usual_learning_rate
+from hf_hpmkd.stopped_training import AveragedWeights, StopAt, put_average, saved_average
 from hf_hpmkd.tasks.base import FedDataset, Rows
 from hf_hpmkd.teacher_cache import TeacherCache
 from hf_hpmkd.teacher_kinds import Teacher
@@ -206,6 +207,7 @@ def train_or_load(
     on_log: Callable[[list[dict[str, float]]], None] = lambda history: None,
     stop_at: int | None = None,
     resumable: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
     """The classifier called `name`, trained into `folder` or loaded from there.
 
@@ -213,7 +215,9 @@ def train_or_load(
     rows are taken as they are where a view may change their class. teachers: none trains on labels alone. cache: of
     their outputs, None makes one in the recipe's folder. distiller_class: what it learns from them. on_log: gets the
     log history at every evaluation.
-    stop_at: stops after that many steps of the whole schedule, with a checkpoint that the next call goes on from.
+    stop_at: stops after that many steps of the whole schedule, with a checkpoint that the next call goes on from; the
+    classifier then has the mean of its weights until there.
+    callbacks: further ones for the trainer.
     resumable: False writes no checkpoints, which take a tenth of the time of a training of seconds.
     """
     classifier = build()
@@ -229,12 +233,14 @@ def train_or_load(
     checkpoint = _last_complete_checkpoint(folder / "checkpoints", distills=bool(teachers))
     if stop_at is not None and checkpoint is not None and _step_of(checkpoint) >= stop_at:
         classifier.model = type(classifier.model).from_pretrained(checkpoint)
+        put_average(classifier, saved_average(checkpoint)[1], train)
         state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
         return Trained(classifier, 0.0, _step_of(checkpoint), _numbers(state["log_history"]), resumed=True)
     args = training_arguments(recipe, schedule, folder, len(train), bool(teachers), resumable)
     if stop_at is not None:  # with one alone upstream keeps the best, and not the one to go on from
         args.save_total_limit = max(2, args.save_total_limit or 2)
-    clock = _Clock(checkpoint)
+    clock, averaged = _Clock(checkpoint), AveragedWeights(checkpoint)
+    stops = [] if stop_at is None else [StopAt(stop_at)]
     family = type(classifier.model)
     trainer = HPMKDTrainer(
         classifier.model,
@@ -245,7 +251,7 @@ def train_or_load(
         guide_dataset=FedDataset(guide, classifier.feed) if guide is not None else None,
         data_collator=FedDataset.collate,
         compute_metrics=_accuracy,
-        callbacks=[_Bar(name), clock, _Curve(on_log), *([_StopAt(stop_at)] if stop_at is not None else [])],
+        callbacks=[_Bar(name), clock, _Curve(on_log), *stops, *callbacks],
     )
     trainer.distiller_class = distiller_class
     if cache is not None:
@@ -253,6 +259,9 @@ def train_or_load(
     if (weight := recipe.distillation.hint_weight) and (above := classifier.origin) is not None:
         share = recipe.distillation.hint_share
         trainer.hints = LayerHints(classifier.model, above, train, classifier.feed, weight, share)
+    in_pieces = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if stop_at is not None and not in_pieces:
+        trainer.add_callback(averaged)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     try:
@@ -270,10 +279,10 @@ def train_or_load(
         trained.calibration = trainer.distiller.ensemble.calibration.tolist()
         trained.class_weights = trainer.distiller.class_weights()
         trainer.distiller.close()  # teachers outlive it
-    in_pieces = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if steps < trainer.state.max_steps:  # stopped on the way
         if in_pieces and (stopped := _last_complete_checkpoint(folder / "checkpoints", bool(teachers))):
             classifier.model = family.from_pretrained(stopped)
+        put_average(classifier, averaged.average, train)
         return trained
     place = folder.with_name(f"{folder.name}.pieces") if in_pieces else folder
     trainer.save_model(str(place))  # in all processes: a model that is cut over them is put together first
@@ -389,17 +398,6 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value), encoding="utf-8")
     temporary.replace(path)
-
-
-class _StopAt(TrainerCallback):
-    """Ends a training on its way, evaluated and with a checkpoint."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            control.should_evaluate = control.should_save = control.should_training_stop = True
 
 
 class _Clock(TrainerCallback):

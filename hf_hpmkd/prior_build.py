@@ -196,7 +196,8 @@ def _rows_of_setting(
 ) -> Iterator[dict[str, Any]]:
     """A row per way. heard: positions of the teachers."""
     validation, steps = runs.parts.validation, recipe.training.max_steps
-    direct = runs.teach(recipe, DIRECT, heard, validation)
+    early_steps = [round(share * steps) for share in EARLY]
+    direct = runs.teach(recipe, DIRECT, heard, validation, averaged_at=early_steps)
     features = runs.features(recipe, heard, steps)
     landmark = round(LANDMARK * steps)
     accuracies = [direct.accuracy_at(landmark // 2), direct.accuracy_at(landmark)]
@@ -212,11 +213,9 @@ def _rows_of_setting(
         "direct_accuracy": direct.accuracy,
     }
     for way in ways:
-        taught = runs.teach(recipe, way, heard, validation)
+        taught = runs.teach(recipe, way, heard, validation, averaged_at=early_steps)
         gain = estimate_gain(taught.right[None], direct.right[None])
-        early = tuple(
-            100 * (taught.accuracy_at(round(at * steps)) - direct.accuracy_at(round(at * steps))) for at in EARLY
-        )
+        early = tuple(100 * (taught.averaged[step] - direct.averaged[step]) for step in early_steps)
         noise = max(gain.standard_error, 100 / len(validation))
         example = Example(features, way, gain.gain, noise, early, data=Path(recipe.data.path or "").name)
         yield prior_row(example, {**about, "accuracy": taught.accuracy})

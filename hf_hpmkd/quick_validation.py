@@ -196,6 +196,13 @@ def _inputs(student: Classifier, rows: Rows) -> np.ndarray | None:
     return fed(torch.linspace(0, len(rows) - 1, count).long()).numpy()
 
 
+def accuracy_at(curve: Sequence[dict[str, float]], step: int) -> float:
+    """On validation rows, as a training measured it, of the weights that it had then. Raises StopIteration where it did
+    not measure then.
+    """
+    return next(row["eval_accuracy"] for row in curve if row["step"] == step and "eval_accuracy" in row)
+
+
 def landmark_loss(curve: Sequence[dict[str, float]], step: int) -> float:
     """Mean training loss of the last three log lines up to a step."""
     losses = [row["loss"] for row in curve if "loss" in row and row["step"] <= step]
@@ -319,7 +326,7 @@ class _Search:
             recipe.training.learning_rate,
             recipe.chain.warm_start and self._can_start,
         )
-        accuracies = [float(self._answers(self.direct, step).float().mean()) for step in (half, whole)]
+        accuracies = [accuracy_at(self.curve, step) for step in (half, whole)]
         loss, classes = landmark_loss(self.curve, whole), len(self.parts.class_names)
         return features | landmark_features(accuracies, loss, classes, features["mixture_accuracy"])
 
@@ -396,7 +403,9 @@ class _Search:
         return judged, record
 
     def _answers(self, trial: _Trial, step: int) -> torch.Tensor:
-        """Which validation rows the student of a trial answers right after so many steps, bool `(rows,)`."""
+        """Which validation rows the student of a trial answers right after so many steps, bool `(rows,)`; with the mean
+        of its weights, unless that is the end.
+        """
         file = self.folder / f"{trial.name}-{step}.json"
         if not file.is_file():
             recipe = with_values(self.recipe, overrides_of(trial.configuration, self.recipe))

@@ -5,7 +5,7 @@ For the prior and for judging it. Nothing here opens the test rows unless it is 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -28,13 +28,14 @@ from hf_hpmkd.components.adaptive_configuration import Configuration
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.distill import student_builder
 from hf_hpmkd.evaluation import evaluate_teachers, teacher_logits
-from hf_hpmkd.quick_validation import features_before, overrides_of, with_values
+from hf_hpmkd.quick_validation import accuracy_at, features_before, overrides_of, with_values
 from hf_hpmkd.recipe import Recipe, TeacherConfig, read_recipe
 from hf_hpmkd.recipe_parts import recipe_parts
 from hf_hpmkd.recipe_rules import is_sklearn, teacher_names
 from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_memory import RunMemory
 from hf_hpmkd.run_steps import train
+from hf_hpmkd.stopped_training import AveragesAt, put_average
 from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.tasks.text import TEXT_COLUMNS
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
@@ -65,10 +66,13 @@ TEXT_TEACHERS: tuple[dict[str, Any], ...] = (
 
 @dataclass
 class Taught:
-    """A student that was trained. right: which rows of a part it answers right, bool `(rows,)`."""
+    """A student that was trained. right: which rows of a part it answers right, bool `(rows,)`. averaged: its accuracy
+    on validation rows with the mean of its weights until a step, by step.
+    """
 
     trained: Trained
     right: Tensor
+    averaged: dict[int, float] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float:
@@ -76,8 +80,7 @@ class Taught:
 
     def accuracy_at(self, step: int) -> float:
         """On validation rows, as its training measured it. Raises StopIteration where it did not measure then."""
-        rows = self.trained.curve
-        return next(row["eval_accuracy"] for row in rows if row["step"] == step and "eval_accuracy" in row)
+        return accuracy_at(self.trained.curve, step)
 
 
 class TableRuns:
@@ -170,13 +173,20 @@ class TableRuns:
         return WarmBuild(student_builder(recipe, self.parts), self._above(heard), self.parts.train).can_start
 
     def teach(
-        self, recipe: Recipe, configuration: Configuration, heard: Sequence[int], judged_on: Rows, name: str = "student"
+        self,
+        recipe: Recipe,
+        configuration: Configuration,
+        heard: Sequence[int],
+        judged_on: Rows,
+        name: str = "student",
+        averaged_at: Sequence[int] = (),
     ) -> Taught:
         """A student of a recipe, trained as a configuration says, and which rows it answers right. heard: positions of
-        the teachers that it may hear and start from.
+        the teachers that it may hear and start from. averaged_at: steps after which the mean of its weights is judged.
         """
         recipe = with_values(recipe, overrides_of(configuration, recipe))
         teachers = [self.teachers[index] for index in heard] if configuration.distils else []
+        averages = AveragesAt(averaged_at)
         trained = train_or_load(
             name,
             self.builder(recipe, heard),
@@ -189,8 +199,12 @@ class TableRuns:
             teachers=teachers,
             guide=self.parts.guide if teachers else None,
             resumable=False,
+            callbacks=[averages] if averaged_at else [],
         )
         taught = Taught(trained, self.right(trained, judged_on))
+        for step, average in averages.found.items():
+            put_average(trained.classifier, average, self.parts.train)
+            taught.averaged[step] = float(self.right(trained, self.parts.validation).float().mean())
         remove_training(self.place / name)
         return taught
 

@@ -23,7 +23,7 @@ LEVELS = (
         "comparison_report", "auto_bench_report", "model_card", "stage_card", "run_folder", "hub_store", "memory_hub",
         "memory_commands",
     ),
-    ("control_teachers", "distiller", "layer_hints", "trainer", "baselines"),
+    ("control_teachers", "distiller", "layer_hints", "trainer", "baselines", "stopped_training"),
     (
         "recipe_faults", "recipe_rules", "search_budget", "recipe", "recipe_text", "recipe_parts", "shrunk_student",
         "run_memory",
@@ -53,6 +53,7 @@ ONLY = {
     "warm_start": {"heads", "models", "tasks"},
     "fitted_start": {"models", "warm_start"},
     "layer_hints": {"heads", "tasks", "teacher_kinds", "teacher_outputs", "vocabulary", "warm_start"},
+    "stopped_training": {"classifiers", "tasks"},
     "metrics": set(),
     "progress": set(),
     "memory_records": {"run_record"},
