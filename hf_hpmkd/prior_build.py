@@ -4,8 +4,9 @@ Per data set and seed the teachers are trained once; per setting (student, teach
 student directly and some in other ways, on the same rows in the same order. First each data set gets one setting as a
 line without a recipe has it, in which every contender is run; then come settings and ways that are drawn at random.
 Students that hear teachers mostly begin with the weights of one where they can, as in any run. A row holds what the
-adaptive configuration would have known, what was done and what it gained on validation rows. The test rows are never
-opened. The same command goes on where an interrupted one stood.
+adaptive configuration would have known, what was done and what it gained on validation rows, in the end and, with the
+mean of the weights, on the way. The test rows are never opened. The same command goes on where an interrupted one
+stood.
 """
 
 import itertools

@@ -1,9 +1,9 @@
 """Tries the most promising configurations shortly on validation rows and takes one: the student's recipe, chosen.
 
-The tries are real trainings on the learning-rate schedule of the whole run, stopped early, so that the winner goes on
-where its try stood. Direct training is always among them. What to try and to conclude is decided by
-`components.adaptive_configuration`, what to expect by `expected_gain`; this module gets them the figures, and keeps
-them in the run's folder `auto/`, so that an interrupted search goes on.
+The tries are real trainings on the learning-rate schedule of the whole run, stopped early and judged by the mean of
+their weights, so that the winner goes on where its try stood. Direct training is always among them. What to try and to
+conclude is decided by `components.adaptive_configuration`, what to expect by `expected_gain`; this module gets them the
+figures, and keeps them in the run's folder `auto/`, so that an interrupted search goes on.
 """
 
 import dataclasses
