@@ -20,7 +20,7 @@ from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.tasks.base import Rows
 
 _FILE = "averaged_weights.safetensors"  # in a checkpoint
-_DECAY = 3.0  # the weight of a step grows with this power of its number
+_DECAY = 8.0  # the weight of a step grows with this power of its number
 _NORM_ROWS, _NORM_BATCHES = 1_024, 4
 
 

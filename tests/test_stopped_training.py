@@ -1,6 +1,7 @@
 """The mean of the weights of a training that is stopped on its way."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -46,8 +47,8 @@ def train(folder: Path, stop_at: int | None, *callbacks: TrainerCallback) -> Tra
 
 
 def by_hand(after: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Step t counts t (t + 1) (t + 2): what the recursion of Shamir & Zhang (2013) with eta 3 comes to in the end."""
-    shares = np.array([float(t * (t + 1) * (t + 2)) for t in range(1, len(after) + 1)])
+    """Step t counts t (t + 1) ... (t + 7): what the recursion of Shamir & Zhang (2013) with eta 8 comes to."""
+    shares = np.array([float(math.prod(range(t, t + 8))) for t in range(1, len(after) + 1)])
     shares /= shares.sum()
     return {name: sum(s * one[name] for s, one in zip(shares, after, strict=True)) for name in after[0]}
 
