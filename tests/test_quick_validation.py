@@ -47,6 +47,7 @@ def tree(folder: Path, steps: float = 12, **training: object) -> dict:
 
 
 def run(folder: Path, recipe: dict) -> RunRecord:
+    folder.mkdir(exist_ok=True)
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     assert main(["distill", str(path)]) == 0
@@ -120,6 +121,10 @@ def test_the_winner_goes_on_and_ends_as_if_it_had_been_asked_for(
     assert auto.total_steps == STEPS and auto.extra_steps <= auto.budget_steps == 12
     assert 0 < auto.extra_seconds < auto.seconds and auto.configuration["alpha"]
     assert auto.extra_steps == 5 * 1 + 3 * 1 + 2 * 2 - 4  # direct training, and the winner's four steps, go on
+    at_landmark = [
+        row["eval_accuracy"] for row in record.curves["direct"] if row["step"] == 7 and "eval_accuracy" in row
+    ]
+    assert [auto.features["landmark_accuracy"]] == at_landmark  # of the weights as they were, not of their mean
     assert ("student", 4, STEPS) in trainings and max(first for name, first, _ in trainings if name == "direct") == 7
     chosen = str(Configuration(**auto.configuration))
     assert chosen in {trial.name for trial in auto.trials[-2:]}  # the better of the last two
@@ -139,6 +144,18 @@ def test_the_winner_goes_on_and_ends_as_if_it_had_been_asked_for(
     asked_directly["auto"] = "off"
     run(tmp_path, asked_directly)
     assert same(weights(tmp_path / "run" / "direct"), weights(tmp_path / "plain" / "run" / "direct"))
+
+
+def test_tries_are_judged_by_the_mean_of_their_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Means of nothing but zeros answer all alike, so no try is ahead of another."""
+    original = classifier_training.put_average
+
+    def put_zeros(classifier, average, rows):
+        original(classifier, {name: torch.zeros_like(one) for name, one in average.items()}, rows)
+
+    assert any(trial.gain for trial in run(tmp_path / "as-it-is", tree(tmp_path / "as-it-is")).auto.trials)
+    monkeypatch.setattr(classifier_training, "put_average", put_zeros)
+    assert not any(trial.gain for trial in run(tmp_path / "zeros", tree(tmp_path / "zeros")).auto.trials)
 
 
 def test_what_promises_is_trained_and_given_up_without_a_proof(
