@@ -15,11 +15,13 @@ from sklearn.datasets import load_wine
 from hf_hpmkd import auto_bench, prior_build
 from hf_hpmkd.auto_bench import Settings, bench_auto
 from hf_hpmkd.auto_bench_report import summary
+from hf_hpmkd.classifier_training import student_schedule, train_or_load
 from hf_hpmkd.components.adaptive_configuration import DIRECT, FASTER, SPACE, Configuration
 from hf_hpmkd.configuration_examples import SCHEMA, prior_row, provenance, read_prior
 from hf_hpmkd.distill import student_builder
 from hf_hpmkd.expected_gain import by_setting, contended
 from hf_hpmkd.prior_build import build_prior
+from hf_hpmkd.quick_validation import overrides_of, with_values
 from hf_hpmkd.recipe import recipe_from_line
 from hf_hpmkd.recipe_rules import family
 from hf_hpmkd.table_runs import TableRuns, kind_of
@@ -295,6 +297,19 @@ def test_a_student_starts_only_from_teachers_that_it_may_hear(tables: Path, tmp_
         assert same != starts
         assert runs.features(short, heard, 1)["warm_start"] == starts
     assert runs.features(short, [0], 1)["log_learning_rate"] == pytest.approx(-9)
+
+
+def test_on_the_way_a_student_is_judged_as_a_try_is(tables: Path, tmp_path: Path) -> None:
+    """By the mean of its weights, as of one that is stopped there."""
+    runs = TableRuns(tables / "red", tmp_path / "place", 0, training={"max_steps": 16, "learning_rate": 0.05})
+    taught = runs.teach(runs.recipe, FASTER, [], runs.parts.validation, averaged_at=[2, 4, 8])
+    recipe = with_values(runs.recipe, overrides_of(FASTER, runs.recipe))
+    rows, schedule = (runs.parts.train, runs.parts.validation), student_schedule(recipe)
+    for step, accuracy in taught.averaged.items():
+        build = student_builder(recipe, runs.parts)
+        stopped = train_or_load("try", build, recipe, schedule, tmp_path / f"try-{step}", *rows, stop_at=step)
+        assert float(runs.right(stopped, runs.parts.validation).float().mean()) == accuracy
+    assert list(taught.averaged) == [2, 4, 8] and len({*taught.averaged.values(), taught.accuracy}) > 2
 
 
 def test_a_prior_of_another_version_is_not_gone_on_with(tables: Path, tmp_path: Path) -> None:
