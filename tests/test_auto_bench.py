@@ -301,7 +301,7 @@ def test_a_student_starts_only_from_teachers_that_it_may_hear(tables: Path, tmp_
 
 def test_on_the_way_a_student_is_judged_as_a_try_is(tables: Path, tmp_path: Path) -> None:
     """By the mean of its weights, as of one that is stopped there."""
-    runs = TableRuns(tables / "red", tmp_path / "place", 0, training={"max_steps": 16, "learning_rate": 0.05})
+    runs = TableRuns(tables / "red", tmp_path / "place", 0, training={"max_steps": 16, "learning_rate": 0.01})
     taught = runs.teach(runs.recipe, FASTER, [], runs.parts.validation, averaged_at=[2, 4, 8])
     recipe = with_values(runs.recipe, overrides_of(FASTER, runs.recipe))
     rows, schedule = (runs.parts.train, runs.parts.validation), student_schedule(recipe)
