@@ -311,7 +311,8 @@ def _metrics(record: RunRecord) -> str:
         for name in names:
             values = [model.metrics.get(part, {}).get(name) for model in models.values()]
             lines.append([part, name, *("-" if value is None else f"{value:.4f}" for value in values)])
-    return report.markdown(("part", "metric", *models), lines, left=2) if lines else ""
+    columns = [record.other_name if name == "distilled" else name for name in models]
+    return report.markdown(("part", "metric", *columns), lines, left=2) if lines else ""
 
 
 def usage(record: RunRecord, config: dict[str, Any], where: str) -> str:

@@ -74,7 +74,8 @@ def rows(record: RunRecord) -> list[Row]:
     for name in sorted(record.models, key=lambda name: {"direct": 1, "distilled": 2, "student": 3}.get(name, 0)):
         model = record.models[name]
         ratios = record.compression(model.num_params), model.accuracy(), student_retention(record, model)
-        found.append(Row(name, model.num_params, *ratios, model.seconds, model.latency_ms))
+        shown = record.other_name if name == "distilled" else name
+        found.append(Row(shown, model.num_params, *ratios, model.seconds, model.latency_ms))
     return found
 
 
@@ -124,7 +125,7 @@ def kept_told(record: RunRecord) -> str:
     """Which student the run kept, in a sentence; "" where there was no choice."""
     if (kept := record.kept) is None:
         return ""
-    other = "chosen" if record.chose_labels_alone else "distilled"
+    other = record.other_name
     rows = f"{kept.rows:,} {deciding_parts(record)} rows"
     gain = f"{kept.gain:+.2f} ± {kept.standard_error:.2f} points for the {other} one on {rows}"
     if kept.needed is not None:
@@ -168,7 +169,7 @@ def chain_section(record: RunRecord) -> str:
         return ""
     lines = [f"## Chain\n\nBetween the teachers and the student: {record.chain.reason}"]
     if record.chain.student_origin:
-        whose = "The student" if record.began_with else "The distilled student, which was not kept,"
+        whose = "The student" if record.began_with else f"The {record.other_name} student, which was not kept,"
         lines.append(
             f"{whose} began with layers and channels of `{record.chain.student_origin}`: "
             f"{record.chain.student_warm_start:.0%} of its parameters came from there. Direct training began from "
@@ -257,7 +258,7 @@ def verdict(record: RunRecord) -> str:
     points = 100 * (accuracy - base)
     figures = f"{accuracy:.2%} against {base:.2%}, {points:+.2f} points"
     bound = f"{100 * margin:.2f} points (95 %, binomial, {num_rows:,} test rows, one run)"
-    other = "chosen" if record.chose_labels_alone else "distilled"
+    other = record.other_name
     if abs(accuracy - base) <= margin:
         return (
             f"{other.capitalize()} and directly trained student are not distinguishable by this run: {figures}, within "

@@ -270,6 +270,11 @@ class RunRecord:
         return self.auto is not None and not self.auto.configuration["alpha"]
 
     @property
+    def other_name(self) -> str:
+        """What the student is called that was trained otherwise than the direct one."""
+        return "chosen" if self.chose_labels_alone else "distilled"
+
+    @property
     def chose_direct(self) -> bool:
         """Whether what it chose is the run's direct training and nothing else."""
         if self.auto is None or not self.chose_labels_alone:

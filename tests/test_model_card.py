@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import yaml
@@ -219,6 +219,16 @@ def test_a_student_of_labels_alone_is_not_called_distilled(record, tmp_path, stu
     assert ", distilled from" in text and "400 validation and guide rows, +1.20 asked for" in text
     record.parts["parts"] = {"validation": {"rows": 400}}  # a record of before guide rows were asked too
     assert "400 validation rows, +1.20 asked for" in card_of(record, tmp_path).text
+
+
+@pytest.mark.parametrize(("alpha", "name"), [(0.0, "chosen"), (0.5, "distilled")])
+def test_tables_call_the_student_that_was_given_up_what_it_is(record, tmp_path, student, alpha, name):
+    record.models["distilled"] = replace(record.models["student"], name="distilled")
+    record.auto = chosen(alpha=alpha, learning_rate=2.0)
+    record.kept = KeptRecord("direct", 0.1, 0.5, 400, needed=1.2)
+    text = card_of(record, tmp_path).text
+    assert f"| part | metric | direct | {name} | student |" in text
+    assert f"\n| {name} | " in text and len({"\n| chosen | " in text, "\n| distilled | " in text}) == 2
 
 
 def test_a_recipe_that_ignores_its_teachers_is_not_said_to_have_distilled(record, tmp_path, student):
