@@ -216,7 +216,7 @@ def train_or_load(
     their outputs, None makes one in the recipe's folder. distiller_class: what it learns from them. on_log: gets the
     log history at every evaluation.
     stop_at: stops after that many steps of the whole schedule, with a checkpoint that the next call goes on from; the
-    classifier then has the mean of its weights until there.
+    classifier then has the mean of its weights until there (where processes share a model out, its last ones).
     callbacks: further ones for the trainer.
     resumable: False writes no checkpoints, which take a tenth of the time of a training of seconds.
     """
@@ -239,7 +239,7 @@ def train_or_load(
     args = training_arguments(recipe, schedule, folder, len(train), bool(teachers), resumable)
     if stop_at is not None:  # with one alone upstream keeps the best, and not the one to go on from
         args.save_total_limit = max(2, args.save_total_limit or 2)
-    clock, averaged = _Clock(checkpoint), AveragedWeights(checkpoint)
+    clock = _Clock(checkpoint)
     stops = [] if stop_at is None else [StopAt(stop_at)]
     family = type(classifier.model)
     trainer = HPMKDTrainer(
@@ -260,7 +260,8 @@ def train_or_load(
         share = recipe.distillation.hint_share
         trainer.hints = LayerHints(classifier.model, above, train, classifier.feed, weight, share)
     in_pieces = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if stop_at is not None and not in_pieces:
+    averaged = AveragedWeights(checkpoint) if stop_at is not None and not in_pieces else None
+    if averaged is not None:
         trainer.add_callback(averaged)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -282,7 +283,7 @@ def train_or_load(
     if steps < trainer.state.max_steps:  # stopped on the way
         if in_pieces and (stopped := _last_complete_checkpoint(folder / "checkpoints", bool(teachers))):
             classifier.model = family.from_pretrained(stopped)
-        put_average(classifier, averaged.average, train)
+        put_average(classifier, averaged.average if averaged is not None else {}, train)
         return trained
     place = folder.with_name(f"{folder.name}.pieces") if in_pieces else folder
     trainer.save_model(str(place))  # in all processes: a model that is cut over them is put together first

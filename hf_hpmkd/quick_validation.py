@@ -197,10 +197,13 @@ def _inputs(student: Classifier, rows: Rows) -> np.ndarray | None:
 
 
 def accuracy_at(curve: Sequence[dict[str, float]], step: int) -> float:
-    """On validation rows, as a training measured it, of the weights that it had then. Raises StopIteration where it did
+    """On validation rows, as a training measured it, of the weights that it had then. Raises ValueError where it did
     not measure then.
     """
-    return next(row["eval_accuracy"] for row in curve if row["step"] == step and "eval_accuracy" in row)
+    for row in curve:
+        if row["step"] == step and "eval_accuracy" in row:
+            return row["eval_accuracy"]
+    raise ValueError(f"The training must have measured its accuracy after step {step}, it did not.")
 
 
 def landmark_loss(curve: Sequence[dict[str, float]], step: int) -> float:
@@ -277,8 +280,10 @@ class _Search:
         return self._record(decided, features, knowledge, examples, records, going_on, seconds, started)
 
     def _begin(self) -> None:
-        """Makes the folder. Tries of a version that stopped at other steps are thrown away: they cannot go on."""
-        file, rungs = self.folder / "rungs.json", [[rung.step, rung.candidates] for rung in self.rungs]
+        """Makes the folder. Tries of a version that stopped at other steps or judged the last weights are thrown away,
+        because they cannot go on.
+        """
+        file, rungs = self.folder / "rungs.json", ["mean", *([rung.step, rung.candidates] for rung in self.rungs)]
         if self.run.is_main:
             if self.folder.exists() and not (file.is_file() and json.loads(file.read_text(encoding="utf-8")) == rungs):
                 shutil.rmtree(self.folder)
@@ -326,7 +331,7 @@ class _Search:
             recipe.training.learning_rate,
             recipe.chain.warm_start and self._can_start,
         )
-        accuracies = [accuracy_at(self.curve, step) for step in (half, whole)]
+        accuracies = [accuracy_at(self.curve, min(step, self.total)) for step in (half, whole)]
         loss, classes = landmark_loss(self.curve, whole), len(self.parts.class_names)
         return features | landmark_features(accuracies, loss, classes, features["mixture_accuracy"])
 

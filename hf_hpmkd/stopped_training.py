@@ -21,7 +21,7 @@ from hf_hpmkd.tasks.base import Rows
 
 _FILE = "averaged_weights.safetensors"  # in a checkpoint
 _DECAY = 8.0  # the weight of a step grows with this power of its number
-_NORM_ROWS, _NORM_BATCHES = 1_024, 4
+_NORM_ROWS, _NORM_BATCH = 1_024, 64
 
 
 class StopAt(TrainerCallback):
@@ -36,8 +36,8 @@ class StopAt(TrainerCallback):
 
 
 class AveragedWeights(TrainerCallback):
-    """Keeps the average beside a training, and in its checkpoints. checkpoint: folder of the one that is gone on from;
-    where it has none, the average begins there.
+    """Keeps the average, in float32, beside a training, and in its checkpoints. checkpoint: folder of the one that is
+    gone on from; where it has none, the average begins there.
     """
 
     def __init__(self, checkpoint: str | None = None) -> None:
@@ -49,12 +49,13 @@ class AveragedWeights(TrainerCallback):
         for name, weight in kwargs["model"].named_parameters():
             now = weight.detach().float()
             before = self.average.get(name, now).to(now.device)
-            self.average[name] = torch.lerp(before, now, share)
+            self.average[name] = torch.lerp(before, now, share).contiguous()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _FILE
-            save_file(self.average, file, metadata={"steps": str(self.steps)})
+            save_file(self.average, file.with_suffix(".tmp"), metadata={"steps": str(self.steps)})
+            file.with_suffix(".tmp").replace(file)
 
 
 class AveragesAt(AveragedWeights):
@@ -93,20 +94,27 @@ def put_average(classifier: Classifier, average: Mapping[str, Tensor], rows: Row
                 weight.copy_(average[name])
     norms = [one for one in model.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
     norms = [one for one in norms if one.track_running_stats]
-    if not average or not norms:
+    if not average or not norms or len(rows) < 2:
         return
-    momenta = [one.momentum for one in norms]
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
-    for one in norms:
-        one.reset_running_stats()
-        one.momentum = None  # the plain mean over batches
-        one.train()
+    momenta, training = [one.momentum for one in norms], model.training
     some = torch.linspace(0, len(rows) - 1, min(len(rows), _NORM_ROWS)).long()
-    with torch.no_grad():
-        for first in range(_NORM_BATCHES):  # each from everywhere, as rows may be sorted by class
-            inputs = classifier.feed(rows.raw(some[first::_NORM_BATCHES]))
-            model(**{name: value.to(device) for name, value in inputs.items()})
-    model.train(training)
-    for one, momentum in zip(norms, momenta, strict=True):
-        one.momentum = momentum
+    count = max(1, len(some) // _NORM_BATCH)
+    weight = next(model.parameters())
+    model.eval()
+    try:
+        for one in norms:
+            one.reset_running_stats()
+            one.momentum = None  # the plain mean over batches
+            one.train()
+        with torch.no_grad():
+            for first in range(count):  # each from everywhere, as rows may be sorted by class
+                inputs = classifier.feed(rows.raw(some[first::count]))
+                model(**{name: _moved(value, weight) for name, value in inputs.items()})
+    finally:
+        model.train(training)
+        for one, momentum in zip(norms, momenta, strict=True):
+            one.momentum = momentum
+
+
+def _moved(value: Tensor, weight: Tensor) -> Tensor:
+    return value.to(weight.device, weight.dtype if value.is_floating_point() else None)

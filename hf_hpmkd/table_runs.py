@@ -79,7 +79,7 @@ class Taught:
         return float(self.right.float().mean())
 
     def accuracy_at(self, step: int) -> float:
-        """On validation rows, as its training measured it. Raises StopIteration where it did not measure then."""
+        """On validation rows, as its training measured it. Raises ValueError where it did not measure then."""
         return accuracy_at(self.trained.curve, step)
 
 
@@ -182,7 +182,8 @@ class TableRuns:
         averaged_at: Sequence[int] = (),
     ) -> Taught:
         """A student of a recipe, trained as a configuration says, and which rows it answers right. heard: positions of
-        the teachers that it may hear and start from. averaged_at: steps after which the mean of its weights is judged.
+        the teachers that it may hear and start from. averaged_at: steps after which the mean of its weights is judged;
+        the classifier that comes back then has the last of these means.
         """
         recipe = with_values(recipe, overrides_of(configuration, recipe))
         teachers = [self.teachers[index] for index in heard] if configuration.distils else []

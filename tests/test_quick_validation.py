@@ -146,6 +146,10 @@ def test_the_winner_goes_on_and_ends_as_if_it_had_been_asked_for(
     assert same(weights(tmp_path / "run" / "direct"), weights(tmp_path / "plain" / "run" / "direct"))
 
 
+def test_a_training_of_one_step_is_tried_too(tmp_path: Path, without_prior: None) -> None:
+    assert run(tmp_path, tree(tmp_path, max_steps=1)).auto.total_steps == 1
+
+
 def test_tries_are_judged_by_the_mean_of_their_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Means of nothing but zeros answer all alike, so no try is ahead of another."""
     original = classifier_training.put_average
@@ -215,10 +219,11 @@ def test_an_interrupted_search_goes_on_and_chooses_the_same(tmp_path: Path, monk
     assert same(weights(tmp_path / "whole" / "run" / "student"), weights(tmp_path / "stopped" / "run" / "student"))
 
 
-def test_tries_of_a_version_that_stopped_at_other_steps_are_thrown_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_prior: None
+@pytest.mark.parametrize("rungs", [[[3, 1]], [[1, 5], [2, 3], [4, 2]]])
+def test_tries_of_a_version_that_stopped_or_judged_otherwise_are_thrown_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_prior: None, rungs: list[list[int]]
 ) -> None:
-    """Their students stand where no rung is."""
+    """Their students stand where no rung is, or were judged by their last weights."""
     write = quick_validation.write_json
 
     def stop(path: Path, value: object) -> None:
@@ -232,7 +237,7 @@ def test_tries_of_a_version_that_stopped_at_other_steps_are_thrown_away(
         patched.setattr(quick_validation, "write_json", stop)
         assert main(["distill", str(tmp_path / "recipe.yaml")]) == 130
     folder = tmp_path / "run" / "auto"
-    write(folder / "rungs.json", [[3, 1]])
+    write(folder / "rungs.json", rungs)
     write(folder / "candidates.json", [])
     assert len(run(tmp_path, recipe).auto.trials) == 5 + 3 + 2
 

@@ -5,20 +5,22 @@ import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
+from hf_hpmkd import stopped_training
 from hf_hpmkd.classifier_training import Trained, student_schedule, train_or_load
 from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.data import load_parts
 from hf_hpmkd.data_config import DataConfig
 from hf_hpmkd.recipe import read_recipe
-from hf_hpmkd.stopped_training import AveragesAt, put_average
+from hf_hpmkd.stopped_training import AveragedWeights, AveragesAt, put_average
 
 PARTS = load_parts(DataConfig(path="sklearn:wine"), teachers_saw_train=False)
 
@@ -30,7 +32,7 @@ class Weights(TrainerCallback):
         self.after: list[dict[str, np.ndarray]] = []
 
     def on_step_end(self, args: object, state: object, control: object, **kwargs: nn.Module) -> None:
-        self.after.append({name: one.detach().numpy().copy() for name, one in kwargs["model"].named_parameters()})
+        self.after.append({name: one.detach().cpu().numpy().copy() for name, one in kwargs["model"].named_parameters()})
 
 
 def train(folder: Path, stop_at: int | None, *callbacks: TrainerCallback) -> Trained:
@@ -92,7 +94,7 @@ def test_means_are_kept_as_they_were_on_the_way(tmp_path: Path) -> None:
     for step, found in averages.found.items():
         expected = by_hand(seen.after[:step])
         for name, one in found.items():
-            np.testing.assert_allclose(one.numpy(), expected[name], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(one.cpu().numpy(), expected[name], rtol=1e-5, atol=1e-6)
 
 
 class Normed(nn.Module):
@@ -106,8 +108,11 @@ class Normed(nn.Module):
         return self.last(self.drop(self.norm(numeric)))
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_statistics_of_batch_normalisation_are_those_of_the_rows(training: bool) -> None:
+@pytest.mark.parametrize(("training", "batch", "count"), [(False, 64, 1), (True, 64, 1), (False, 25, 4), (True, 7, 15)])
+def test_statistics_of_batch_normalisation_are_those_of_the_rows(
+    monkeypatch: pytest.MonkeyPatch, training: bool, batch: int, count: int
+) -> None:
+    monkeypatch.setattr(stopped_training, "_NORM_BATCH", batch)
     rows = PARTS.train
     classifier = dataclasses.replace(build_classifier("mlp-4", rows), model=Normed().train(training))
     model = classifier.model
@@ -118,8 +123,26 @@ def test_statistics_of_batch_normalisation_are_those_of_the_rows(training: bool)
     put_average(classifier, {"last.bias": torch.tensor([1.0, 2.0, 3.0])}, rows)
     assert torch.equal(torch.get_rng_state(), state)  # nothing was dropped, so no chance was used up
     features = classifier.feed(rows.raw(range(len(rows))))["numeric"]
-    quarters = [features[first::4] for first in range(4)]
-    torch.testing.assert_close(model.norm.running_mean, torch.stack([one.mean(0) for one in quarters]).mean(0))
-    torch.testing.assert_close(model.norm.running_var, torch.stack([one.var(0) for one in quarters]).mean(0))
+    parts = [features[first::count] for first in range(count)]
+    torch.testing.assert_close(model.norm.running_mean, torch.stack([one.mean(0) for one in parts]).mean(0))
+    torch.testing.assert_close(model.norm.running_var, torch.stack([one.var(0) for one in parts]).mean(0))
     assert model.last.bias.tolist() == [1.0, 2.0, 3.0] and torch.equal(model.last.weight, before["last.weight"])
     assert model.norm.momentum == 0.25 and {one.training for one in model.modules()} == {training}
+
+
+def test_weights_that_lie_otherwise_in_memory_are_kept_too_and_a_checkpoint_without_a_mean_begins_one(
+    tmp_path: Path,
+) -> None:
+    model = nn.Linear(3, 2)
+    model.weight.data = model.weight.data.t().contiguous().t()
+    averaged, state = AveragedWeights(), TrainerState(global_step=1, is_world_process_zero=True)
+    args = SimpleNamespace(output_dir=str(tmp_path))
+    (tmp_path / "checkpoint-1").mkdir()
+    averaged.on_step_end(args, state, None, model=model)
+    averaged.on_save(args, state, None)
+    again = AveragedWeights(str(tmp_path / "checkpoint-1"))
+    assert again.steps == 1 and torch.equal(again.average["weight"], model.weight)
+    (file,) = (tmp_path / "checkpoint-1").iterdir()  # nothing half written beside it
+    file.unlink()
+    anew = AveragedWeights(str(tmp_path / "checkpoint-1"))
+    assert (anew.steps, anew.average) == (0, {})
