@@ -68,16 +68,22 @@ def test_the_judgement_of_the_adaptive_configuration_is_that_of_its_record():
     folder = ROOT / "model_cards" / "auto"
     results = json.loads((folder / "bench.json").read_text(encoding="utf-8"))["results"]
     assert block("auto") == totals(results)
-    grown, tables, longer, long, now = (
+    grown, tables, *others = (
         json.loads((folder / f"bench_{name}.json").read_text(encoding="utf-8"))["results"]
-        for name in ("growth", "grid", "minutes", "long_grid", "long")
+        for name in ("growth", "grid", "minutes", "long_grid", "long", "averaged", "long_averaged")
     )
     assert block("regrets") == regrets(tables)
     shown = f"{auto_summary(results)}\n\n## As the prior grows\n\n{growth(grown)}\n"
-    shown += f"\n## The tables with a grid, one seed each\n\n{auto_summary(tables)}\n"
-    shown += f"\n## The same with two minutes of tries\n\n{auto_summary(longer)}\n"
-    shown += f"\n## Images and a text, with a grid\n\n{auto_summary(long)}\n"
-    shown += f"\n## Images and a text, at larger rates\n\n{auto_summary(now)}\n"
+    titles = (
+        "The tables with a grid, one seed each",
+        "The same with two minutes of tries",
+        "Images and a text, with a grid",
+        "Images and a text, at larger rates",
+        "Tries judged by the mean of their weights: the tables with a grid",
+        "Tries judged by the mean of their weights: images and a text",
+    )
+    for title, of in zip(titles, (tables, *others), strict=True):
+        shown += f"\n## {title}\n\n{auto_summary(of)}\n"
     assert (folder / "README.md").read_text(encoding="utf-8").split("\n\n", 2)[2] == shown
 
 
