@@ -408,8 +408,8 @@ class _Search:
         return judged, record
 
     def _answers(self, trial: _Trial, step: int) -> torch.Tensor:
-        """Which validation rows the student of a trial answers right after so many steps, bool `(rows,)`; with the mean
-        of its weights, unless that is the end.
+        """Which validation rows the student of a trial answers right after so many steps, bool `(rows,)`; with the
+        weights that `train_or_load` leaves a training that is stopped there: their mean, unless that is the end.
         """
         file = self.folder / f"{trial.name}-{step}.json"
         if not file.is_file():
