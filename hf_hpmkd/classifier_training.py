@@ -240,7 +240,6 @@ def train_or_load(
     if stop_at is not None:  # with one alone upstream keeps the best, and not the one to go on from
         args.save_total_limit = max(2, args.save_total_limit or 2)
     clock = _Clock(checkpoint)
-    stops = [] if stop_at is None else [StopAt(stop_at)]
     family = type(classifier.model)
     trainer = HPMKDTrainer(
         classifier.model,
@@ -251,7 +250,7 @@ def train_or_load(
         guide_dataset=FedDataset(guide, classifier.feed) if guide is not None else None,
         data_collator=FedDataset.collate,
         compute_metrics=_accuracy,
-        callbacks=[_Bar(name), clock, _Curve(on_log), *stops, *callbacks],
+        callbacks=[_Bar(name), clock, _Curve(on_log), *([StopAt(stop_at)] if stop_at is not None else []), *callbacks],
     )
     trainer.distiller_class = distiller_class
     if cache is not None:
@@ -283,7 +282,8 @@ def train_or_load(
     if steps < trainer.state.max_steps:  # stopped on the way
         if in_pieces and (stopped := _last_complete_checkpoint(folder / "checkpoints", bool(teachers))):
             classifier.model = family.from_pretrained(stopped)
-        put_average(classifier, averaged.average if averaged is not None else {}, train)
+        if averaged is not None:
+            put_average(classifier, averaged.average, train)
         return trained
     place = folder.with_name(f"{folder.name}.pieces") if in_pieces else folder
     trainer.save_model(str(place))  # in all processes: a model that is cut over them is put together first

@@ -48,7 +48,7 @@ _CONTENDER_ROWS = 4_000  # the most training rows that a data set keeps for them
 _CONTENDER_STEPS = {"table": MIN_STEPS, "image": 320, "text": 320}
 _WARM_SHARE = 0.8  # of the settings; in the others students begin from nothing
 _BATCH = 64
-_EVALUATIONS = 8  # so that the landmark, its half, and EARLY fall on one
+_EVALUATIONS = 8  # so that the landmark and its half fall on one
 _DRAWS: dict[str, tuple[tuple[Any, ...], tuple[float, ...] | None]] = {
     "alpha": (SPACE["alpha"][1:], None),
     "temperature": (SPACE["temperature"], None),

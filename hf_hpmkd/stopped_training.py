@@ -49,12 +49,13 @@ class AveragedWeights(TrainerCallback):
         for name, weight in kwargs["model"].named_parameters():
             now = weight.detach().float()
             before = self.average.get(name, now).to(now.device)
-            self.average[name] = torch.lerp(before, now, share).contiguous()
+            self.average[name] = torch.lerp(before, now, share)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _FILE
-            save_file(self.average, file.with_suffix(".tmp"), metadata={"steps": str(self.steps)})
+            average = {name: one.contiguous() for name, one in self.average.items()}
+            save_file(average, file.with_suffix(".tmp"), metadata={"steps": str(self.steps)})
             file.with_suffix(".tmp").replace(file)
 
 

@@ -98,7 +98,7 @@ def test_means_are_kept_as_they_were_on_the_way(tmp_path: Path) -> None:
 
 
 class Normed(nn.Module):
-    """Two columns, normalised, some dropped: has every kind of state that a look at the mean could disturb."""
+    """The columns, normalised, some dropped: has every kind of state that a look at the mean could disturb."""
 
     def __init__(self) -> None:
         super().__init__()
