@@ -30,7 +30,7 @@ from hf_hpmkd.recipe import MIN_STEPS, Recipe, read_recipe, recipe_tree
 from hf_hpmkd.recipe_rules import usual_learning_rate
 from hf_hpmkd.run_environment import code_commit, environment
 from hf_hpmkd.run_record import write_whole
-from hf_hpmkd.table_runs import TableRuns, num_rows, spare_time, table_folders
+from hf_hpmkd.table_runs import TableRuns, kind_of, num_rows, spare_time, table_folders
 from hf_hpmkd.vocabulary import LEGAL_SCHEDULES
 
 STUDENTS = {
@@ -44,8 +44,7 @@ RUNS_PER_SETTING = 6
 _ROWS = (300, 1_000, 3_000, 6_000)  # the most training rows that a table keeps
 _STEPS = (160, 320, 1_000)
 _LEARNING_RATES = {"table": (0.003, 0.01, 0.03), "image": (0.001, 0.003, 0.01), "text": (0.0005, 0.001, 0.002)}
-_CONTENDER_ROWS = 4_000  # the most training rows that a data set keeps for them
-_CONTENDER_STEPS = {"table": MIN_STEPS, "image": 320, "text": 320}
+_CONTENDER_ROWS = {"table": 4_000, "image": 12_500, "text": 12_500}  # the most that a data set keeps for them
 _WARM_SHARE = 0.8  # of the settings; in the others students begin from nothing
 _BATCH = 64
 _EVALUATIONS = 8  # so that the landmark and its half fall on one
@@ -140,11 +139,11 @@ def _provenance(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _contenders_on_table(folder: Path) -> Iterator[dict[str, Any]]:
     """One setting of a table, as a line without a recipe has it, and every contender in it."""
+    most_rows = _CONTENDER_ROWS[kind_of(folder)]
     with tempfile.TemporaryDirectory() as place:
-        runs = TableRuns(folder, Path(place), 0, data={"max_train_rows": _CONTENDER_ROWS, **_held_out(folder)})
-        rate, steps = usual_learning_rate(runs.recipe.student.model), _CONTENDER_STEPS[runs.kind]
-        heard = list(range(len(runs.recipe.teachers)))
-        recipe = _recipe_of_setting(runs, runs.recipe.student.model, steps, rate, warm=True)
+        runs = TableRuns(folder, Path(place), 0, data={"max_train_rows": most_rows, **_held_out(folder)})
+        rate, heard = usual_learning_rate(runs.recipe.student.model), list(range(len(runs.recipe.teachers)))
+        recipe = _recipe_of_setting(runs, runs.recipe.student.model, MIN_STEPS, rate, warm=True)
         ways = [one for one in CONTENDERS if not one.warm_start or runs.can_start(recipe, heard)]
         yield from _rows_of_setting(runs, recipe, heard, ways)
 
