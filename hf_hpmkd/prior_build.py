@@ -46,6 +46,7 @@ _STEPS = (160, 320, 1_000)
 _LEARNING_RATES = {"table": (0.003, 0.01, 0.03), "image": (0.001, 0.003, 0.01), "text": (0.0005, 0.001, 0.002)}
 _CONTENDER_ROWS = {"table": 4_000, "image": 12_500, "text": 12_500}  # the most that a data set keeps for them
 _WARM_SHARE = 0.8  # of the settings; in the others students begin from nothing
+_VERSION = 2  # of how the runs are made; leads of the mean of the weights, contenders as long as a line: 2
 _BATCH = 64
 _EVALUATIONS = 8  # so that the landmark and its half fall on one
 _DRAWS: dict[str, tuple[tuple[Any, ...], tuple[float, ...] | None]] = {
@@ -81,7 +82,7 @@ def build_prior(
     log = output.with_suffix(".jsonl")
     log.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    if rows and set(_without_mark(rows[0])) != set(SCHEMA.names):
+    if rows and (rows[0].get("version") != _VERSION or set(_without_marks(rows[0])) != set(SCHEMA.names)):
         raise ValueError(
             f"{log} must hold rows of this version, it holds those of another, which tell other things. Choose another "
             "--output, or remove it."
@@ -89,7 +90,7 @@ def build_prior(
     known = {_part(row) for row in rows if row.get("last")}
     rows = [row for row in rows if _part(row) in known]  # half done: anew
     if rows:  # a stop between the two files leaves the prior behind
-        write_prior([_without_mark(row) for row in rows], _provenance(rows), output)
+        write_prior([_without_marks(row) for row in rows], _provenance(rows), output)
     for seed in itertools.count(-1):
         for folder in folders:
             if len(rows) >= runs:
@@ -98,9 +99,9 @@ def build_prior(
                 continue
             started = time.perf_counter()
             new = list(_contenders_on_table(folder) if seed < 0 else _rows_of_table(folder, seed))
-            rows += [{**row, "contender": seed < 0, "last": row is new[-1]} for row in new]
+            rows += [{**row, "contender": seed < 0, "last": row is new[-1], "version": _VERSION} for row in new]
             write_whole(log, "".join(json.dumps(row) + "\n" for row in rows))
-            write_prior([_without_mark(row) for row in rows], _provenance(rows), output)
+            write_prior([_without_marks(row) for row in rows], _provenance(rows), output)
             gains = np.array([row["gain"] for row in new])
             what = "contenders" if seed < 0 else f"seed {seed}"
             say(
@@ -115,8 +116,8 @@ def _part(row: dict[str, Any]) -> tuple[str, int, bool]:
     return row["data"], row["seed"], bool(row.get("contender"))
 
 
-def _without_mark(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in ("contender", "last")}
+def _without_marks(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in ("contender", "last", "version")}
 
 
 def _provenance(rows: list[dict[str, Any]]) -> dict[str, Any]:

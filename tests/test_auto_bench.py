@@ -16,7 +16,7 @@ from hf_hpmkd import auto_bench, prior_build
 from hf_hpmkd.auto_bench import Settings, bench_auto
 from hf_hpmkd.auto_bench_report import summary
 from hf_hpmkd.classifier_training import student_schedule, train_or_load
-from hf_hpmkd.components.adaptive_configuration import DIRECT, FASTER, SPACE, Configuration
+from hf_hpmkd.components.adaptive_configuration import DIRECT, FASTER, SPACE, Configuration, Example
 from hf_hpmkd.configuration_examples import SCHEMA, prior_row, provenance, read_prior
 from hf_hpmkd.distill import student_builder
 from hf_hpmkd.expected_gain import by_setting, contended
@@ -190,7 +190,7 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(prior_build, "RUNS_PER_SETTING", 2)
     monkeypatch.setattr(prior_build, "_STEPS", (16,))
     monkeypatch.setattr(prior_build, "CONTENDERS", (FASTER, Configuration(alpha=0.5, temperature=1.0)))
-    monkeypatch.setitem(prior_build._CONTENDER_STEPS, "table", 16)
+    monkeypatch.setattr(prior_build, "MIN_STEPS", 16)
     return tmp_path / "data"
 
 
@@ -312,19 +312,28 @@ def test_on_the_way_a_student_is_judged_as_a_try_is(tables: Path, tmp_path: Path
     assert list(taught.averaged) == [2, 4, 8] and len({*taught.averaged.values(), taught.accuracy}) > 2
 
 
-def test_a_prior_of_another_version_is_not_gone_on_with(tables: Path, tmp_path: Path) -> None:
-    (tmp_path / "prior.jsonl").write_text(json.dumps({"data": "red", "seed": 0, "last": True}) + "\n")
+def _log_of_a_prior(folder: Path, **marks: object) -> list[Example]:
+    """Three rows in `prior.jsonl`, and the examples that they are."""
+    of_setting = {"student": "mlp-4", "taught_by": "mlp-8, mlp-16", "steps": 16, "base_learning_rate": 0.01, "seed": 0}
+    about = {**dict.fromkeys(SCHEMA.names), **of_setting}
+    examples = [replace(one, data="red") for one in read_prior()[:3]]
+    rows = [{**prior_row(one, about), "last": index == 2, **marks} for index, one in enumerate(examples)]
+    (folder / "prior.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return examples
+
+
+@pytest.mark.parametrize(
+    "marks", [{}, {"version": prior_build._VERSION - 1}, {"version": prior_build._VERSION, "x": 1}]
+)
+def test_a_prior_of_another_version_is_not_gone_on_with(tables: Path, tmp_path: Path, marks) -> None:
+    _log_of_a_prior(tmp_path, contender=True, **marks)
     with pytest.raises(ValueError, match="prior.jsonl must hold rows of this version"):
         build_prior(tables, 4, tmp_path / "prior.parquet")
 
 
 def test_a_prior_whose_rows_are_all_there_is_written_again(tables: Path, tmp_path: Path, monkeypatch) -> None:
     """As after a run that was stopped before it wrote the Parquet file; no table is run for that."""
-    of_setting = {"student": "mlp-4", "taught_by": "mlp-8, mlp-16", "steps": 16, "base_learning_rate": 0.01, "seed": 0}
-    about = {**dict.fromkeys(SCHEMA.names), **of_setting}
-    examples = [replace(one, data="red") for one in read_prior()[:3]]
-    rows = [{**prior_row(one, about), "contender": True, "last": index == 2} for index, one in enumerate(examples)]
-    (tmp_path / "prior.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples = _log_of_a_prior(tmp_path, contender=True, version=prior_build._VERSION)
     monkeypatch.setattr(prior_build, "_contenders_on_table", None)
     monkeypatch.setattr(prior_build, "_rows_of_table", None)
     assert build_prior(tables, 3, tmp_path / "prior.parquet", say=lambda line: None) == 3
