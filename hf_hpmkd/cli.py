@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from hf_hpmkd.cli_line import add_line, is_line, line_recipe, line_words
+from hf_hpmkd.cli_line import add_line, file_and_words, is_line, line_recipe, line_words
 from hf_hpmkd.cli_measuring import add_measuring_commands
 
 if TYPE_CHECKING:
@@ -120,7 +120,8 @@ def build_parser() -> argparse.ArgumentParser:
     one.set_defaults(after_stop="The same command resumes the run from its last checkpoint.")
 
     one = command(commands, "init", "Write the recipe of such a line, with comments, to a file.", _init)
-    one.add_argument("file", nargs="?", default="recipe.yaml", help="file to write (default: recipe.yaml)")
+    one.usage = "hpmkd init [FILE] --teacher A ... {--student S | --compression X} --dataset D [section.key=value ...]"
+    one.add_argument("words", nargs="*", metavar="FILE | section.key=value", help="default: recipe.yaml; overrides")
     add_line(one, required=True)
     one.add_argument("--output", metavar="DIR", help="folder of the run")
 
@@ -328,20 +329,19 @@ def _run(recipe: "Recipe", source: str) -> None:
 def _init(args: argparse.Namespace) -> None:
     from hf_hpmkd.recipe_text import recipe_text
 
-    exists = f"{args.file} exists and is not overwritten. Remove it, or name another file."
-    if os.path.lexists(args.file):
+    file, words = file_and_words(args.words)
+    exists = f"{file} exists and is not overwritten. Remove it, or name another file."
+    if os.path.lexists(file):
         raise ValueError(exists)
-    recipe = line_recipe(args, _say)
-    file_word = shlex.quote(args.file)
-    header = (
-        f"Written by `hpmkd init`. See what it would do:  hpmkd plan {file_word}\nRun it:  hpmkd distill {file_word}"
-    )
+    recipe = line_recipe(args, _say, words)
+    name = shlex.quote(file)
+    header = f"Written by `hpmkd init`. See what it would do:  hpmkd plan {name}\nRun it:  hpmkd distill {name}"
     try:
-        with open(args.file, "x", encoding="utf-8") as file:
-            file.write(recipe_text(recipe, header))
+        with open(file, "x", encoding="utf-8") as target:
+            target.write(recipe_text(recipe, header))
     except FileExistsError:
         raise ValueError(exists) from None  # since then
-    _say(f"Wrote {args.file}. Next:  hpmkd plan {file_word}")
+    _say(f"Wrote {file}. Next:  hpmkd plan {name}")
 
 
 def _plan(args: argparse.Namespace) -> None:

@@ -94,3 +94,11 @@ def line_words(args: argparse.Namespace, words: Sequence[str]) -> str:
     options = [f"--teacher={teacher}" for teacher in args.teacher]
     student = f"--compression={args.compression:.15g}" if args.student is None else f"--student={args.student}"
     return shlex.join([*options, student, f"--dataset={args.dataset}", *words])
+
+
+def file_and_words(words: Sequence[str], default: str = "recipe.yaml") -> tuple[str, list[str]]:
+    """The file to write, and the overrides, of the words of `init`. Raises ValueError for more than one file."""
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise ValueError(f"init writes one file, got {' and '.join(files)}. The rest must be section.key=value.")
+    return next(iter(files), default), [word for word in words if "=" in word]

@@ -262,6 +262,21 @@ def test_init_writes_a_commented_recipe_once(
     assert Path("other.yaml").exists()
 
 
+def test_init_writes_what_overrides_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture, runs: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["training.epochs=3", "distillation.alpha=0.5"]
+    assert main(["init", "mine.yaml", words[0], *LINE, *DIGITS, words[1]]) == 0
+    assert main(["distill", *LINE, *DIGITS, *words]) == 0
+    assert load_recipe("mine.yaml") == runs[0][0] and runs[0][0].training.epochs == 3
+    capsys.readouterr()
+    for wrong, told in ((["b.yaml", "c.yaml"], "one file, got b.yaml and c.yaml"), (["training.epochs=no"], "epochs")):
+        assert main(["init", *wrong, *LINE, *DIGITS]) == 2
+        assert told in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.yaml"]
+
+
 def test_init_of_a_faulty_line_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = tmp_path / "r.yaml"
     assert main(["init", str(file), "--teacher", "mlp-4", "--student", "cifar-resnet-8", "--dataset", "a/b"]) == 2
