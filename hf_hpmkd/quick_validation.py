@@ -266,7 +266,7 @@ class _Search:
         records: list[TrialRecord] = []
         for rung in self.rungs:
             if judged:
-                judged.sort(key=lambda one: one[1].gain[0], reverse=True)
+                judged.sort(key=lambda one: one[1].rank, reverse=True)
                 trials = [trial for trial, _, _ in judged][: rung.candidates]
             judged = [(trial, *self._judge(trial, rung.step, leads)) for trial in trials]
             records += [record for _, _, record in judged]
@@ -368,7 +368,7 @@ class _Search:
         place = found.index(own) if careful and own in found else None
         prediction = knowledge.predict(features, found)
         most = self.rungs[0].candidates if self.rungs else 0
-        chosen = propose(prediction, found, most, place, portfolio(features, examples, found))
+        chosen = propose(prediction, found, most, place, portfolio(features, examples, found, self.parts.task))
         expected = list(zip(prediction.gain.tolist(), prediction.spread.tolist(), strict=True))
         return [{"configuration": dataclasses.asdict(found[one]), "expected": expected[one]} for one in chosen]
 

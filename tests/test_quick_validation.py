@@ -127,7 +127,11 @@ def test_the_winner_goes_on_and_ends_as_if_it_had_been_asked_for(
     assert [auto.features["landmark_accuracy"]] == at_landmark  # of the weights as they were, not of their mean
     assert ("student", 4, STEPS) in trainings and max(first for name, first, _ in trainings if name == "direct") == 7
     chosen = str(Configuration(**auto.configuration))
-    assert chosen in {trial.name for trial in auto.trials[-2:]}  # the better of the last two
+    for rung, later in ((auto.trials[:5], auto.trials[5:8]), (auto.trials[5:8], auto.trials[8:])):
+        went_on = {trial.name for trial in later}
+        leads = [[trial.gain for trial in rung if (trial.name in went_on) is so] for so in (True, False)]
+        assert min(leads[0]) >= max(leads[1])
+    assert chosen in {trial.name for trial in auto.trials[8:] if trial.gain == max(one.gain for one in auto.trials[8:])}
     assert not (tmp_path / "run" / "auto").exists()
     for text in ((tmp_path / "run" / "README.md").read_text(), auto.reason):
         assert chosen in text and "over direct training" in text.replace("Gains are over", "over")

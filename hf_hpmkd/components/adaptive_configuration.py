@@ -129,8 +129,8 @@ class Example:
     """What one run showed. gain: points of accuracy over direct training, noise: its standard error, in points.
 
     early: the gain at each of EARLY, with the mean of the weights until there (in the shipped prior, with the weights
-    as they were); NaN where unknown. data: what the run was on, for words and for leaving out. own: from the user's
-    memory, not from the shipped prior.
+    as they were); NaN where unknown. data: what the run was on, for words and for leaving out. task: what its rows
+    were (`vocabulary.TASKS`), "" where unknown. own: from the user's memory, not from the shipped prior.
     """
 
     features: Mapping[str, float]
@@ -139,6 +139,7 @@ class Example:
     noise: float = 1.0
     early: tuple[float, ...] = (math.nan,) * len(EARLY)
     data: str = ""
+    task: str = ""
     own: bool = False
 
 
@@ -316,6 +317,14 @@ class Judged:
     share: float
     gain: tuple[float, float]
 
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The larger the better among the candidates of one run after as many steps: by the lead alone, of equal leads
+        by the gain. (How uncertain leads are, and how they change, is much the same for all candidates of a run. By
+        the gain, large leads would lose to smaller ones, of which more is known.)
+        """
+        return self.measured[0], self.gain[0]
+
 
 def judge(
     configuration: Configuration,
@@ -346,19 +355,21 @@ class Choice:
 
 
 def choose(judged: Sequence[Judged], margin: float, fallback: Configuration = DIRECT) -> Choice:
-    """The best candidate if its gain is above 0 by `margin` standard deviations, else direct training.
+    """Of the candidates whose gain is above 0 by `margin` standard deviations the one that is furthest ahead, else
+    direct training.
 
     fallback: what is chosen without a candidate. One that distils rules direct training out, because the user has set
     alpha: then the best candidate is taken whatever it promises.
     """
     if not judged:
         return Choice(fallback, f"{fallback}, because the budget does not suffice to try anything")
-    best = max(judged, key=lambda one: one.gain[0] - margin * one.gain[1])
+    promising = [one for one in judged if one.gain[0] > margin * one.gain[1]]
+    best = max(promising or judged, key=lambda one: one.rank)
     told = (
         f"{best.configuration}: expected {_points(best.expected)}, measured {_points(best.measured)} points over "
         f"direct training on validation rows after {best.share:.0%} of the steps, together {_points(best.gain)}"
     )
-    if fallback.distils or best.gain[0] > margin * best.gain[1]:
+    if fallback.distils or promising:
         return Choice(best.configuration, told, list(judged))
     asked = f"is surely better ({margin:g} standard deviations are asked for)" if margin else "promises to be better"
     return Choice(fallback, f"direct training, because no candidate {asked}; the best was {told}", list(judged))

@@ -196,6 +196,17 @@ def test_distillation_has_to_prove_itself() -> None:
     assert choose([], 1.0).configuration == DIRECT and choose([], 1.0, fallback=HARD).configuration == HARD
 
 
+def test_a_lead_never_loses_to_a_smaller_one() -> None:
+    """Though much less is expected of it, and leads like it vanish more often than smaller ones."""
+    leads = Leads([*leads_of(6.0, 0.0, 0.2), *leads_of(8.0, -7.0, 4.0)])
+    smaller, larger = (judge(one, (hope, 1.0), (lead, 0.5), EARLY[1], leads)
+                       for one, hope, lead in ((HARD, 2.0, 6.0), (SOFT, 0.5, 8.0)))  # fmt: skip
+    assert larger.gain[0] < smaller.gain[0] - 1.0
+    assert choose([smaller, larger], margin=0.0).configuration == SOFT
+    equal = judge(SOFT, (0.5, 1.0), (6.0, 0.5), EARLY[1], leads)
+    assert choose([equal, smaller], margin=0.0).configuration == HARD  # of which more was expected
+
+
 def test_noise_alone_seldom_misleads() -> None:
     """Four candidates as good as direct training, on rows that tell a point: seldom one of them looks surely better."""
     random = np.random.default_rng(0)
