@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 from hf_hpmkd.components.adaptive_configuration import DIRECT, EARLY, Configuration, Example
 from hf_hpmkd.memory_records import Row
 from hf_hpmkd.meta_features import FEATURES
-from hf_hpmkd.model_names import TASK_OF, built_family
 
 FORMAT_VERSION = 2
 MAX_BYTES = 2_000_000
@@ -101,7 +100,6 @@ def _example(row: dict[str, Any]) -> Example:
         noise=row["noise"],
         early=tuple(math.nan if row[name] is None else row[name] for name in _EARLY_COLUMNS),
         data=row["data"],
-        task=TASK_OF.get(built_family(row["student"] or "") or "", ""),
     )
 
 
@@ -149,8 +147,7 @@ def _example_of_run(row: Row) -> Example | None:
     if not all(_is_number(value) for value in features.values()):
         raise ValueError("Features are finite numbers.")
     noise = 100 * math.sqrt(max(accuracy * (1 - accuracy), 0.01) / row["validation_rows"])
-    gain, data, task = 100 * (accuracy - direct), row["data"] or "", row["task"] or ""
-    return Example(features, configuration, gain, noise, data=data, task=task, own=True)
+    return Example(features, configuration, 100 * (accuracy - direct), noise, data=row["data"] or "", own=True)
 
 
 def _sound(configuration: Configuration) -> Configuration:

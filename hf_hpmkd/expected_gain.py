@@ -38,7 +38,6 @@ _CLEAR_GAIN = 5.0  # points that a contender's gain counts for at most
 _GAIN_SPREAD = 5.0  # points; how far contenders' gains lie apart: with as much noise, half of a gain counts
 _ROWS_SHARE = 2.0  # of the distance between two examples that their rows make, a factor of ten being one
 _LEAST_WEIGHT = 0.5  # of a setting that is nothing like the one at hand
-_OTHER_TASKS = 1.0  # as many data sets do those of other tasks count for, all together
 
 
 class Predictor(Protocol):
@@ -246,7 +245,7 @@ def _terms(features: np.ndarray, encoded: np.ndarray) -> np.ndarray:
 
 
 def portfolio(
-    features: Mapping[str, float], examples: Sequence[Example], possible: Sequence[Configuration], task: str = ""
+    features: Mapping[str, float], examples: Sequence[Example], possible: Sequence[Configuration]
 ) -> list[Configuration]:
     """What to try, in the order in which each adds most to what the best of those before it gains.
 
@@ -254,16 +253,13 @@ def portfolio(
     set behind. Asked are the contenders in the settings of a prior in which all of them were run, the more the more
     alike they are to the one at hand; gains that few rows show count for less; direct training, which is always tried,
     gains 0. Greedy, as for algorithm portfolios (Feurer et al. 2022, Auto-Sklearn 2.0, sec. 4.1), until none adds.
-    possible: what may be tried here; what is most like a contender that distils stands in for it. task: of the one at
-    hand. [] without a complete setting.
+    possible: what may be tried here; what is most like a contender that distils stands in for it. [] without a complete
+    setting.
     """
     complete, ways = contended(examples), _stand_ins(possible)
     if not complete or not ways:
         return []
-    one_of_each = [next(iter(of.values())) for of in complete]
-    weights = np.clip(likeness(features, one_of_each), _LEAST_WEIGHT, None)
-    others = np.array([one.task != task for one in one_of_each])
-    weights[others] *= min(1.0, _OTHER_TASKS / max(weights[others].sum(), 1.0))
+    weights = np.clip(likeness(features, [next(iter(of.values())) for of in complete]), _LEAST_WEIGHT, None)
     gains = np.array([[_certain(of.get(one)) for one in ways] for of in complete])
     names, best = list(ways.values()), np.zeros(len(complete))
     order: list[Configuration] = []

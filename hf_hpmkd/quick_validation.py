@@ -368,7 +368,7 @@ class _Search:
         place = found.index(own) if careful and own in found else None
         prediction = knowledge.predict(features, found)
         most = self.rungs[0].candidates if self.rungs else 0
-        chosen = propose(prediction, found, most, place, portfolio(features, examples, found, self.parts.task))
+        chosen = propose(prediction, found, most, place, portfolio(features, examples, found))
         expected = list(zip(prediction.gain.tolist(), prediction.spread.tolist(), strict=True))
         return [{"configuration": dataclasses.asdict(found[one]), "expected": expected[one]} for one in chosen]
 

@@ -61,7 +61,7 @@ ONLY = {
     "memory_files": set(),
     "components": {"vocabulary", "losses", "memory_records", "memory_index", "memory_files"},
     "expected_gain": {"components", "meta_features"},
-    "configuration_examples": {"components", "meta_features", "memory_records", "model_names"},
+    "configuration_examples": {"components", "meta_features", "memory_records"},
     "engines": {"components"},
     "class_names": set(),
     "gantt": set(),

@@ -129,8 +129,8 @@ class Example:
     """What one run showed. gain: points of accuracy over direct training, noise: its standard error, in points.
 
     early: the gain at each of EARLY, with the mean of the weights until there (in the shipped prior, with the weights
-    as they were); NaN where unknown. data: what the run was on, for words and for leaving out. task: what its rows
-    were (`vocabulary.TASKS`), "" where unknown. own: from the user's memory, not from the shipped prior.
+    as they were); NaN where unknown. data: what the run was on, for words and for leaving out. own: from the user's
+    memory, not from the shipped prior.
     """
 
     features: Mapping[str, float]
@@ -139,7 +139,6 @@ class Example:
     noise: float = 1.0
     early: tuple[float, ...] = (math.nan,) * len(EARLY)
     data: str = ""
-    task: str = ""
     own: bool = False
 
 
