@@ -26,6 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.distiller import Distiller
 from hf_hpmkd.layer_hints import LayerHints
+from hf_hpmkd.losses import labels_loss
 from hf_hpmkd.progress import progress_bar
 from hf_hpmkd.recipe import Recipe, TeacherConfig
 from hf_hpmkd.recipe_rules import usual_learning_rate
@@ -250,6 +251,7 @@ def train_or_load(
         guide_dataset=FedDataset(guide, classifier.feed) if guide is not None else None,
         data_collator=FedDataset.collate,
         compute_metrics=_accuracy,
+        compute_loss_func=None if teachers else labels_loss,
         callbacks=[_Bar(name), clock, _Curve(on_log), *([StopAt(stop_at)] if stop_at is not None else []), *callbacks],
     )
     trainer.distiller_class = distiller_class

@@ -5,6 +5,7 @@ One convention throughout: a loss is returned per sample, `(batch,)`, in nats, a
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -202,3 +203,16 @@ def mixture_nll(teacher_logits: torch.Tensor, weights: torch.Tensor, labels: tor
 def entropy(probabilities: torch.Tensor) -> torch.Tensor:
     """Shannon entropy over the last dimension, in nats, from 0 (certain) to log(size) (uniform)."""
     return -(probabilities * probabilities.clamp_min(_SMALLEST_PROBABILITY).log()).sum(-1)
+
+
+def labels_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> Any:
+    """Cross-entropy with the labels, for `Trainer(compute_loss_func=...)`: a scalar, the share of these rows in the
+    mean over all num_items_in_batch rows of an optimizer step; None: their own mean.
+
+    Upstream trusts a model whose `forward` takes further arguments to divide by that number. BERT and others take them
+    and do not, so that their own loss counts once for every accumulated batch and process. outputs: of a model, with
+    `logits` `(batch, classes)`; labels: `(batch,)`.
+    """
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    num_items = len(labels) if num_items_in_batch is None else num_items_in_batch
+    return F.cross_entropy(logits, labels, reduction="sum") / num_items

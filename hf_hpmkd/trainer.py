@@ -119,7 +119,8 @@ class HPMKDTrainer(Trainer):
         assert rows is not None and views is not None
         if self.distiller is None:
             loss, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
-            counted = num_items_in_batch if self.model_accepts_loss_kwargs else None
+            scaled = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+            counted = num_items_in_batch if scaled else None
             loss = loss + self._hint_term(rows, views, inputs, counted)
             return (loss, outputs) if return_outputs else loss
         labels = inputs.pop("labels")

@@ -26,13 +26,14 @@ from hf_hpmkd.classifier_training import (
     train_or_load,
     training_arguments,
 )
-from hf_hpmkd.classifiers import build_classifier
+from hf_hpmkd.classifiers import Classifier, build_classifier
 from hf_hpmkd.data import DataParts, load_parts
 from hf_hpmkd.data_config import DataConfig
 from hf_hpmkd.recipe import fingerprint, read_recipe, recipe_tree
 from hf_hpmkd.run_memory import run_memory
 from hf_hpmkd.sklearn_teachers import train_sklearn
 from hf_hpmkd.table_runs import spare_time
+from hf_hpmkd.tasks.tables import TableRows
 from hf_hpmkd.tasks.text import TextRows
 from hf_hpmkd.tasks.word_dropout import WordDropout
 from hf_hpmkd.teacher_cache import TeacherCache
@@ -80,6 +81,38 @@ def test_where_there_is_no_floor_the_keys_are_those_of_before_there_was() -> Non
         del known["training"][name]
     assert fingerprint(without) == hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
     assert fingerprint(without) != fingerprint(floored)
+
+
+@pytest.mark.parametrize("model", ["bert-1x16", "mlp-4"])
+def test_the_labels_count_once_however_a_batch_is_cut(tmp_path: Path, model: str) -> None:
+    """BERT's own loss does not count the rows of a step, though its forward takes their number."""
+    words = ["good thing", "bad thing", "a good one", "a bad one"]
+    dataset = Dataset.from_dict({"text": words * 12, "label": [row % 2 for row in range(48)]})
+    kind = TextRows if model.startswith("bert") else TableRows
+    rows = kind.from_dataset(dataset, "text" if kind is TextRows else ["text"], "label", ["no", "yes"])
+
+    def build() -> Classifier:
+        classifier = build_classifier(model, rows)
+        for module in classifier.model.modules():
+            if isinstance(module, torch.nn.Dropout):  # whose draws depend on how a batch is cut
+                module.p = 0.0
+        return classifier
+
+    found = []
+    for batch, accumulated in ((16, 1), (8, 2)):
+        tree = {
+            "data": {"path": "unused"},
+            "teachers": [{"model": "sklearn:LogisticRegression"}],
+            "student": {"model": model},
+            "training": {"epochs": 2, "batch_size": batch, "gradient_accumulation_steps": accumulated, "log_every": 1},
+        }
+        recipe = read_recipe(tree, "a test", check_files=False)
+        folder = tmp_path / f"student-{batch}"
+        trained = train_or_load("student", build, recipe, student_schedule(recipe), folder, rows, rows)
+        losses = [row["loss"] for row in trained.curve if "loss" in row]
+        found.append((losses, torch.cat([one.detach().flatten() for one in trained.classifier.model.parameters()])))
+    assert len(found[0][0]) == 6 and found[1][0] == pytest.approx(found[0][0], rel=1e-4)
+    torch.testing.assert_close(found[1][1], found[0][1], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("hears", [False, True])
@@ -258,7 +291,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 import hf_hpmkd.classifier_training as training
-from hf_hpmkd.classifiers import build_classifier
+from hf_hpmkd.classifiers import Classifier, build_classifier
 from hf_hpmkd.recipe import read_recipe
 from hf_hpmkd.recipe_parts import recipe_parts
 sys.path.insert(0, sys.argv[2])
