@@ -238,10 +238,10 @@ def train_or_load(
         state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
         return Trained(classifier, 0.0, _step_of(checkpoint), _numbers(state["log_history"]), resumed=True)
     args = training_arguments(recipe, schedule, folder, len(train), bool(teachers), resumable)
+    args._n_gpu = min(args.n_gpu, 1)  # of several that are visible, too: upstream would train on all of them
     if stop_at is not None:  # with one alone upstream keeps the best, and not the one to go on from
         args.save_total_limit = max(2, args.save_total_limit or 2)
-    clock = _Clock(checkpoint)
-    family = type(classifier.model)
+    clock, family = _Clock(checkpoint), type(classifier.model)
     trainer = HPMKDTrainer(
         classifier.model,
         list(teachers) or None,
@@ -257,9 +257,9 @@ def train_or_load(
     trainer.distiller_class = distiller_class
     if cache is not None:
         trainer.teacher_cache = cache
-    if (weight := recipe.distillation.hint_weight) and (above := classifier.origin) is not None:
-        share = recipe.distillation.hint_share
-        trainer.hints = LayerHints(classifier.model, above, train, classifier.feed, weight, share)
+    asked, above = recipe.distillation, classifier.origin
+    if asked.hint_weight and above is not None:
+        trainer.hints = LayerHints(classifier.model, above, train, classifier.feed, asked.hint_weight, asked.hint_share)
     in_pieces = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     averaged = AveragedWeights(checkpoint) if stop_at is not None and not in_pieces else None
     if averaged is not None:

@@ -38,6 +38,8 @@ from hf_hpmkd.tasks.text import TextRows
 from hf_hpmkd.tasks.word_dropout import WordDropout
 from hf_hpmkd.teacher_cache import TeacherCache
 from hf_hpmkd.teacher_training import network_key, train_teacher
+from hf_hpmkd.trainer import HPMKDTrainer
+from hf_hpmkd.training_args import HPMKDTrainingArguments
 
 
 @pytest.mark.parametrize(
@@ -113,6 +115,34 @@ def test_the_labels_count_once_however_a_batch_is_cut(tmp_path: Path, model: str
         found.append((losses, torch.cat([one.detach().flatten() for one in trained.classifier.model.parameters()])))
     assert len(found[0][0]) == 6 and found[1][0] == pytest.approx(found[0][0], rel=1e-4)
     torch.testing.assert_close(found[1][1], found[0][1], atol=1e-5, rtol=1e-4)
+
+
+def test_one_process_takes_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upstream would train on all that are visible, with as many batches a step."""
+    original, seen = HPMKDTrainingArguments.__post_init__, []
+
+    def see_two(self) -> None:
+        original(self)
+        self._n_gpu = 2
+
+    def train(self, *args, **kwargs):
+        seen.append((self.args.n_gpu, self.args.train_batch_size))
+        raise InterruptedError
+
+    monkeypatch.setattr(HPMKDTrainingArguments, "__post_init__", see_two)
+    monkeypatch.setattr(HPMKDTrainer, "train", train)
+    tree = {
+        "data": {"path": "sklearn:wine"},
+        "teachers": [{"model": "sklearn:LogisticRegression"}],
+        "student": {"model": "mlp-4"},
+        "training": {"batch_size": 16},
+    }
+    recipe = read_recipe(tree, "a test")
+    parts = load_parts(DataConfig(path="sklearn:wine"))
+    build = partial(build_classifier, "mlp-4", parts.train)
+    with pytest.raises(InterruptedError):
+        train_or_load("student", build, recipe, student_schedule(recipe), tmp_path / "s", parts.train, parts.validation)
+    assert seen == [(1, 16)]
 
 
 @pytest.mark.parametrize("hears", [False, True])
