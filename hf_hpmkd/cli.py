@@ -120,7 +120,6 @@ def build_parser() -> argparse.ArgumentParser:
     one.set_defaults(after_stop="The same command resumes the run from its last checkpoint.")
 
     one = command(commands, "init", "Write the recipe of such a line, with comments, to a file.", _init)
-    one.usage = "hpmkd init [FILE] --teacher A ... {--student S | --compression X} --dataset D [section.key=value ...]"
     one.add_argument("words", nargs="*", metavar="FILE | section.key=value", help="default: recipe.yaml; overrides")
     add_line(one, required=True)
     one.add_argument("--output", metavar="DIR", help="folder of the run")

@@ -98,7 +98,8 @@ def line_words(args: argparse.Namespace, words: Sequence[str]) -> str:
 
 def file_and_words(words: Sequence[str], default: str = "recipe.yaml") -> tuple[str, list[str]]:
     """The file to write, and the overrides, of the words of `init`. Raises ValueError for more than one file."""
-    files = [word for word in words if "=" not in word]
+    overrides = [word for word in words if re.match(r"[a-z_]+(\.\w+)*=", word)]
+    files = [word for word in words if word not in overrides]
     if len(files) > 1:
         raise ValueError(f"init writes one file, got {' and '.join(files)}. The rest must be section.key=value.")
-    return next(iter(files), default), [word for word in words if "=" in word]
+    return next(iter(files), default), overrides

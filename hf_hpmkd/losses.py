@@ -213,6 +213,5 @@ def labels_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Te
     and do not, so that their own loss counts once for every accumulated batch and process. outputs: of a model, with
     `logits` `(batch, classes)`; labels: `(batch,)`.
     """
-    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
     num_items = len(labels) if num_items_in_batch is None else num_items_in_batch
-    return F.cross_entropy(logits, labels, reduction="sum") / num_items
+    return F.cross_entropy(outputs["logits"].float(), labels, reduction="sum") / num_items

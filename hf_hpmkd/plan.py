@@ -274,6 +274,7 @@ def _auto_lines(recipe: Recipe, parts: DataParts | None, rows: Rows | None, stud
     )
     rows_per_step = training.batch_size * training.gradient_accumulation_steps
     budget = budget_steps(mode, total, training_flops(blueprint, rows) * rows_per_step)
+    budget = min(budget, most_candidates(mode) * total)  # each trained to its end at most
     return [
         f"Auto     tries at most {most_candidates(mode)} configurations beside direct training, {budget:,} steps more "
         "at most"

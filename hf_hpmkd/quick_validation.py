@@ -305,7 +305,7 @@ class _Search:
             features={name: value for name, value in features.items() if value == value},  # without NaN
             trials=records,
             total_steps=self.total,
-            budget_steps=self.budget,
+            budget_steps=min(self.budget, most_candidates(self.recipe.auto.mode) * self.total),  # more is of no use
             extra_steps=spent - sum(trial.steps for trial in going_on),
             seconds=seconds,
             extra_seconds=seconds - sum(trial.seconds for trial in going_on),

@@ -70,18 +70,15 @@ def budget_steps(mode: str | float, total_steps: int, operations_per_step: float
     """Optimizer steps that the tries may add to a run. mode: fast, thorough, or minutes. total_steps: of one training.
     operations_per_step: floating point operations of one step, forward and backward.
 
-    thorough, too, may take 20 s, or it would try less than fast where a training takes a few seconds. More than to
-    train every candidate to its end is of no use.
+    thorough, too, may take 20 s, or it would try less than fast where a training takes a few seconds.
     Raises ValueError for off, which tries nothing.
     """
     if mode == "off":
         raise ValueError("`auto.mode` off has no budget. Ask for fast, thorough or minutes.")
     step = _SECONDS_PER_STEP + operations_per_step / _OPERATIONS_PER_SECOND
-    if isinstance(mode, str):
-        steps = max(int(_SHARES[mode] * total_steps), int(_LEAST_SECONDS / step))
-    else:
-        steps = int(60 * mode / step)
-    return min(steps, most_candidates(mode) * total_steps)
+    if not isinstance(mode, str):
+        return int(60 * mode / step)
+    return max(int(_SHARES[mode] * total_steps), int(_LEAST_SECONDS / step))
 
 
 @dataclasses.dataclass(frozen=True)

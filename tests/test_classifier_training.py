@@ -321,7 +321,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 import hf_hpmkd.classifier_training as training
-from hf_hpmkd.classifiers import Classifier, build_classifier
+from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.recipe import read_recipe
 from hf_hpmkd.recipe_parts import recipe_parts
 sys.path.insert(0, sys.argv[2])

@@ -275,6 +275,7 @@ def test_init_writes_what_overrides_say(
         assert main(["init", *wrong, *LINE, *DIGITS]) == 2
         assert told in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["mine.yaml"]
+    assert main(["init", "./a=b.yaml", *LINE, *DIGITS]) == 0 and Path("a=b.yaml").exists()
 
 
 def test_init_of_a_faulty_line_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

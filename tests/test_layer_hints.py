@@ -21,6 +21,7 @@ from hf_hpmkd.recipe import RecipeError, fingerprint, read_recipe
 from hf_hpmkd.run_record import RunRecord
 from hf_hpmkd.tasks.base import UNAUGMENTED
 from hf_hpmkd.teacher_kinds import TorchTeacher
+from hf_hpmkd.trainer import HPMKDTrainer
 from hf_hpmkd.warm_start import warm_start
 
 IMAGES = image_rows(8, 8)[0]
@@ -237,6 +238,21 @@ def test_hints_are_given_in_their_share_of_the_training(tmp_path: Path, alpha: f
     assert logged == {step: step <= steps / 2 for step in range(1, steps + 1)}
     assert not any("hint_loss" in row for row in plain.curve)
     assert all(row["hint_loss"] > 0 for row in hinted.curve if "hint_loss" in row)
+
+
+@pytest.mark.parametrize("alpha", [0, 0.5])
+def test_a_hint_counts_as_its_rows_do_in_an_accumulated_step(tmp_path: Path, monkeypatch, alpha: float) -> None:
+    counted, original = [], HPMKDTrainer._hint_term
+
+    def hint_term(self, rows, views, inputs, num_items):
+        counted.append((len(rows), num_items))
+        return original(self, rows, views, inputs, num_items)
+
+    monkeypatch.setattr(HPMKDTrainer, "_hint_term", hint_term)
+    asked = recipe(alpha=alpha, hint_weight=1, hint_share=1)
+    asked = replace(asked, training=replace(asked.training, gradient_accumulation_steps=2))
+    trained(tmp_path / "one", asked, [teacher("cifar-resnet-14x4")] if alpha else [])
+    assert len(counted) > 2 and sum(rows for rows, _ in counted[:2]) == int(counted[0][1]) == int(counted[1][1])
 
 
 @pytest.mark.parametrize(("share", "stop_at"), [(1, None), (0.5, None), (1, 2)])
