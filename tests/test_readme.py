@@ -70,7 +70,7 @@ def test_the_judgement_of_the_adaptive_configuration_is_that_of_its_record():
     assert block("auto") == totals(results)
     grown, tables, *others = (
         json.loads((folder / f"bench_{name}.json").read_text(encoding="utf-8"))["results"]
-        for name in ("growth", "grid", "minutes", "long_grid", "long", "averaged", "long_averaged")
+        for name in ("growth", "grid", "minutes", "long_grid", "long", "ranked", "long_ranked")
     )
     assert block("regrets") == regrets(tables)
     shown = f"{auto_summary(results)}\n\n## As the prior grows\n\n{growth(grown)}\n"
@@ -79,8 +79,8 @@ def test_the_judgement_of_the_adaptive_configuration_is_that_of_its_record():
         "The same with two minutes of tries",
         "Images and a text, with a grid",
         "Images and a text, at larger rates",
-        "Tries judged by the mean of their weights: the tables with a grid",
-        "Tries judged by the mean of their weights: images and a text",
+        "Tries ranked by their lead: the tables with a grid",
+        "Tries ranked by their lead: images and a text",
     )
     for title, of in zip(titles, (tables, *others), strict=True):
         shown += f"\n## {title}\n\n{auto_summary(of)}\n"
