@@ -1,11 +1,12 @@
 """Distillation losses as pure tensor functions. Knows nothing of models, teachers' origin or training loops.
 
 One convention throughout: a loss is returned per sample, `(batch,)`, in nats, and carries the factor T² (Hinton et al.
-2015, section 2), so that the size of its gradient does not change with the temperature. The caller reduces.
+2015, section 2), so that the size of its gradient does not change with the temperature. The caller reduces; only
+`labels_loss`, which upstream's trainer calls, is a scalar.
 """
 
 import math
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -205,7 +206,9 @@ def entropy(probabilities: torch.Tensor) -> torch.Tensor:
     return -(probabilities * probabilities.clamp_min(_SMALLEST_PROBABILITY).log()).sum(-1)
 
 
-def labels_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> Any:
+def labels_loss(
+    outputs: Mapping[str, torch.Tensor], labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
     """Cross-entropy with the labels, for `Trainer(compute_loss_func=...)`: a scalar, the share of these rows in the
     mean over all num_items_in_batch rows of an optimizer step; None: their own mean.
 
