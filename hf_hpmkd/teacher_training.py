@@ -108,6 +108,8 @@ def _network(
                     About(key, Training.of(trained), accuracy).save(into / _ABOUT)
                 store.keep_model(key, into)  # also what a worker or a run before an interruption has trained
         model, feed = trained.classifier.model, trained.classifier.feed
+        # Saving has said so in the first process alone; a teacher must have one fingerprint in all of them.
+        model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
         names = parts.class_names
         return TorchTeacher(model, feed, name=name, data_names=names, source=config.model), trained.seconds
 
