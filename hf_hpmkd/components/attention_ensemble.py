@@ -17,27 +17,31 @@ from hf_hpmkd.losses import entropy, mixture_nll
 GATE_OBJECTIVES = ("mixture", "joint", "label", "uniform")
 TRAINED_OBJECTIVES = ("mixture", "joint")
 
-# A calibration temperature outside this range says that the teacher is certain and always right, or carries nothing.
 _CALIBRATION_RANGE = (0.25, 100.0)
+# One standard deviation of log τ before any row is seen. Without it a teacher that answers a dozen rows right looks as
+# if it could not be too sure. Of none, 1, 0.5 and 0.25 the best on validation rows of 33 tables.
+_LOG_TAU_SPREAD = 0.5
 _EMBEDDING_SIZE = 16
 _NUM_STATISTICS = 3
 
 
 def fit_calibration(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """The scalar τ that minimises the negative log-likelihood of `logits / τ` (Guo et al., ICML 2017, section 4.2).
+    """The scalar τ under which `logits / τ` are the likeliest (Guo et al., ICML 2017, section 4.2), of few rows nearer
+    to 1: the mode of its posterior, with a normal prior on log τ.
 
     logits: `(rows, classes)` of one teacher on rows it has not seen. labels: `(rows,)`. The result lies in
-    [0.25, 100]; above 1 the teacher was over-confident. A constant teacher comes out at the upper end.
+    [0.25, 100]; above 1 the teacher was over-confident. A teacher that tells the classes of a row nothing apart is
+    left as it is, 1.
     """
     logits = logits.double()
 
-    def nll(log_tau: float) -> float:
-        return F.cross_entropy(logits / torch.tensor(log_tau).exp(), labels).item()
+    def loss(log_tau: float) -> float:
+        nll = F.cross_entropy(logits / torch.tensor(log_tau).exp(), labels, reduction="sum").item()
+        return nll + 0.5 * (log_tau / _LOG_TAU_SPREAD) ** 2
 
     low, high = (torch.tensor(end).log().item() for end in _CALIBRATION_RANGE)
-    found = minimize_scalar(nll, bounds=(low, high), method="bounded", options={"xatol": 1e-3})
-    # Where the likelihood is flat (a constant teacher) the search stops anywhere; the end of the range says it best.
-    best = min((found.x, low, high), key=lambda x: (round(nll(x), 6), -x))
+    found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-3})
+    best = min((found.x, low, high), key=loss)
     return float(torch.tensor(best).exp())
 
 

@@ -1,5 +1,7 @@
 """The attention ensemble: calibration, closed forms, what the trained gate must and must not do."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,6 +46,31 @@ def test_calibration_finds_the_scale_that_was_applied():
     logits, labels = honest_teacher()
     assert ae.fit_calibration(logits, labels) == pytest.approx(1.0, abs=0.05)
     assert ae.fit_calibration(3 * logits, labels) == pytest.approx(3.0, abs=0.15)
+
+
+def test_few_rows_move_the_calibration_little():
+    """The mode of the posterior, looked up on a grid: between 1 and the likeliest scale, nearer to it of many rows."""
+    logits, labels = honest_teacher()
+    grid = torch.linspace(0.25, 20, 4000).double()
+    for scale in (0.5, 3.0):
+        short = []
+        for rows in (5, 50, 5000):
+            spoken, told = scale * logits[:rows].double(), labels[:rows]
+            nll = torch.stack([F.cross_entropy(spoken / tau, told, reduction="sum") for tau in grid])
+            posterior = nll + (grid.log() / 0.5) ** 2 / 2
+            found, likeliest = ae.fit_calibration(spoken, told), float(grid[nll.argmin()])
+            assert found == pytest.approx(float(grid[posterior.argmin()]), abs=0.01)
+            assert min(1, likeliest) - 0.01 <= found <= max(1, likeliest) + 0.01
+            short.append(abs(math.log(found / likeliest)))
+        assert short[0] > short[1] > 10 * short[2]
+        assert found == pytest.approx(scale, rel=0.05)
+
+
+def test_a_teacher_that_answers_a_dozen_rows_right_is_not_taken_to_be_certain():
+    right = torch.tensor([[4.0, 0.0, 0.0]]).repeat(12, 1)  # sure to 96 %
+    tau = ae.fit_calibration(right, torch.zeros(12, dtype=torch.long))
+    assert 0.6 < tau < 0.95
+    assert ae.fit_calibration(torch.ones(12, 3), torch.zeros(12, dtype=torch.long)) == pytest.approx(1, abs=1e-2)
 
 
 @pytest.mark.parametrize(("scales", "taught_at"), [((3.0, 3.0), 3.0), ((3.0, 6.0), 3.0), ((0.5, 3.0), 1.0)])
