@@ -268,7 +268,11 @@ def _timm(request: _Request) -> tuple[PreTrainedModel, Feed]:
     )
     config.pretrained_cfg = taught
     try:
-        return _new_model(config, request), feed
+        model = _new_model(config, request)
+        if request.name.variant:  # sizes that do not go together may be found out by the first image alone
+            with torch.no_grad():
+                model.eval()(pixel_values=torch.zeros(1, 3, *size, device=model.device))
+        return model, feed
     except _UNBUILDABLE as error:
         other = (
             "other sizes in the brackets, or another architecture" if request.name.variant else "another architecture"

@@ -96,6 +96,9 @@ class Distiller:
     Raises ValueError where the settings need guide rows or penultimate features that are not there.
     """
 
+    trains_more = False
+    """Whether it trains modules of its own with the student's optimizer."""
+
     def __init__(
         self,
         args: HPMKDTrainingArguments,

@@ -177,7 +177,8 @@ class TeacherCache:
             self._require_room(CaptureSize(len(missing) * layout.nbytes, len(missing)), say)
             capture = _Capture(rows, batch_size, progress, say, missing)
             captured = self._capture_missing(missing, capture, found)
-        self.tally.add([file.path for of_teacher in wanted for file in of_teacher], captured)
+        # What other processes of this run compute meanwhile was not there either.
+        self.tally.add([file.path for of_teacher in wanted for file in of_teacher], {file.path for _, file in missing})
         stored_files = [[found[file.key] for file in of_teacher] for of_teacher in wanted]
         names = [teacher.name for teacher in teachers]
         return CachedOutputs(names, stored_files, layout, views, len(found) - len(captured), len(captured))
@@ -265,7 +266,8 @@ class TeacherCache:
         """All files, the latest used first."""
         found = []
         for path in list_files(self.root):
-            status = path.stat()
+            if (status := _status(path)) is None:
+                continue
             try:
                 about = read_about(path)
             except DamagedFileError:
@@ -317,8 +319,7 @@ class TeacherCache:
         limit = math.inf if older_than is None else time.time() - older_than * 86400
         count = size = 0
         for path in list_files(self.root, with_leftovers=True):
-            status = path.stat()
-            if status.st_mtime > limit:
+            if (status := _status(path)) is None or status.st_mtime > limit:
                 continue
             lock = path.with_name(path.name.split(".")[0] + ".lock")
             try:
@@ -330,6 +331,13 @@ class TeacherCache:
             count += path.suffix == SUFFIX
             size += status.st_size
         return f"{count} files deleted, {readable_bytes(size)} freed, in {self.root}"
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """None where the file has gone since it was listed."""
+    with suppress(FileNotFoundError):
+        return path.stat()
+    return None
 
 
 def _require_views(teachers: Sequence[Teacher], rows: Rows) -> None:

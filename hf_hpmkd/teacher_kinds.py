@@ -9,7 +9,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -25,9 +25,15 @@ from hf_hpmkd.tasks.base import UNAUGMENTED, Feed, Rows, json_digest
 # which Trainer switches off in the model that it trains.
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "_commit_hash", "transformers_version", "auto_map", "use_cache")
 
+# Their modules are told by what they print.
+_LIBRARIES = frozenset(
+    {"builtins", "abc", "typing", "torch", "torchvision", "torchao", "timm", "transformers", "hf_hpmkd"}
+)
+
 _WORTH_A_WARNING = 0.05
 _STANDARD_ERRORS = 2.0
 _LEAST_PACKED = 0.5
+_RARE_REST = 0.9  # share of the commonest class above which the others are rare
 
 
 class Teacher(ABC):
@@ -242,11 +248,42 @@ def own_class_names(model: nn.Module) -> list[str] | None:
 
 
 def architecture(model: nn.Module) -> dict[str, Any]:
-    """JSON-able: what the weights do not say: settings of a config, else the printed modules (strides, activations)."""
+    """JSON-able: what the weights do not say: settings of a config, else the printed modules (strides, activations),
+    and of modules of no library their code and the plain settings that they were made with.
+    """
     if isinstance(model, PreTrainedModel):
         config = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE_CONFIG_KEYS}
         return {"class": type(model).__name__, "config": config}
-    return {"class": type(model).__name__, "modules": re.sub(r" at 0x[0-9a-f]+", "", repr(model))}
+    told: dict[str, Any] = {"class": type(model).__name__, "modules": re.sub(r" at 0x[0-9a-f]+", "", repr(model))}
+    own = [part for part in model.modules() if _is_own(type(part))]
+    if own:
+        kinds = {base for kind in {type(part) for part in own} for base in kind.__mro__ if _is_own(base)}
+        told["code"] = sorted(map(_source, kinds))
+        told["attributes"] = [_settings(part) for part in own]
+    return told
+
+
+def _is_own(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] not in _LIBRARIES
+
+
+@cache
+def _source(kind: type) -> str:
+    """The code of a class; its name where that is not to be had, as in a console."""
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return kind.__qualname__
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """What a module was made with, as far as it is plain and kept under its name; not what it counts or remembers."""
+    asked = inspect.signature(type(module).__init__).parameters
+    return {name: value for name, value in vars(module).items() if name in asked and _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str)) or (isinstance(value, tuple) and all(map(_is_plain, value)))
 
 
 class ColumnTeacher(Teacher):
@@ -377,6 +414,13 @@ class FoldedTeacher(Teacher):
         return self
 
 
+def _way_out(accuracy: float, labels: Tensor) -> str:
+    commonest = float(labels.bincount().max()) / len(labels)
+    if commonest > _RARE_REST and accuracy >= 2 * commonest - 1:  # else it is wrong about the common class
+        return f"{commonest:.0%} of these rows are of one class, so accuracy says little; macro F1 says more."
+    return "Check its preprocessing and, where it was trained elsewhere, the order of its classes (`labels`)."
+
+
 def check_teacher(
     teacher: Teacher, guide_logits: Tensor, guide_labels: Tensor, train_accuracy: float | None = None
 ) -> list[str]:
@@ -408,7 +452,7 @@ def check_teacher(
     if chance < 1 and accuracy - chance <= _STANDARD_ERRORS * math.sqrt(chance * (1 - chance) / len(labels)):
         found.append(
             f"Teacher {teacher.name!r} is no better than chance: accuracy {accuracy:.3f} on {len(labels)} guide rows, "
-            f"{chance:.3f} expected of random answers. Check the order of its classes (`labels`) and its preprocessing."
+            f"{chance:.3f} expected of random answers. {_way_out(accuracy, labels)}"
         )
     if train_accuracy is not None:
         gap = train_accuracy - accuracy

@@ -23,8 +23,8 @@ from hf_hpmkd.run_memory import RunMemory
 from hf_hpmkd.sklearn_teachers import SAVED_TYPES, load_skops, stratified_folds, train_sklearn
 from hf_hpmkd.tasks.base import Rows, json_digest
 from hf_hpmkd.teacher_kinds import FoldedTeacher, Teacher, TorchTeacher
+from hf_hpmkd.vocabulary import SKLEARN_FOLDS
 
-SKLEARN_FOLDS = 5
 _DONE = "trained.json"
 _ABOUT = "training.json"
 
@@ -71,7 +71,7 @@ def _sklearn(config: TeacherConfig, name: str, seed: int, rows: Rows, folder: Pa
             models = {"model": fitted.full} | {f"fold{index}": fold for index, fold in enumerate(fitted.folds)}
         for part, model in models.items():
             model.save(folder / f"{part}.skops")  # type: ignore[attr-defined]
-        write_json(done, {"seconds": seconds, "folds": folds})
+        write_json(done, {"seconds": seconds})
     about = json.loads(done.read_text(encoding="utf-8"))
     load = partial(load_skops, rows=rows, name=name, trusted_types=SAVED_TYPES)  # files that this run wrote
     teacher: Teacher = load(folder / "model.skops")
@@ -107,9 +107,8 @@ def _network(
                     accuracy = measure(trained.classifier, parts.validation, batch_size)
                     About(key, Training.of(trained), accuracy).save(into / _ABOUT)
                 store.keep_model(key, into)  # also what a worker or a run before an interruption has trained
-        model, feed = trained.classifier.model, trained.classifier.feed
-        # Saving has said so in the first process alone; a teacher must have one fingerprint in all of them.
-        model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
+        # The saved weights, which are the same in every process; of batch statistics each process has its own.
+        model, feed = type(trained.classifier.model).from_pretrained(into), trained.classifier.feed
         names = parts.class_names
         return TorchTeacher(model, feed, name=name, data_names=names, source=config.model), trained.seconds
 

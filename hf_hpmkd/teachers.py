@@ -223,14 +223,19 @@ def _from_transformers(source: str, rows: Rows, options: _Options) -> TorchTeach
 
 
 def _config_file(source: str, revision: str | None) -> str:
+    if source.endswith((".joblib", ".pkl", ".pickle")):
+        raise ValueError(
+            f"{source!r} is a pickle, which may run any code when it is read and is not opened here. Save the "
+            "estimator with `skops.io.dump(estimator, 'model.skops')` and give that file."
+        )
+    if Path(source).is_file():
+        raise ValueError(
+            f"A teacher's file is .skops, or .safetensors with its JSON beside it, got {source!r}. Give the folder of "
+            "a transformers model."
+        )
     try:
         found = cached_file(source, "config.json", revision=revision)
     except (OSError, ValueError) as error:
-        if source.endswith((".joblib", ".pkl", ".pickle")):
-            raise ValueError(
-                f"{source!r} is a pickle, which may run any code when it is read and is not opened here. Save the "
-                "estimator with `skops.io.dump(estimator, 'model.skops')` and give that file."
-            ) from error
         raise FileNotFoundError(
             f"No teacher at {source!r}: it is neither a folder with a config.json nor a Hub model that can be "
             f"reached. Check the name, the revision and, for private models, `hf auth login`. ({error})"

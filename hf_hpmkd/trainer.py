@@ -29,6 +29,7 @@ from hf_hpmkd.dataset_rows import (
     fetcher,
 )
 from hf_hpmkd.distiller import Batch, Distiller, GuideRows, TeacherOutputs, check_guide
+from hf_hpmkd.heads import find_classifier_head
 from hf_hpmkd.layer_hints import LayerHints
 from hf_hpmkd.tasks.base import UNAUGMENTED, FedDataset
 from hf_hpmkd.teacher_cache import LiveOutputs, TeacherCache
@@ -222,6 +223,8 @@ class HPMKDTrainer(Trainer):
         collate = self._get_collator_with_removed_columns(self.data_collator)
         names = own_class_names(self.model)
         rows, num_views = as_rows(self.train_dataset, collate, names, stored=not live)
+        if names and len(names) != len(rows.class_names):
+            _require_outputs(self.model, len(names), len(rows.class_names))
         if names and not are_generic(names) and not are_generic(rows.class_names):
             _check_classes("The student's names (`id2label`)", names, rows.class_names)
         if self.args.kd_kind == "standardized_kl" and len(rows.class_names) == 2:
@@ -232,7 +235,7 @@ class HPMKDTrainer(Trainer):
             )
         guide = None
         if self.guide_dataset is not None:
-            guide, _ = as_rows(self.guide_dataset, collate, rows.class_names)
+            guide, _ = as_rows(self.guide_dataset, collate, rows.class_names, what="guide")
             _check_classes("The guide rows", guide.class_names, rows.class_names)
         teachers = [as_teacher(teacher, rows, device=self.args.device) for teacher in self.teachers]
         if any(_reads_raw(one) for one in teachers):
@@ -274,6 +277,10 @@ class HPMKDTrainer(Trainer):
             raise ValueError(
                 f"One process drives one GPU here, {self.args.n_gpu} are visible. Start with `accelerate launch`, or "
                 "hide the others: CUDA_VISIBLE_DEVICES=0."
+            )
+        if any(one is self.model or getattr(one, "model", None) is self.model for one in self.teachers):
+            raise ValueError(
+                "A teacher is frozen, so the student cannot be its own. Pass a copy: copy.deepcopy(student)."
             )
         check_guide(self.args, self.guide_dataset)
 
@@ -427,6 +434,19 @@ def _name_apart(teachers: Sequence[Teacher]) -> None:
             count += 1
             teacher.name = f"{stem}-{count}"
         taken.add(teacher.name)
+
+
+def _require_outputs(student: nn.Module, named: int, classes: int) -> None:
+    """Raises ValueError where a student whose config names another number of classes has no such layer either (of
+    somebody's own model the config may say nothing).
+    """
+    try:
+        find_classifier_head(student, classes)
+    except ValueError:
+        raise ValueError(
+            f"The student must have an output per class of the training rows, it has {named} and they have {classes}. "
+            f"Make it with num_labels={classes}."
+        ) from None
 
 
 def _check_classes(what: str, others: Sequence[str], train: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
@@ -115,7 +116,10 @@ class _Pair:
 
     def copy(self) -> int:
         """Number of values that were copied."""
-        values, rank = self.source.to(self.target.device), self.target.dim()
+        source, rank = self.source, self.target.dim()
+        if is_traceable_wrapper_subclass(source):  # packed into 8 bits
+            source = source.dequantize()
+        values = source.to(self.target.device)
         for dim, (_, theirs) in enumerate(self.places):
             values = values.index_select(dim, theirs.to(values.device))
         if rank == 0:

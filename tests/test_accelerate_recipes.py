@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from hf_hpmkd.distill import check_launch
+from hf_hpmkd.distill import check_launch, check_precision
+from hf_hpmkd.recipe import load_recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "accelerate"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -32,6 +33,14 @@ def test_its_header_says_how_and_whether_it_was_tried(path):
 
 def test_there_is_one_for_each_way():
     assert {path.stem.split("_")[0] for path in FILES} == {"ddp", "fsdp2", "deepspeed"}
+
+
+def test_fp16_needs_a_gpu():
+    recipe = load_recipe("quickstart", ["training.precision=fp16"])
+    check_precision(recipe, "cuda")
+    with pytest.raises(ValueError, match="fp16 needs a GPU, .*Use fp32 or bf16"):
+        check_precision(recipe, "cpu")
+    check_precision(load_recipe("quickstart", ["training.precision=bf16"]), "cpu")
 
 
 @pytest.mark.parametrize("asked", ["FSDP", "DEEPSPEED"])

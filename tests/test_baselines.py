@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tiny import NAMES, TinyImages, arguments, tiny_vit, weights_of
 
 from hf_hpmkd.baselines import DISTILLERS, curriculum_temperature
 from hf_hpmkd.baselines.attention_transfer import attention_loss
+from hf_hpmkd.baselines.base import Baseline
 from hf_hpmkd.baselines.curriculum_temperature import adversary_strength
 from hf_hpmkd.baselines.fitnets import hint_loss, regressor
 from hf_hpmkd.baselines.stages import StageReader, channels, stages
@@ -248,6 +250,13 @@ def test_models_without_stages_are_refused(tmp_path):
 def test_stored_outputs_are_refused(tmp_path):
     with pytest.raises(ValueError, match="needs teacher_outputs=live"):
         trained(tmp_path, "at", resnet(1), resnet(2), teacher_outputs="full")
+
+
+def test_fp16_is_refused_where_something_is_trained_beside_the_student():
+    """Its gradients would be cut while they are scaled."""
+    scaled = SimpleNamespace(args=SimpleNamespace(fp16=True))
+    with pytest.raises(ValueError, match="fp16 scales gradients"):
+        Baseline.own_extras(scaled, torch.nn.Linear(1, 1))
 
 
 def test_a_peer_is_alone(tmp_path):

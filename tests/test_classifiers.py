@@ -346,6 +346,9 @@ def test_sizes_that_cannot_be():
         ValueError, match=r"'resnet10t\[depth=3\]' cannot be built .*depth.* other sizes in the brackets"
     ):
         build_classifier("timm/resnet10t[depth=3]", rows, meta=True)
+    for meta in (True, False):  # three stages where four are named: found out by the first image alone
+        with pytest.raises(ValueError, match=r"'resnet10t\[layers=1x1x1\]' cannot be built .*other sizes"):
+            build_classifier("timm/resnet10t[layers=1x1x1]", rows, meta=meta)
     with pytest.raises(ValueError, match=r"no pre-trained weights for the sizes in .*: timm/resnet10t\."):
         build_classifier("timm/resnet10t[layers=1x1x1x2]", rows, pretrained=True)
 

@@ -179,6 +179,8 @@ def test_half_precision_neither_overflows_nor_changes_the_answer():
     assert torch.isfinite(half).all()
     assert torch.allclose(half.float().softmax(1), logits.softmax(1), atol=1e-3)
     assert torch.equal(half[1], logits[1].half())  # left as it is
+    far = torch.tensor([[-3000.3, -3001.4, -3002.2, -3000.9]])  # log-likelihoods that nobody has normalised
+    assert torch.allclose(to_half(far).float().softmax(1), far.softmax(1), atol=1e-3)
     assert to_half(torch.tensor([[torch.nan, 0.0], [torch.inf, 0.0]])).isnan().any(1).all()
 
 
@@ -527,6 +529,15 @@ def test_ls_and_clear(tmp_path):
     assert files(cache) == others
     assert cache.clear().startswith("2 files deleted")
     assert sorted(path.name for path in cache.root.iterdir()) == ["mine.txt", "model.safetensors"]
+
+
+def test_clear_takes_what_a_killed_writer_left_and_what_stands_behind_it(tmp_path):
+    cache = TeacherCache(tmp_path)
+    get(cache, [teacher()], image_rows())
+    [path] = files(cache)
+    for name in ("0" * 64 + ".123.tmp", "0" * 64 + ".lock"):
+        (tmp_path / name).touch()
+    assert cache.clear().startswith("1 files deleted") and not list(tmp_path.iterdir())
 
 
 def test_using_a_file_keeps_it_from_being_cleared(tmp_path):

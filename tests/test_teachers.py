@@ -1,5 +1,6 @@
 """Teachers: whose classes, whose preprocessing, frozen or not, and what is refused before any training."""
 
+import inspect
 import json
 import shutil
 import warnings
@@ -21,6 +22,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from hf_hpmkd import teacher_kinds
 from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.dataset_rows import DatasetRows
 from hf_hpmkd.models import (
@@ -31,10 +33,11 @@ from hf_hpmkd.models import (
     TabularProcessor,
 )
 from hf_hpmkd.tasks.augmentation import Augmentation
-from hf_hpmkd.tasks.base import UNAUGMENTED
+from hf_hpmkd.tasks.base import UNAUGMENTED, json_digest
 from hf_hpmkd.tasks.images import ImageFeed, ImageRows, ProcessorFeed
 from hf_hpmkd.tasks.tables import TableRows
 from hf_hpmkd.tasks.text import TextFeed, TextRows, train_tokenizer
+from hf_hpmkd.teacher_kinds import architecture
 from hf_hpmkd.teachers import (
     ColumnTeacher,
     FoldedTeacher,
@@ -207,6 +210,43 @@ def test_fingerprint_follows_weights_and_settings_but_not_the_place(tmp_path):
     assert len(prints) == 2
 
 
+class Scaled(nn.Module):
+    def __init__(self, scale, act=lambda x: x):
+        super().__init__()
+        self.inner, self.scale, self.act = nn.Linear(2, K), scale, act
+
+    def forward(self, pixel_values):
+        return self.act(self.scale * self.inner(pixel_values))
+
+
+class Halved(Scaled):
+    def forward(self, pixel_values):
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(pixel_values) / 2
+
+
+def told_apart(*models):
+    for model in models:
+        model.load_state_dict(models[0].state_dict())
+        model._get_name = lambda: "Scaled"
+    return [json_digest({**architecture(model), "class": ""}) for model in models]
+
+
+def test_fingerprint_of_somebodys_own_module_follows_its_code_and_settings(monkeypatch):
+    """Weights and printed modules are the same in all of them; their answers are not."""
+    one, same, *others = told_apart(Scaled(1.0), Scaled(1.0, lambda x: x), Scaled(3.0), Halved(1.0))
+    assert one == same and len({one, *others}) == 3
+    model = Halved(1.0)
+    before = told_apart(model)
+    model(torch.zeros(1, 2))  # counts its calls, which changes no answer
+    assert told_apart(model) == before
+    source = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda kind: source(kind).replace("self.scale *", "2 * self.scale *"))
+    teacher_kinds._source.cache_clear()
+    assert told_apart(model) != before  # the code of what it inherits
+    teacher_kinds._source.cache_clear()
+
+
 # ---- what speaks against a teacher -----------------------------------------------------------------------------------
 
 
@@ -239,7 +279,9 @@ def test_answering_always_the_same_is_chance_even_where_it_is_mostly_right():
     labels = (torch.arange(200) >= 190).long()  # 95 % of one class
     constant = torch.tensor([[3.0, 1, 0]]).expand(200, K)
     [warning] = check_teacher(column_teacher(), constant, labels)
-    assert "accuracy 0.950" in warning
+    assert "accuracy 0.950" in warning and "95% of these rows are of one class" in warning
+    [warning] = check_teacher(column_teacher(), constant.flip(1)[:, [1, 2, 0]], labels)
+    assert "accuracy 0.050" in warning and "`labels`" in warning
     useful = nn.functional.one_hot(torch.where(torch.arange(200) >= 192, 1, 0), K).float()
     assert check_teacher(column_teacher(), useful, labels) == []
 
@@ -351,8 +393,12 @@ def test_a_folder_without_tokenizer_files_is_told(tmp_path):
         build_classifier(str(tmp_path), text_rows())
 
 
-def test_a_pickle_is_not_opened(tmp_path):
-    (tmp_path / "pipe.joblib").write_bytes(b"")
+def test_a_pickle_is_not_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_hpmkd.teachers.cached_file", lambda *words, **options: pytest.fail("the Hub was asked"))
+    for name in ("pipe.joblib", "model.bin"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match="A teacher's file is .skops, or .safetensors .*model.bin"):
+        load_teacher(tmp_path / "model.bin", text_rows())
     with pytest.raises(ValueError, match="is a pickle, .*skops.io.dump"):
         load_teacher(tmp_path / "pipe.joblib", text_rows())
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
+from hf_hpmkd.teacher_kinds import TorchTeacher
 from hf_hpmkd.trainer import STATE_FILE, HPMKDTrainer, _name_apart
 from hf_hpmkd.vocabulary import KD_KINDS
 
@@ -25,14 +26,14 @@ def teachers():
     return tiny.tiny_teachers(2)
 
 
-def train(folder, teachers, model=None, resume=None, train_dataset=None, callbacks=(), **settings):
+def train(folder, teachers, model=None, resume=None, train_dataset=None, guide_dataset=None, callbacks=(), **settings):
     trainer = HPMKDTrainer(
         model or tiny.tiny_vit(),
         teachers,
         tiny.arguments(folder, **settings),
         train_dataset=train_dataset or tiny.TinyImages(),
         eval_dataset=tiny.TinyImages(20, seed=5),
-        guide_dataset=tiny.TinyImages(40, seed=3),
+        guide_dataset=guide_dataset or tiny.TinyImages(40, seed=3),
         callbacks=list(callbacks),
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
     )
@@ -492,6 +493,24 @@ def test_random_inputs_cannot_have_stored_outputs(tmp_path, teachers):
 
     with pytest.raises(ValueError, match="different inputs for the same row twice"):
         train(tmp_path, teachers, train_dataset=Noisy())
+    with pytest.raises(ValueError, match="The guide dataset gives .* so pass it without augmentation"):
+        train(tmp_path, teachers, guide_dataset=Noisy())
+
+
+def test_a_student_that_cannot_be_trained_is_found_out_before_a_teacher_answers(tmp_path, teachers, monkeypatch):
+    monkeypatch.setattr(TorchTeacher, "_outputs", lambda *words: pytest.fail("a teacher was asked"))
+    student = tiny.tiny_vit()
+    with pytest.raises(ValueError, match="the student cannot be its own. Pass a copy"):
+        train(tmp_path, [student], model=student)
+    assert all(weight.requires_grad for weight in student.parameters())
+    two = tiny.tiny_vit(id2label={0: "LABEL_0", 1: "LABEL_1"})
+    data = image_dataset().with_transform(to_pixels)
+    with pytest.raises(ValueError, match=r"it has 2 and they have \d. Make it with num_labels=\d"):
+        train(tmp_path, teachers, model=two, train_dataset=data)
+    four = tiny.tiny_vit()
+    four.config.num_labels = 2  # somebody's own model, whose config says nothing of its outputs
+    with pytest.raises(pytest.fail.Exception, match="a teacher was asked"):
+        train(tmp_path, teachers, model=four, train_dataset=data)
 
 
 def test_a_student_may_answer_with_a_tuple(tmp_path, teachers, taught):

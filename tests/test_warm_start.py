@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from hf_hpmkd.classifiers import build_classifier
+from hf_hpmkd.teacher_kinds import pack_linear_layers
 from hf_hpmkd.warm_start import WarmStart, can_warm_start, counterpart, warm_start
 
 SIDE = 32
@@ -331,3 +332,15 @@ def test_no_warm_start(model, above, message):
 def test_families_can():
     for name in ("cifar-resnet", "bert", "timm vit"):
         assert can_warm_start(PAIRS[name][0](0), PAIRS[name][1](1))
+
+
+def test_a_teacher_packed_into_8_bits_passes_its_rounded_weights_on():
+    pytest.importorskip("torchao")
+    rows = table_rows()
+    whole, packed = (build_classifier("mlp-32x16", rows, seed=1).model for _ in range(2))
+    pack_linear_layers(packed, "t")
+    students = [build_classifier("mlp-8x8", rows, seed=2).model for _ in range(2)]
+    shares = [warm_start(student, above).fraction for student, above in zip(students, (whole, packed), strict=True)]
+    assert shares[0] == shares[1] > 0.9
+    for one, other in zip(*(student.state_dict().values() for student in students), strict=True):
+        torch.testing.assert_close(one, other, atol=0.01, rtol=0.02)

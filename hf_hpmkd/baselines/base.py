@@ -49,7 +49,12 @@ class Baseline(Distiller):
         return super().finish_step()
 
     def own_extras(self, module: nn.Module) -> nn.Module:
-        """Makes a module one that is trained, saved and resumed with the student."""
+        """Makes a module one that is trained, saved and resumed with the student. Raises ValueError under fp16."""
+        if self.args.fp16:
+            raise ValueError(
+                f"fp16 scales gradients, which {type(self).__name__} does not undo for what it trains beside the "
+                "student. Use bf16."
+            )
         self.extras = module.to(next(self.student.parameters()).device)
         return self.extras
 

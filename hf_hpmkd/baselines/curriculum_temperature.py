@@ -46,6 +46,8 @@ class GlobalTemperature(nn.Module):
 class CurriculumTemperature(Baseline):
     """KD from the teachers' mean at a temperature that ascends the same loss by gradient reversal."""
 
+    trains_more = True
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.global_temperature = GlobalTemperature()

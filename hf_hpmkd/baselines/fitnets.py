@@ -35,6 +35,8 @@ class FitNets(Baseline):
     stages and for stored outputs.
     """
 
+    trains_more = True
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.student_reader = StageReader(self.student)

@@ -18,6 +18,8 @@ class MutualLearning(Baseline):
     several teachers, or one that is no torch module.
     """
 
+    trains_more = True
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         teachers = self.live_teachers()
