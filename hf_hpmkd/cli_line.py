@@ -97,9 +97,16 @@ def line_words(args: argparse.Namespace, words: Sequence[str]) -> str:
 
 
 def file_and_words(words: Sequence[str], default: str = "recipe.yaml") -> tuple[str, list[str]]:
-    """The file to write, and the overrides, of the words of `init`. Raises ValueError for more than one file."""
+    """The file to write, and the overrides, of the words of `init`. Raises ValueError for more than one file, and for
+    one that is not called a YAML file: an override without its value would be another.
+    """
     overrides = [word for word in words if re.match(r"[a-z_]+(\.\w+)*=", word)]
     files = [word for word in words if word not in overrides]
     if len(files) > 1:
         raise ValueError(f"init writes one file, got {' and '.join(files)}. The rest must be section.key=value.")
-    return next(iter(files), default), overrides
+    file = next(iter(files), default)
+    if not file.endswith((".yaml", ".yml")):
+        raise ValueError(
+            f"init writes a file whose name ends in .yaml or .yml, got {file}. An override is section.key=value."
+        )
+    return file, overrides

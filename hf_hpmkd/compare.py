@@ -17,12 +17,13 @@ import torch
 from accelerate import PartialState
 from transformers.utils.logging import disable_progress_bar
 
+from hf_hpmkd.baselines import DISTILLERS
 from hf_hpmkd.chain import named_stages
 from hf_hpmkd.compare_jobs import Job, Workplace, now, run_jobs
 from hf_hpmkd.comparison_record import COMPARISON_FILE, ComparisonRecord, Look, MethodRecord, Result, Trial
 from hf_hpmkd.comparison_report import draw_plots, summary
 from hf_hpmkd.data import PARTS
-from hf_hpmkd.distill import check_student, student_builder
+from hf_hpmkd.distill import check_precision, check_student, student_builder
 from hf_hpmkd.evaluation import evaluate_teachers, teacher_logits
 from hf_hpmkd.methods import Method, method_recipe, with_overrides
 from hf_hpmkd.recipe import Recipe, fingerprint, read_recipe, recipe_tree
@@ -59,11 +60,14 @@ def compare(
     failed.
     """
     _check(settings)
-    PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=not torch.accelerator.is_available())
     disable_progress_bar()
     recipe = _shared_recipe(recipe, settings.folder)
-    for method in settings.methods:
-        method_recipe(recipe, method, 0)  # its faults come before any file is made
+    for method in settings.methods:  # its faults come before any file is made
+        one = method_recipe(recipe, method, 0)
+        check_precision(one, state.device.type)
+        if one.training.precision == "fp16" and DISTILLERS[method.loss].trains_more:
+            raise ValueError(f"training.precision: fp16 scales gradients, which {method.name} does not undo. Use bf16.")
     workplace = Workplace(recipe, settings.folder, settings.teacher_seed)
     _check_folder(settings.folder)
     with alone_in(settings.folder), workplace.remembering() as place:

@@ -106,12 +106,12 @@ def load_parts(
         picked = rows if len(indices) == len(rows) else rows.select(indices)
         parts[part] = _make_rows(config, task, columns, class_names, picked, augmentation if part == "train" else None)
     _share_colour(parts)
-    warnings = notes + _missing_classes(parts)
-    if teachers_saw_train and config.guide_from == "train":
+    warnings = notes + _odd_classes(parts)
+    if teachers_saw_train and drawn["guide"][0] == "train":
         warnings.append("The guide rows come from the training split, which a teacher trained elsewhere may have seen.")
     if teachers_saw_train and "test" not in chosen:
         warnings.append("The test rows come from the training split, which a teacher trained elsewhere may have seen.")
-    warnings += _few_rows(config, parts, teachers_saw_train) + _long_texts(parts["train"])
+    warnings += _few_rows(drawn, parts, teachers_saw_train) + _long_texts(parts["train"])
     provenance = {
         "path": config.path,
         "name": config.name,
@@ -173,7 +173,7 @@ def _choose_augmentation(config: DataConfig, task: str, train: Dataset, columns:
     of_task = {IMAGE_CLASSIFICATION: ("crop", "crop_flip", "resized_crop_flip"), TEXT_CLASSIFICATION: ("word_dropout",)}
     possible = ("auto", "none", *of_task.get(task, ()))
     if policy not in possible:
-        raise ValueError(f"`augmentation` must be one of {', '.join(possible)} for {task}, got {policy!r}.")
+        raise ValueError(f"`data.augmentation` must be one of {', '.join(possible)} for {task}, got {policy!r}.")
     if policy == "word_dropout":
         return WordDropout(seed=config.seed)
     if policy == "none" or task != IMAGE_CLASSIFICATION:
@@ -217,7 +217,9 @@ Drawn = dict[str, tuple[str, np.ndarray]]
 
 
 def _draw_parts(config: DataConfig, labels: Mapping[str, np.ndarray], saw_train: bool) -> tuple[Drawn, dict[str, str]]:
-    auto = "train" if not saw_train else "validation" if "validation" in labels else "test"
+    auto = "validation" if "validation" in labels else "test"
+    if not saw_train or len(labels) == 1:  # of one split the test rows are no safer from teachers than the others
+        auto = "train"
     origins = {
         "guide": auto if config.guide_from == "auto" else config.guide_from,
         "validation": auto if config.validation_from == "auto" else config.validation_from,
@@ -270,8 +272,8 @@ def _count(part: str, size: int | float, available: int) -> int:
     count = size if isinstance(size, int) else int(size * available + 1e-9)  # down, so that shares of 1 in all fit
     if not 1 <= count <= available:
         raise ValueError(
-            f"`{part}_size` must give between 1 and {available} rows of the split they are drawn from, got {size} "
-            f"({count} rows)."
+            f"`data.{part}_size` must give between 1 and {available} rows of the split they are drawn from, got {size} "
+            f"({count} rows). Give a number of rows, `data.{part}_size=N`."
         )
     return count
 
@@ -324,7 +326,7 @@ def check_disjoint(drawn: Mapping[str, tuple[str, np.ndarray]]) -> None:
             raise RuntimeError(f"Rows of the {role} split are in two parts; the parts must be disjoint. This is a bug.")
 
 
-def _missing_classes(parts: Mapping[str, Rows]) -> list[str]:
+def _odd_classes(parts: Mapping[str, Rows]) -> list[str]:
     warnings = []
     for part in PARTS:
         present = set(parts[part].labels.tolist())
@@ -332,17 +334,22 @@ def _missing_classes(parts: Mapping[str, Rows]) -> list[str]:
         if missing:
             named = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
             warnings.append(f"Part {part} has no row of {len(missing)} classes: {named}.")
+    spellings: dict[str, str] = {}
+    for name in parts["train"].class_names:
+        other = spellings.setdefault(name.strip().casefold(), name)
+        if other != name:
+            warnings.append(f"Classes {other!r} and {name!r} differ in case or outer spaces alone. Are they one?")
     return warnings
 
 
-def _few_rows(config: DataConfig, parts: Mapping[str, Rows], teachers_saw_train: bool) -> list[str]:
+def _few_rows(drawn: "Drawn", parts: Mapping[str, Rows], teachers_saw_train: bool) -> list[str]:
     few = {part: len(parts[part]) for part in ("guide", "validation") if len(parts[part]) < _FEW_ROWS}
     if not few:
         return []
     told = " and ".join(f"{count} {part} rows" for part, count in few.items())
     asked = " and ".join(f"data.{part}_size" for part in few)
     way_out = f"Ask for more with {asked}"
-    elsewhere = [f"data.{part}_from=train" for part in few if getattr(config, f"{part}_from") != "train"]
+    elsewhere = [f"data.{part}_from=train" for part in few if drawn[part][0] != "train"]
     if teachers_saw_train and elsewhere:  # else they are drawn from there anyway
         way_out += f", or draw them from the training rows, which loaded teachers may know: {' '.join(elsewhere)}"
     return [f"{told} are too few to choose by: chance decides much of what the run keeps. {way_out}."]

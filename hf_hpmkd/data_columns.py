@@ -25,11 +25,11 @@ def require_columns(path: str, label_column: str, input_column: Columns, split: 
         for column in [columns] if isinstance(columns, str) else columns:
             if column not in rows.column_names:
                 raise ValueError(
-                    f"`{key}` must be a column of {path!r}; split {split!r} has {', '.join(rows.column_names)}; "
+                    f"`data.{key}` must be a column of {path!r}; split {split!r} has {', '.join(rows.column_names)}; "
                     f"got {column!r}.{_way_out(key, column, rows.column_names, path)}"
                 )
             if key == "input_column" and column == label_column:
-                raise ValueError(f"`input_column` must not be the label, got {column!r} for both.")
+                raise ValueError(f"`data.input_column` must not be the label, got {column!r} for both.")
 
 
 def _way_out(key: str, column: str, columns: list[str], path: str) -> str:
@@ -69,7 +69,7 @@ def choose_input(
     if len(found) != 1:
         listed = ", ".join(f"{name} ({feature})" for name, feature in candidates.items()) or "no column"
         kind = "image" if task == IMAGE_CLASSIFICATION else "string"
-        raise ValueError(f"{task} needs exactly one {kind} column, got {listed}. Name it with `input_column`.")
+        raise ValueError(f"{task} needs exactly one {kind} column, got {listed}. Name it with `data.input_column`.")
     return task, found, []
 
 
@@ -103,7 +103,7 @@ def _table_columns(candidates: dict[str, Any], rows: Dataset, chosen: bool) -> t
         odd = ", ".join(f"{name} ({candidates[name]})" for name in left_out) or "no column"
         raise ValueError(
             f"A table needs feature columns of numbers, truth values or words that come again, got {odd}. If one holds "
-            "texts to classify, name it: data.input_column=COLUMN."
+            "texts to classify, name it: data.input_column=COLUMN; texts of several columns have to be joined into one."
         )
     return usable, notes
 

@@ -39,8 +39,8 @@ class DataConfig:
     guide_from: Origin = Field(
         default="auto",
         description="Split that the guide rows are drawn from. auto: the training split if every teacher is trained on "
-        "the spot, since these rows are then kept from the teachers too; else the validation split, else "
-        "the test split.",
+        "the spot, since these rows are then kept from the teachers too, or if there is no other split; else the "
+        "validation split, else the test split.",
     )
     validation_from: Origin = Field(default="auto", description="The same for the validation rows.")
     guide_size: Size = Field(

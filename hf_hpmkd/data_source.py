@@ -274,7 +274,8 @@ def with_classes(splits: Mapping[str, Dataset], column: str) -> tuple[dict[str, 
     if mostly_different(len(found), count) or (quantities and len(found) > _FEW_VALUES):
         raise ValueError(
             f"Column {column!r} holds {len(found):,} different values in {count:,} rows: that is a name or a quantity "
-            "of each row, and no class. Choose another with `label_column`, or cast it to a ClassLabel if it is one."
+            "of each row, and no class. Choose another with `data.label_column`, or cast it to a ClassLabel if it is "
+            "one."
         )
     ordered = sorted(found) if len({type(value) for value in found}) == 1 else sorted(found, key=str)
     names = [str(value) for value in ordered]
@@ -299,7 +300,7 @@ def _check_labels(split: str, rows: Dataset, column: str) -> None:
     if not isinstance(feature, ClassLabel) and not isinstance(feature, Value):
         raise ValueError(
             f"Column {column!r} must hold one class per row, got {feature}. Several labels per row are not supported; "
-            "choose another column with `label_column`."
+            "choose another column with `data.label_column`."
         )
     values = column_values(rows, column)
     missing = [row for row, value in enumerate(values) if value is None or value != value]
@@ -309,7 +310,9 @@ def _check_labels(split: str, rows: Dataset, column: str) -> None:
             f"Remove them: `dataset.filter(lambda r: r[{column!r}] is not None)`. In CSV files None, NA, null and nan "
             "are read as missing: give a class of such a name another one."
         )
-    without = "A split with -1 was published without labels: choose another one (for GLUE, `test_split: validation`)."
+    without = (
+        "A split with -1 was published without labels: choose another one (for GLUE, `data.test_split: validation`)."
+    )
     if isinstance(feature, ClassLabel):
         odd = sorted({value for value in values if not 0 <= value < len(feature.names)})
         if odd:
@@ -325,5 +328,5 @@ def _check_labels(split: str, rows: Dataset, column: str) -> None:
         )
     elif not (feature.dtype.startswith(("int", "uint", "bool", "float")) or "string" in feature.dtype):
         raise ValueError(
-            f"Column {column!r} must hold classes, got {feature.dtype}. Choose another with `label_column`."
+            f"Column {column!r} must hold classes, got {feature.dtype}. Choose another with `data.label_column`."
         )

@@ -18,6 +18,11 @@ from hf_hpmkd.vocabulary import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION
 
 ROW_KEY, VIEW_KEY = "hpmkd_row", "hpmkd_view"
 _CHUNK = 256
+_STEADY = {
+    "training": "Move the augmentation to a FedDataset with views, or set teacher_outputs=live with teachers passed as "
+    "model objects.",
+    "guide": "They are always stored, so pass it without augmentation.",
+}
 _ID = re.compile(r"(^|_)(id|idx|index)$", re.IGNORECASE)
 
 
@@ -86,7 +91,7 @@ class DatasetRows(Rows):
 
     One pass over it hashes the collated inputs (the fingerprint) and reads the labels. stored: teacher outputs are to
     be kept for these rows; raises ValueError where the dataset gives different inputs for the same row twice, because
-    they would belong to neither.
+    they would belong to neither. what: training or guide rows, for that error.
     """
 
     def __init__(
@@ -95,9 +100,10 @@ class DatasetRows(Rows):
         collate: Callable[[Any], Mapping[str, Any]],
         class_names: Sequence[str] | None,
         stored: bool = True,
+        what: str = "training",
     ) -> None:
         self.source = RowIdDataset(dataset)
-        self._stored = stored
+        self._stored, self._what = stored, what
         self.collate = RowIdCollator(collate)
         # Columns that a transform reads, an image or a text, are still in the dataset behind it.
         columns = dataset.with_format(None) if isinstance(dataset, datasets.Dataset) else None
@@ -167,9 +173,8 @@ class DatasetRows(Rows):
             hashed = _hash(batch)
             if self._stored and start == 0 and hashed != _hash(self.batch(range(min(_CHUNK, size)))):
                 raise ValueError(
-                    "The training dataset gives different inputs for the same row twice (random augmentation), so "
-                    "stored teacher outputs would belong to other inputs. Move the augmentation to a FedDataset with "
-                    "views, or set teacher_outputs=live with teachers passed as model objects."
+                    f"The {self._what} dataset gives different inputs for the same row twice (random augmentation), so "
+                    f"stored teacher outputs would belong to other inputs. {_STEADY[self._what]}"
                 )
             digest.update(hashed)
         return digest.hexdigest(), torch.cat(labels)
@@ -185,14 +190,15 @@ def as_rows(
     collate: Callable[[Any], Mapping[str, Any]],
     class_names: Sequence[str] | None,
     stored: bool = True,
+    what: str = "training",
 ) -> tuple[Rows, int]:
     """The rows behind a training or guide dataset and how many augmented views they have (0: none).
 
-    class_names: the student's own, used where the dataset has no ClassLabel column.
+    class_names: the student's own, used where the dataset has no ClassLabel column. stored, what: see `DatasetRows`.
     """
     if isinstance(dataset, FedDataset):
         return dataset.rows, dataset.num_views
-    return DatasetRows(dataset, collate, class_names, stored), 0
+    return DatasetRows(dataset, collate, class_names, stored, what), 0
 
 
 def fetcher(dataset: Any, rows: Rows) -> Callable[[torch.Tensor], dict[str, Any]]:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import PartialState
+from datasets.exceptions import DatasetsError
 from transformers.utils.logging import disable_progress_bar
 
 from hf_hpmkd import report
@@ -70,6 +71,12 @@ def check_launch(device_type: str) -> None:
         )
 
 
+def check_precision(recipe: Recipe, device_type: str) -> None:
+    """Raises ValueError where the recipe asks for what the CPU would leave out without a word."""
+    if recipe.training.precision == "fp16" and device_type == "cpu":
+        raise ValueError("training.precision: fp16 needs a GPU, and this process found none. Use fp32 or bf16.")
+
+
 def _asked(what: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{what}", "").lower() == "true"
 
@@ -77,8 +84,8 @@ def _asked(what: str) -> bool:
 def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
     """Runs a recipe and returns its output folder, with `student/`, `run_record.json`, `plots/` and `README.md`.
 
-    A finished run of the same recipe is left as it is and its table shown again. Raises ValueError (with the rule, what
-    arrived and the way out) on anything that cannot work, before the long work starts.
+    A finished run of the same recipe and rows is left as it is and its table shown again. Raises ValueError (with the
+    rule, what arrived and the way out) on anything that cannot work, before the long work starts.
     """
     folder = Path(recipe.output.dir).expanduser()
     if recipe.hub.push and recipe.hub.repo_id is not None:
@@ -86,6 +93,7 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
     # Several processes without a GPU find each other (gloo) only where the CPU is asked for in so many words.
     state = PartialState(cpu=not torch.accelerator.is_available())
     check_launch(state.device.type)
+    check_precision(recipe, state.device.type)
     disable_progress_bar()  # transformers draws one for every checkpoint it writes
     with alone_in(folder) if state.is_main_process else nullcontext():
         _distill(recipe, recipe_source, folder, state)
@@ -103,6 +111,7 @@ def _distill(recipe: Recipe, recipe_source: str, folder: Path, state: PartialSta
     with run_memory(recipe, state.is_main_process) as memory:
         run = Run(folder, record, memory)
         if record.status == "completed":
+            _require_same_data(run)
             run.say(f"{folder} holds the finished run of {recipe_source}; `output.overwrite=true` runs it again.")
         else:
             memory.before()
@@ -113,6 +122,18 @@ def _distill(recipe: Recipe, recipe_source: str, folder: Path, state: PartialSta
     run.say(f"\nThe student is in {folder / 'student'}, its card in {folder / 'README.md'}.")
     if recipe.hub.push and recipe.hub.repo_id is not None and state.is_main_process:
         run.say(f"Published as {push_run(folder, recipe.hub.repo_id, recipe.hub.private)}.")
+
+
+def _require_same_data(run: Run) -> None:
+    """Raises RunFolderError where a finished run was trained on other rows than its data hold now, which are read for
+    it. Data that cannot be read any more are told of; what the run left is there all the same.
+    """
+    try:
+        now = recipe_parts(run.recipe).fingerprints(unread_parts(run.recipe))
+    except (ValueError, OSError, DatasetsError) as error:
+        run.say(f"Whether its data are still the same cannot be told: {error}")
+        return
+    require_same_rows(run.folder, run.record.rows, now, finished=True)
 
 
 def _run(run: Run) -> None:

@@ -26,11 +26,11 @@ from hf_hpmkd.model_cost import estimated_seconds, operations_per_second, traini
 from hf_hpmkd.recipe import Recipe, StudentConfig, TeacherConfig, fingerprint
 from hf_hpmkd.recipe_rules import family, is_sklearn, is_trained_here, teacher_names, uses_teachers
 from hf_hpmkd.tasks.base import json_digest
+from hf_hpmkd.vocabulary import SKLEARN_FOLDS
 
 # Of what cannot be counted: scikit-learn estimators, logits in a column, models whose config is not at hand.
 _SKLEARN_SECONDS = 5.0
 _SECONDS_PER_ROW = 1e-4
-_SKLEARN_FOLDS = 5
 _FORWARD_SHARE = 1 / 3  # of a training step's operations
 _CHECKED_PARTS = ("guide", "validation")
 
@@ -160,7 +160,7 @@ class _Costs:
 
     def _training_of_teacher(self, teacher: TeacherConfig) -> float:
         if is_sklearn(teacher.model):
-            return _SKLEARN_SECONDS * (1 + (_SKLEARN_FOLDS if teacher.folds is None else teacher.folds))
+            return _SKLEARN_SECONDS * (1 + (SKLEARN_FOLDS if teacher.folds is None else teacher.folds))
         schedule = teacher_schedule(self.recipe, teacher)
         steps = total_steps(self.recipe, schedule, len(self.parts.train))
         return self._training(teacher, schedule.batch_size, steps) * (1 + (teacher.folds or 0))

@@ -215,7 +215,9 @@ def _unknown_key(path: Path, sections: dict[str, list[str]]) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """' Did you mean `x`?' for the known word closest to `word`, '' if none is close."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    known = list(known)
+    longer = [one for one in known if one.startswith(f"{word}_")]  # adamw: adamw_torch
+    near = longer or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f" Did you mean `{near[0]}`?" if near else ""
 
 

@@ -61,19 +61,28 @@ def contents(folder: Path) -> set[str]:
 
 
 def require_same_rows(
-    folder: Path, before: Mapping[str, str], now: dict[str, str], nothing: Collection[str] = _BEGUN
+    folder: Path,
+    before: Mapping[str, str],
+    now: dict[str, str],
+    nothing: Collection[str] = _BEGUN,
+    finished: bool = False,
 ) -> dict[str, str]:
     """What lies in a folder was trained on the rows of its time: raises RunFolderError where they are others now.
 
     before, now: fingerprints of the parts; before is empty where nothing was seen yet. nothing: names of what lies in
-    the folder of a run that has trained nothing, whose data may have been mended since. Returns those of now.
+    the folder of a run that has trained nothing, whose data may have been mended since. finished: whether the run is,
+    so that `output.overwrite` replaces it. Returns those of now.
     """
     if contents(folder) <= set(nothing):
         return now
     if changed := [part for part, told in now.items() if before.get(part, told) != told]:
+        instead = "remove this one"
+        if finished:
+            instead = f"replace the run with `output.overwrite=true` (`hpmkd report {folder}` shows it as it is)"
         raise RunFolderError(
             f"The rows of {' and '.join(changed)} are others than the run in {folder} was trained on: the data have "
-            "changed since. Restore them, choose another folder (`output.dir=FOLDER`, or --output), or remove this one."
+            "changed since, or this version cuts them otherwise. Restore them, choose another folder "
+            f"(`output.dir=FOLDER`, or --output), or {instead}."
         )
     return now
 

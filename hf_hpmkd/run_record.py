@@ -382,7 +382,10 @@ class RunRecord:
         try:
             tree = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise FileNotFoundError(f"There is no run record at {path}. Give the folder of a run.") from None
+            raise FileNotFoundError(
+                f"There is no run record at {path}. Give the folder of a run (of a comparison: hpmkd compare --table "
+                "FOLDER)."
+            ) from None
         except ValueError as error:  # not JSON, or not UTF-8
             raise ValueError(
                 f"The run record {path} must be JSON, but: {error}. Remove the file, or restore it from a copy."

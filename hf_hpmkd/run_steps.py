@@ -1,6 +1,8 @@
 """The steps of a run that its own process and its workers share: how its student is built, how its teachers are got."""
 
+import warnings
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -51,17 +53,24 @@ def get_teachers(run: Run, parts: DataParts) -> list[Teacher]:
 
 def load(run: Run, name: str, config: TeacherConfig, parts: DataParts) -> Teacher:
     """A teacher from the Hub, timm, a file or a column, checked on a few guide rows."""
-    teacher = load_teacher(
-        config.model,
-        parts.train,
-        name=name,
-        labels=config.labels,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        trusted_types=config.trusted_types,
-        device=run.device,
-        dtype=_DTYPES.get(config.precision or ""),
-    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.filterwarnings("always", category=UserWarning, module=r"hf_hpmkd\.")
+        teacher = load_teacher(
+            config.model,
+            parts.train,
+            name=name,
+            labels=config.labels,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            trusted_types=config.trusted_types,
+            device=run.device,
+            dtype=_DTYPES.get(config.precision or ""),
+        )
+    for one in told:
+        if one.category is UserWarning and Path(one.filename).parent == Path(__file__).parent:  # ours: for the card too
+            run.warn(f"Teacher {name!r}: {one.message}")
+        else:
+            warnings.showwarning(one.message, one.category, one.filename, one.lineno)
     few = torch.arange(min(_CHECKED_ROWS, len(parts.guide)))
     check_teacher(teacher, teacher.logits(parts.guide, few).cpu(), parts.guide.labels[few])
     return teacher

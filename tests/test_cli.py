@@ -271,7 +271,11 @@ def test_init_writes_what_overrides_say(
     assert main(["distill", *LINE, *DIGITS, *words]) == 0
     assert load_recipe("mine.yaml") == runs[0][0] and runs[0][0].training.epochs == 3
     capsys.readouterr()
-    for wrong, told in ((["b.yaml", "c.yaml"], "one file, got b.yaml and c.yaml"), (["training.epochs=no"], "epochs")):
+    for wrong, told in (
+        (["b.yaml", "c.yaml"], "one file, got b.yaml and c.yaml"),
+        (["training.epochs=no"], "epochs"),
+        (["training.epochs"], "ends in .yaml or .yml, got training.epochs. An override is section.key=value"),
+    ):
         assert main(["init", *wrong, *LINE, *DIGITS]) == 2
         assert told in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["mine.yaml"]

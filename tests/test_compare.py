@@ -511,6 +511,13 @@ def test_rows_that_have_changed_are_refused(finished, tmp_path, capsys):
     assert "The rows of guide are others than the run in" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="where there is a GPU, nothing is left out")
+def test_what_the_cpu_would_leave_out_is_refused(tmp_path, capsys):
+    words = ["--methods", "direct,kd-mean", "--output", str(tmp_path / "out")]
+    assert main(["compare", "quickstart", "training.precision=fp16", *words]) == 2
+    assert "fp16 needs a GPU" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_recipe_is_needed(capsys):
     assert main(["compare", "training.epochs=1"]) == 2
     assert "compare needs a recipe" in capsys.readouterr().err

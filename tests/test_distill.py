@@ -159,7 +159,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tmp_path, monkeypatch, fin
     assert record.status == "completed" and record.error is None
 
 
-def test_an_interrupted_run_does_not_go_on_with_other_rows(tmp_path, capsys):
+def test_neither_a_finished_nor_an_interrupted_run_goes_on_with_other_rows(tmp_path, capsys):
     table = load_wine(as_frame=True).frame.rename(columns={"target": "label"})
     table.to_csv(tmp_path / "rows.csv", index=False)
     path = table_recipe(tmp_path, max_steps=2)
@@ -168,9 +168,18 @@ def test_an_interrupted_run_does_not_go_on_with_other_rows(tmp_path, capsys):
     file = tmp_path / "run" / "run_record.json"
     record = RunRecord.load(file)
     assert set(record.rows) == {"train", "guide", "validation", "test"}
+    capsys.readouterr()
+    table.assign(alcohol=-table["alcohol"]).to_csv(tmp_path / "rows.csv", index=False)
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert "replace the run with `output.overwrite=true`" in " ".join(err.split()) and "test accuracy" not in out
+    (tmp_path / "rows.csv").write_text("other\n1\n")
+    assert main(words) == 0  # what the run left is there all the same
+    out = capsys.readouterr().out
+    assert "Whether its data are still the same cannot be told" in out and "test accuracy" in out
+    table.assign(alcohol=-table["alcohol"]).to_csv(tmp_path / "rows.csv", index=False)
     record.status = "interrupted"
     record.save(file)
-    table.assign(alcohol=-table["alcohol"]).to_csv(tmp_path / "rows.csv", index=False)
     student = (tmp_path / "run" / "student" / "model.safetensors").stat().st_mtime_ns
     for more in ([], ["output.overwrite=true"]):
         assert main([*words, *more]) == 2

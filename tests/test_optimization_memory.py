@@ -465,6 +465,9 @@ def test_what_is_hostile_in_a_merged_memory_is_skipped_and_named(memory, model_f
 def test_a_memory_to_merge_must_be_there(memory, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is none at"):
         memory.merge(tmp_path / "none")
+    (tmp_path / "run" / "student").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="run has none of them"):
+        memory.merge(tmp_path / "run")
 
 
 # ---- the limit -------------------------------------------------------------------------------------------------------

@@ -82,3 +82,5 @@ def test_rows_that_have_changed_are_refused(tmp_path: Path) -> None:
     assert require_same_rows(tmp_path, {}, known) == require_same_rows(tmp_path, known, known) == known
     with pytest.raises(RunFolderError, match="rows of test are others than the run in"):
         require_same_rows(tmp_path, known, {"train": "1", "test": "3"})
+    with pytest.raises(RunFolderError, match="or replace the run with `output.overwrite=true`"):
+        require_same_rows(tmp_path, known, {"train": "1", "test": "3"}, finished=True)

@@ -26,9 +26,32 @@ def saved_and_loaded(folder, data, model, student, precision):
     built = build_classifier(model, parts.train)
     built.model.save_pretrained(folder / "teacher")
     built.feed.processor.save_pretrained(folder / "teacher")
-    with run_memory(recipe, is_main=True) as memory:
-        teacher = load(Run(folder / "run", new_record(recipe), memory), "t", recipe.teachers[0], parts)
+    teacher, _ = loaded(recipe, folder, parts)
     return TorchTeacher.of("same", built, parts.guide, "cpu"), parts.guide, teacher
+
+
+def loaded(recipe, folder, parts):
+    """The recipe's teacher, and what the record was warned of."""
+    with run_memory(recipe, is_main=True) as memory:
+        run = Run(folder / "run", new_record(recipe), memory)
+        return load(run, "t", recipe.teachers[0], parts), run.record.warnings
+
+
+def test_a_class_order_that_is_guessed_stands_in_the_record(tmp_path):
+    tree = {
+        "data": {"path": "sklearn:wine"},
+        "teachers": [{"model": str(tmp_path / "teacher")}],
+        "student": {"model": "mlp-2"},
+        "memory": {"use": False},
+    }
+    recipe = read_recipe(tree, "test")
+    parts = load_parts(recipe.data, teachers_saw_train=False)
+    built = build_classifier("mlp-4", parts.train)
+    built.model.config.id2label = {index: f"LABEL_{index}" for index in range(3)}
+    built.model.save_pretrained(tmp_path / "teacher")
+    built.feed.processor.save_pretrained(tmp_path / "teacher")
+    _, warned = loaded(recipe, tmp_path, parts)
+    assert len(warned) == 1 and "Teacher 't': The teacher's classes have no names" in warned[0]
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32), (None, None)])

@@ -385,11 +385,18 @@ class OptimizationMemory:
         trusted: records and models are checked, teacher outputs wait in `unchecked/` for a run that can compare them.
         A folder of teacher outputs alone, as `$HPMKD_CACHE` may name one, is taken in like that too.
 
-        Raises FileNotFoundError if there is no such folder.
+        Raises FileNotFoundError if there is no such folder, or nothing of a memory in it.
         """
         other = Path(other).expanduser()
         if not other.is_dir():
             raise FileNotFoundError(f"A memory to merge is a folder, there is none at {other}.")
+        known = ("records", "models", "teacher_outputs")
+        if not any((other / name).exists() for name in (*known, ".jobs")) and not any(
+            is_output_name(one.name) for one in _files(other)
+        ):
+            raise FileNotFoundError(
+                f"A memory holds {', '.join(known)}, or files of teacher outputs alone; {other} has none of them."
+            )
         gained = Gained()
         for path in _files(other / "records"):
             try:
