@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -452,6 +453,7 @@ def test_a_misspelled_option_is_told_with_the_right_one_and_never_guessed(capsys
     ("words", "told", "code"),
     [
         (["--help"], "distill", 0),
+        (["--version"], f"hpmkd {version('hf_hpmkd')}", 0),
         (["recipe", "check", "quickstart"], "quickstart is sound", 0),
         (["distill", "quickstart", "data.seed=-1"], "1 fault", 2),
         (["plan", "quickstart", "data.seed=-1"], "1 fault", 2),
