@@ -24,7 +24,7 @@ from accelerate import PartialState
 from transformers.utils.logging import disable_progress_bar
 
 from hf_hpmkd.auto_bench_report import gains_plot, summary
-from hf_hpmkd.classifier_training import Trained, student_schedule, train_or_load, write_json
+from hf_hpmkd.classifier_training import Trained, student_schedule, train_or_load
 from hf_hpmkd.components.adaptive_configuration import DIRECT, FASTER, SPACE, Configuration
 from hf_hpmkd.configuration_examples import SCHEMA, prior_row, read_prior, shipped_prior, write_prior
 from hf_hpmkd.distill import student_builder
@@ -36,6 +36,7 @@ from hf_hpmkd.recipe import MIN_STEPS, Recipe, read_recipe, recipe_tree
 from hf_hpmkd.recipe_rules import uses_teachers
 from hf_hpmkd.run_environment import code_commit, environment
 from hf_hpmkd.table_runs import TableRuns, kind_of, num_rows, spare_time, table_folders
+from hf_hpmkd.training_folder import write_json
 
 FIXED = Configuration(alpha=0.9, temperature=4.0)
 GRID = tuple(

@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 
 from hf_hpmkd.chain_stages import Stages, WarmBuild, clear_training
-from hf_hpmkd.classifier_training import Schedule, stage_schedule, student_schedule, total_steps, write_json
+from hf_hpmkd.classifier_training import Schedule, stage_schedule, student_schedule, total_steps
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.components.progressive_chain import (
     estimate_gain,
@@ -24,6 +24,7 @@ from hf_hpmkd.intermediate_models import Intermediate
 from hf_hpmkd.model_cost import training_flops
 from hf_hpmkd.run_record import ChainDecision
 from hf_hpmkd.teacher_kinds import TorchTeacher
+from hf_hpmkd.training_folder import write_json
 
 
 class StudentBuilder(Protocol):

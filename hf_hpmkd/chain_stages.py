@@ -13,14 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
-from hf_hpmkd.classifier_training import (
-    Schedule,
-    Trained,
-    batches_per_step,
-    done_file,
-    stage_schedule,
-    train_or_load,
-)
+from hf_hpmkd.classifier_training import Schedule, Trained, batches_per_step, stage_schedule, train_or_load
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.components.progressive_chain import from_bits, taught_by, to_bits
 from hf_hpmkd.data import DataParts
@@ -28,13 +21,15 @@ from hf_hpmkd.fitted_start import MOST_ROWS, can_fit, fit_start
 from hf_hpmkd.intermediate_models import Intermediate, build_intermediate, find_intermediates
 from hf_hpmkd.kept_classifiers import NOT_IN_KEY, About, Training, answers_right, making, take
 from hf_hpmkd.layer_hints import required_points
+from hf_hpmkd.model_identity import architecture
 from hf_hpmkd.models import TabularProcessor
 from hf_hpmkd.recipe import Recipe, drop_unset, recipe_tree
 from hf_hpmkd.run_context import Run
 from hf_hpmkd.run_record import StageRecord, last_name
 from hf_hpmkd.stage_card import write_stage_card
 from hf_hpmkd.tasks.base import Feed, Rows, json_digest
-from hf_hpmkd.teacher_kinds import FoldedTeacher, Teacher, TorchTeacher, architecture
+from hf_hpmkd.teacher_kinds import FoldedTeacher, Teacher, TorchTeacher
+from hf_hpmkd.training_folder import done_file
 from hf_hpmkd.warm_start import can_warm_start, same_vocabulary, warm_start
 
 STAGE_FILE = "stage.json"

@@ -71,3 +71,21 @@ def align_labels(teacher_names: Sequence[str], data_names: Sequence[str]) -> lis
 def _listed(what: str, names: list[str]) -> str:
     more = f" and {len(names) - _FEW_NAMES:,} more" if len(names) > _FEW_NAMES else ""
     return f"{what}: {', '.join(names[:_FEW_NAMES])}{more}" if names else ""
+
+
+def require_same_classes(what: str, others: Sequence[str], train: Sequence[str]) -> None:
+    """Raises ValueError where a label means another class to others than among the rows to train on: there are more or
+    fewer, or one that both name has another number.
+    """
+    ours, theirs = ([plain_name(name) for name in names] for names in (train, others))
+    moved = [name for name in theirs if name in ours and ours.index(name) != theirs.index(name)]
+    if len(others) != len(train) or moved:
+        raise ValueError(
+            f"{what} must have the classes of the training rows, in the same order, got {_first(others)} and "
+            f"{_first(train)}. Give all the same names in the same order: data sets by `align_labels_with_mapping`, a "
+            "student by its `id2label` and `label2id`."
+        )
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:_FEW_NAMES]) + (f", ... ({len(names):,})" if len(names) > _FEW_NAMES else "")

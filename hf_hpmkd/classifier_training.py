@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.distiller import Distiller
@@ -34,8 +34,9 @@ from hf_hpmkd.stopped_training import AveragedWeights, StopAt, put_average, save
 from hf_hpmkd.tasks.base import FedDataset, Rows
 from hf_hpmkd.teacher_cache import TeacherCache
 from hf_hpmkd.teacher_kinds import Teacher
-from hf_hpmkd.trainer import STATE_FILE, HPMKDTrainer
+from hf_hpmkd.trainer import HPMKDTrainer
 from hf_hpmkd.training_args import HPMKDTrainingArguments
+from hf_hpmkd.training_folder import clear_checkpoints, done_file, last_complete_checkpoint, step_of, write_json
 
 _SECONDS_FILE = "seconds.json"  # in a checkpoint
 
@@ -227,18 +228,20 @@ def train_or_load(
     if done.is_file():
         if PartialState().is_main_process:
             with suppress(OSError):  # a stop between the last two steps of saving leaves them; they do no harm
-                _clear_checkpoints(folder)
+                clear_checkpoints(folder)
         saved = json.loads(done.read_text(encoding="utf-8"))
         classifier.model = type(classifier.model).from_pretrained(folder)
         return Trained(classifier, **saved, resumed=True)
-    checkpoint = _last_complete_checkpoint(folder / "checkpoints", distills=bool(teachers))
-    if stop_at is not None and checkpoint is not None and _step_of(checkpoint) >= stop_at:
+    checkpoint = last_complete_checkpoint(folder / "checkpoints", distills=bool(teachers))
+    if stop_at is not None and checkpoint is not None and step_of(checkpoint) >= stop_at:
         classifier.model = type(classifier.model).from_pretrained(checkpoint)
         put_average(classifier, saved_average(checkpoint)[1], train)
         state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-        return Trained(classifier, 0.0, _step_of(checkpoint), _numbers(state["log_history"]), resumed=True)
+        return Trained(classifier, 0.0, step_of(checkpoint), _numbers(state["log_history"]), resumed=True)
     args = training_arguments(recipe, schedule, folder, len(train), bool(teachers), resumable)
     args._n_gpu = min(args.n_gpu, 1)  # of several that are visible, too: upstream would train on all of them
+    if _leaves_one_row(classifier, len(train), args):
+        args.dataloader_drop_last, args.max_steps = True, total_steps(recipe, schedule, len(train))
     if stop_at is not None:  # with one alone upstream keeps the best, and not the one to go on from
         args.save_total_limit = max(2, args.save_total_limit or 2)
     clock, family = _Clock(checkpoint), type(classifier.model)
@@ -274,15 +277,15 @@ def train_or_load(
     seconds = result.metrics["train_runtime"]
     if clock.before is not None:
         seconds += clock.before
-    elif checkpoint and steps > _step_of(checkpoint):  # the steps before are counted at the same speed
-        seconds *= steps / (steps - _step_of(checkpoint))
+    elif checkpoint and steps > step_of(checkpoint):  # the steps before are counted at the same speed
+        seconds *= steps / (steps - step_of(checkpoint))
     trained = Trained(classifier, seconds, steps, _numbers(history))
     if trainer.distiller is not None:
         trained.calibration = trainer.distiller.ensemble.calibration.tolist()
         trained.class_weights = trainer.distiller.class_weights()
         trainer.distiller.close()  # teachers outlive it
     if steps < trainer.state.max_steps:  # stopped on the way
-        if in_pieces and (stopped := _last_complete_checkpoint(folder / "checkpoints", bool(teachers))):
+        if in_pieces and (stopped := last_complete_checkpoint(folder / "checkpoints", bool(teachers))):
             classifier.model = family.from_pretrained(stopped)
         if averaged is not None:
             put_average(classifier, averaged.average, train)
@@ -299,54 +302,11 @@ def train_or_load(
             classifier.feed.processor.save_pretrained(folder)
         saved = {key: getattr(trained, key) for key in ("seconds", "steps", "curve", "calibration", "class_weights")}
         write_json(done, saved)
-        _clear_checkpoints(folder)
+        clear_checkpoints(folder)
     trainer.accelerator.wait_for_everyone()
     if in_pieces:
         classifier.model = family.from_pretrained(folder)
     return trained
-
-
-def _clear_checkpoints(folder: Path) -> None:
-    """Of a finished training; what report_to wrote among them stays, beside the folder."""
-    if (trackers := folder / "checkpoints" / "runs").is_dir():
-        shutil.copytree(trackers, folder.with_name(f"{folder.name}.runs"), dirs_exist_ok=True)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-
-def done_file(folder: Path) -> Path:
-    """Says that `folder` holds a finished classifier, and how it went; beside it, because it holds the model alone."""
-    return folder.with_name(f"{folder.name}.trained.json")
-
-
-def move_training(source: Path, target: Path) -> None:
-    """Moves a training, finished or not, to another folder, where it goes on as if it had begun there. Called again, it
-    does what was left when it was stopped.
-    """
-    if source.exists():
-        shutil.move(source, target)
-    for file in target.glob("checkpoints/*/trainer_state.json"):
-        state = json.loads(file.read_text(encoding="utf-8"))
-        if best := state["best_model_checkpoint"]:
-            state["best_model_checkpoint"] = str(target / "checkpoints" / Path(best).name)
-            write_json(file, state)
-    if done_file(source).is_file():
-        done_file(source).replace(done_file(target))
-
-
-def copy_training(source: Path, target: Path) -> None:
-    """Puts a copy of a finished training into a folder where there is none yet."""
-    if not done_file(target).is_file():
-        shutil.copytree(source, target, dirs_exist_ok=True)
-        shutil.copy2(done_file(source), done_file(target))
-
-
-def give_way(student: Path, other: Path, aside: Path) -> None:
-    """Puts a copy of a finished training in the place of another, which is kept aside. Stopped anywhere, it can be done
-    again.
-    """
-    copy_training(student, aside)
-    remove_training(student)
-    copy_training(other, student)
 
 
 @contextmanager
@@ -364,28 +324,13 @@ def old_garbage_left() -> Iterator[None]:
         gc.unfreeze()
 
 
-def remove_training(folder: Path) -> None:
-    """Removes a training; stopped anywhere, it does not pass for a finished one."""
-    done_file(folder).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _step_of(checkpoint: str) -> int:
-    return int(Path(checkpoint).name.rsplit("-", 1)[1])
-
-
-def _last_complete_checkpoint(folder: Path, distills: bool) -> str | None:
-    """The newest checkpoint that was written to its end; a kill while writing leaves one that was not."""
-    while folder.is_dir():
-        last = get_last_checkpoint(str(folder))
-        if last is None:
-            return None
-        # `trainer_state.json` is the last file that a checkpoint gets.
-        if (Path(last) / "trainer_state.json").is_file() and (not distills or (Path(last) / STATE_FILE).is_file()):
-            return last
-        with suppress(FileNotFoundError):  # another process is at it too
-            shutil.rmtree(last)
-    return None
+def _leaves_one_row(classifier: Classifier, num_rows: int, args: HPMKDTrainingArguments) -> bool:
+    """Whether the last batch of an epoch would be one row, of which batch normalisation may have a single value per
+    channel and refuse it. Several processes fill their last batches up.
+    """
+    normalised = any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in classifier.model.modules())
+    alone = PartialState().num_processes == 1
+    return normalised and alone and num_rows > 1 and num_rows % args.per_device_train_batch_size == 1
 
 
 def _accuracy(prediction: Any) -> dict[str, float]:
@@ -395,12 +340,6 @@ def _accuracy(prediction: Any) -> dict[str, float]:
 
 def _numbers(history: list[dict[str, Any]]) -> list[dict[str, float]]:
     return [{key: float(value) for key, value in row.items() if isinstance(value, (int, float))} for row in history]
-
-
-def write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value), encoding="utf-8")
-    temporary.replace(path)
 
 
 class _Clock(TrainerCallback):

@@ -52,6 +52,8 @@ _UNBUILDABLE = (
     StrictDataclassError,
 )  # fmt: skip
 _STATISTICS_ROWS = 2048
+# Whatever a config was saved in: half of the small steps of a training would be lost in 16 bits.
+_DTYPE = torch.float32
 
 
 @dataclass
@@ -152,7 +154,9 @@ class _NoValues(TorchFunctionMode):
 
 def _new_model(config: PretrainedConfig, request: _Request) -> PreTrainedModel:
     with torch.device("meta") if request.meta else nullcontext(), _NoValues() if request.meta else nullcontext():
-        return _AUTO_MODEL[request.rows.task].from_config(config, trust_remote_code=request.hub["trust_remote_code"])
+        return _AUTO_MODEL[request.rows.task].from_config(
+            config, dtype=_DTYPE, trust_remote_code=request.hub["trust_remote_code"]
+        )
 
 
 def _cifar_resnet(request: _Request) -> tuple[PreTrainedModel, Feed]:
@@ -296,8 +300,7 @@ def _from_hub(request: _Request) -> tuple[PreTrainedModel, Feed]:
     if request.pretrained:
         return _load(request, request.name.source)
     config = _config(request, request.name.source)
-    for key, value in request.labels.items():
-        setattr(config, key, value)
+    _classify(config, request)
     feed = _own_feed(request, request.name.source, config)
     model = _new_variant(config, request) if request.name.variant else _new_model(config, request)
     if isinstance(model, TabularForClassification):
@@ -360,6 +363,13 @@ def _config(request: _Request, source: str) -> PretrainedConfig:
     return config
 
 
+def _classify(config: PretrainedConfig, request: _Request) -> None:
+    """Makes it one of a classifier for the classes of the rows, whatever the model was trained for."""
+    for key, value in request.labels.items():
+        setattr(config, key, value)
+    config.problem_type = None  # of several labels a row, or a regression
+
+
 def _own_feed(request: _Request, source: str, config: PretrainedConfig) -> Feed:
     """The preprocessing that the model's folder or repository names."""
     if request.rows.task == TABULAR_CLASSIFICATION:
@@ -379,11 +389,10 @@ def _own_feed(request: _Request, source: str, config: PretrainedConfig) -> Feed:
 def _load(request: _Request, source: str) -> tuple[PreTrainedModel, Feed]:
     config = _config(request, source)
     had = [str(name) for _, name in sorted((config.id2label or {}).items())]
-    for key, value in request.labels.items():
-        setattr(config, key, value)
+    _classify(config, request)
     feed = _own_feed(request, source, config)
     model, info = _AUTO_MODEL[request.rows.task].from_pretrained(
-        source, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **request.hub
+        source, config=config, dtype=_DTYPE, ignore_mismatched_sizes=True, output_loading_info=True, **request.hub
     )
     num_classes = len(request.rows.class_names)
     odd = [str(key) for key, _, wanted in info["mismatched_keys"] if wanted[0] != num_classes]

@@ -25,16 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from hf_hpmkd.baselines import DISTILLERS
 from hf_hpmkd.chain import build_chain
 from hf_hpmkd.chain_stages import WarmBuild, require_hints
-from hf_hpmkd.classifier_training import (
-    Trained,
-    copy_training,
-    done_file,
-    give_way,
-    old_garbage_left,
-    remove_training,
-    student_schedule,
-    train_or_load,
-)
+from hf_hpmkd.classifier_training import Trained, old_garbage_left, student_schedule, train_or_load
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.comparison_record import Result, Score
 from hf_hpmkd.components.optimization_memory import OptimizationMemory
@@ -56,6 +47,7 @@ from hf_hpmkd.run_steps import get_teachers, student_builder
 from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.teacher_cache import TeacherCache
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
+from hf_hpmkd.training_folder import copy_training, done_file, give_way, remove_training
 
 _POLL_SECONDS = 0.5
 _FRESH = 2**31  # views before they begin again

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Image
 
 from hf_hpmkd.data_columns import choose_input, require_columns
 from hf_hpmkd.data_config import DataConfig
@@ -179,7 +179,7 @@ def _choose_augmentation(config: DataConfig, task: str, train: Dataset, columns:
     if policy == "none" or task != IMAGE_CLASSIFICATION:
         return None
     try:
-        image = train.with_format(None)[0][columns[0]]
+        image = train.with_format(None).select([0]).cast_column(columns[0], Image())[0][columns[0]]
     except (OSError, SyntaxError) as error:
         raise ValueError(f"The image of row 0 of the training split cannot be read: {error}") from error
     if image is None:
@@ -339,6 +339,9 @@ def _odd_classes(parts: Mapping[str, Rows]) -> list[str]:
         other = spellings.setdefault(name.strip().casefold(), name)
         if other != name:
             warnings.append(f"Classes {other!r} and {name!r} differ in case or outer spaces alone. Are they one?")
+    for name in parts["train"].class_names:
+        if not name.strip() or (name == "-1" and len(parts["train"].class_names) > 2):  # -1 and 1 are two classes
+            warnings.append(f"One class is called {name!r}. If that stands for no label, remove its rows.")
     return warnings
 
 

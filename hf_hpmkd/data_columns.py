@@ -70,7 +70,17 @@ def choose_input(
         listed = ", ".join(f"{name} ({feature})" for name, feature in candidates.items()) or "no column"
         kind = "image" if task == IMAGE_CLASSIFICATION else "string"
         raise ValueError(f"{task} needs exactly one {kind} column, got {listed}. Name it with `data.input_column`.")
-    return task, found, []
+    left_out = [name for name in texts if task == TEXT_CLASSIFICATION and name not in found]
+    if not left_out:
+        return task, found, []
+    return (
+        task,
+        found,
+        [
+            f"Of the columns of texts {found[0]} alone is read, and not {', '.join(left_out)}. If a row's text is made "
+            f"of several, join them into one column first; else data.input_column={found[0]} says that this is meant."
+        ],
+    )
 
 
 def _is_string(feature: Any) -> bool:

@@ -314,10 +314,12 @@ def _check_labels(split: str, rows: Dataset, column: str) -> None:
         "A split with -1 was published without labels: choose another one (for GLUE, `data.test_split: validation`)."
     )
     if isinstance(feature, ClassLabel):
-        odd = sorted({value for value in values if not 0 <= value < len(feature.names)})
+        odd = [value for value in values if not 0 <= value < len(feature.names)]
         if odd:
+            some = f"Remove these rows: `dataset.filter(lambda r: r[{column!r}] >= 0)`."
             raise ValueError(
-                f"Labels of split {split!r} must lie in 0..{len(feature.names) - 1}, got {odd[:5]}. {without}"
+                f"Labels of split {split!r} must lie in 0..{len(feature.names) - 1}, got {sorted(set(odd))[:5]} in "
+                f"{len(odd):,} of {len(rows):,} rows. {without if len(odd) == len(rows) else some}"
             )
     elif set(values) == {-1}:
         raise ValueError(f"Labels of split {split!r} must be classes, and all are -1. {without}")

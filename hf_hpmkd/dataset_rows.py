@@ -1,14 +1,16 @@
 """Lets `HPMKDTrainer` take somebody's own dataset: adds row ids to its batches and shows it to teachers as `Rows`."""
 
 import hashlib
+import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import datasets
 import torch
 from datasets.utils.file_utils import xopen
+from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
 from hf_hpmkd.tasks.base import UNAUGMENTED, FedDataset, Rows
@@ -26,8 +28,15 @@ _STEADY = {
 _ID = re.compile(r"(^|_)(id|idx|index)$", re.IGNORECASE)
 
 
+class NumberedSample(NamedTuple):
+    """A sample of somebody's dataset that is no mapping, as a tuple of image and label, with its position."""
+
+    sample: Any
+    row: int
+
+
 class RowIdDataset(Dataset):
-    """A map-style dataset whose samples carry their position as `hpmkd_row`."""
+    """A map-style dataset whose samples carry their position as `hpmkd_row`, or are a `NumberedSample`."""
 
     def __init__(self, dataset: Any) -> None:
         streams = isinstance(dataset, IterableDataset)
@@ -41,15 +50,19 @@ class RowIdDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.dataset[index], ROW_KEY: index}
+    def __getitem__(self, index: int) -> dict[str, Any] | NumberedSample:
+        return _numbered(self.dataset[index], index)
 
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any] | NumberedSample]:
         if hasattr(self.dataset, "__getitems__"):
             samples = self.dataset.__getitems__(indices)
         else:
             samples = [self.dataset[index] for index in indices]
-        return [{**sample, ROW_KEY: index} for sample, index in zip(samples, indices, strict=True)]
+        return [_numbered(sample, index) for sample, index in zip(samples, indices, strict=True)]
+
+
+def _numbered(sample: Any, row: int) -> dict[str, Any] | NumberedSample:
+    return {**sample, ROW_KEY: row} if isinstance(sample, Mapping) else NumberedSample(sample, row)
 
 
 class RowIdCollator:
@@ -64,10 +77,14 @@ class RowIdCollator:
     def __call__(self, samples: Any) -> Mapping[str, Any]:
         if isinstance(samples, Mapping):
             return samples
-        if ROW_KEY not in samples[0]:
+        if isinstance(samples[0], NumberedSample):
+            ids = [sample.row for sample in samples]
+            stripped = [sample.sample for sample in samples]
+        elif ROW_KEY in samples[0]:
+            ids = [sample[ROW_KEY] for sample in samples]
+            stripped = [{key: value for key, value in sample.items() if key != ROW_KEY} for sample in samples]
+        else:
             return self.collate(samples)
-        ids = [sample[ROW_KEY] for sample in samples]
-        stripped = [{key: value for key, value in sample.items() if key != ROW_KEY} for sample in samples]
         batch = dict(self.collate(stripped))
         batch[ROW_KEY] = torch.tensor(ids)
         batch[VIEW_KEY] = torch.full((len(ids),), UNAUGMENTED)
@@ -75,15 +92,29 @@ class RowIdCollator:
 
 
 class SharedInputsFeed:
-    """The feed of a teacher that takes exactly the student's inputs."""
+    """The feed of a teacher that takes the student's inputs: of those that the teachers take together its own.
+
+    takes: names of a `forward`'s parameters; None takes all.
+    """
 
     processor = None
 
-    def __call__(self, raw: dict[str, Any]) -> dict[str, torch.Tensor]:
-        return raw["inputs"]
+    def __init__(self, takes: Collection[str] | None = None) -> None:
+        self.takes = takes
+
+    def __call__(self, raw: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        inputs = raw["inputs"]
+        own = {name: value for name, value in inputs.items() if self.takes is None or name in self.takes}
+        return own or inputs  # one whose `forward` has another name for its only input
 
     def describe(self) -> dict[str, Any]:
         return {"feed": "the student's inputs"}
+
+
+def parameters_of(module: nn.Module) -> list[str] | None:
+    """Names of what its `forward` takes; None where it takes whatever comes."""
+    found = inspect.signature(module.forward).parameters
+    return None if any(one.kind is one.VAR_KEYWORD for one in found.values()) else list(found)
 
 
 class DatasetRows(Rows):

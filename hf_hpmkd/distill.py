@@ -28,13 +28,13 @@ from transformers.utils.logging import disable_progress_bar
 from hf_hpmkd import report
 from hf_hpmkd.chain import build_chain, named_stages
 from hf_hpmkd.chain_stages import Stages, WarmBuild, require_hints
-from hf_hpmkd.classifier_training import Trained, copy_training, old_garbage_left, student_schedule, train_or_load
+from hf_hpmkd.classifier_training import Trained, old_garbage_left, student_schedule, train_or_load
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.evaluation import evaluate_teachers, evaluate_test
 from hf_hpmkd.heads import find_classifier_head
 from hf_hpmkd.hub_store import check_can_push, push_run
 from hf_hpmkd.kept_student import distilled_folder, keep_better
-from hf_hpmkd.metrics import load_metric
+from hf_hpmkd.metrics import check_metrics, load_metric
 from hf_hpmkd.quick_validation import configure, is_direct, proof_needed
 from hf_hpmkd.recipe import Recipe, fingerprint, recipe_tree
 from hf_hpmkd.recipe_parts import recipe_parts
@@ -48,6 +48,7 @@ from hf_hpmkd.run_record import RECORD_FILE, ModelRecord
 from hf_hpmkd.run_steps import get_teachers, student_builder
 from hf_hpmkd.tasks.text import TextFeed
 from hf_hpmkd.teacher_kinds import Teacher
+from hf_hpmkd.training_folder import copy_training
 
 
 def check_launch(device_type: str) -> None:
@@ -143,6 +144,7 @@ def _run(run: Run) -> None:
     with run.phase("data"):
         parts = recipe_parts(recipe)
         record.rows = require_same_rows(run.folder, record.rows, parts.fingerprints(unread_parts(recipe)))
+        check_metrics(recipe.training.metrics, len(parts.class_names))
         record.class_names = parts.class_names
         record.parts = parts.provenance
         record.commits |= {"hf_hpmkd": code_commit(), "data": parts.provenance.get("commit")}

@@ -172,7 +172,7 @@ class Distiller:
     def batch_losses(self, batch: Batch) -> BatchLosses:
         """The losses of a micro-batch, per sample."""
         args, student_logits, labels = self.args, batch.logits, batch.labels
-        features = self.reader.read() if self.reader else student_logits[:, :1]
+        features = self.reader.read(student_logits) if self.reader else student_logits[:, :1]
         teacher_features: list[torch.Tensor] = []
         if args.feature_weight > 0:
             look = self.outputs.lookup_with_features  # type: ignore[attr-defined]
@@ -309,13 +309,13 @@ class Distiller:
         features, logits = [], []
         for part in chosen.split(_GATE_WARMUP_BATCH):
             outputs = self.student(**self.guide.fetch(part))
-            features.append(self.reader.read().float())
-            logits.append((outputs["logits"] if isinstance(outputs, dict) else outputs[0]).float())
+            logits.append(outputs["logits"] if isinstance(outputs, dict) else outputs[0])
+            features.append(self.reader.read(logits[-1]).float())
         self.student.train(was_training)
         for module in self.student.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # only a backward pass does it, and the optimizer steps on the shards
-        return torch.cat(features), torch.cat(logits)
+        return torch.cat(features), torch.cat(logits).float()
 
     def class_weights(self) -> list[list[float]]:
         """Mean weight of each teacher on the guide rows of each class, `teachers x classes`; 0 for no rows."""

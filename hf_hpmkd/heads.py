@@ -30,30 +30,39 @@ def find_classifier_head(model: nn.Module, num_classes: int) -> nn.Linear:
 class FeatureReader:
     """Keeps the penultimate features `(batch, width)` of a model's latest forward pass, with their gradient.
 
-    It hooks the classifier head's input. Call `close` to take the hook off. `read` raises ValueError if the head is
-    applied to more than one vector per sample (a head on every token), because then "the" features do not exist.
+    It hooks the classifier head. A head that is applied to every token (decoders) has several vectors per sample; the
+    features are those of the token whose output are the sample's logits. Call `close` to take the hook off.
     """
 
     def __init__(self, head: nn.Linear) -> None:
         self.head = head
         self.width = head.in_features
-        self._features: torch.Tensor | None = None
-        self._handle = head.register_forward_pre_hook(self._keep)
+        self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._handle = head.register_forward_hook(self._keep)
 
-    def _keep(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        self._features = args[0]
+    def _keep(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        self._seen = args[0], output.detach()
 
-    def read(self) -> torch.Tensor:
-        """The features of the forward pass just made; reading forgets them."""
-        features, self._features = self._features, None
-        if features is None:
+    def read(self, logits: torch.Tensor) -> torch.Tensor:
+        """The features of the forward pass just made; reading forgets them.
+
+        logits: `(batch, classes)`, as the model gave them. Raises ValueError if the head has seen nothing, or several
+        vectors per sample of which none gives them.
+        """
+        seen, self._seen = self._seen, None
+        if seen is None:
             raise ValueError("The classifier head has seen no forward pass since the last read.")
-        if features.dim() != 2:
-            raise ValueError(
-                "The classifier head must see one vector per sample, (batch, width), got shape "
-                f"{tuple(features.shape)}. {_WAY_OUT}"
-            )
-        return features
+        features, outputs = seen
+        if features.dim() == 2:
+            return features
+        if features.dim() == 3 and len(features) == len(logits):
+            given = (outputs.to(logits.dtype) == logits.detach()[:, None]).all(-1)
+            if bool(given.any(1).all()) or not bool(logits.isfinite().all()):
+                return features[torch.arange(len(features), device=features.device), given.float().argmax(1)]
+        raise ValueError(
+            "The classifier head must see one vector per sample, (batch, width), or give a sample's logits for one of "
+            f"its tokens, got shape {tuple(features.shape)}. {_WAY_OUT}"
+        )
 
     def close(self) -> None:
         self._handle.remove()

@@ -16,13 +16,14 @@ import torch
 from accelerate import PartialState
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from hf_hpmkd.classifier_training import Trained, done_file, write_json
+from hf_hpmkd.classifier_training import Trained
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.components.optimization_memory import OptimizationMemory
 from hf_hpmkd.evaluation import student_logits
 from hf_hpmkd.run_record import Number, StageRecord
 from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.teacher_kinds import TorchTeacher
+from hf_hpmkd.training_folder import done_file, write_json
 
 FORMAT_VERSION = 1
 # What the training section of a recipe says that changes no weight.

@@ -14,13 +14,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from hf_hpmkd.classifier_training import Trained, done_file, give_way
+from hf_hpmkd.classifier_training import Trained
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.kept_classifiers import answers_right
 from hf_hpmkd.paired_tests import surely_better
 from hf_hpmkd.run_context import Run
 from hf_hpmkd.run_record import KeptRecord
+from hf_hpmkd.training_folder import done_file, give_way
 
 DISTILLED = "distilled"
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 from accelerate import PartialState
 
-from hf_hpmkd.classifier_training import write_json
 from hf_hpmkd.engines import end_when
 from hf_hpmkd.run_ahead import RunJobs
+from hf_hpmkd.training_folder import write_json
 
 
 def main(file: Path) -> None:

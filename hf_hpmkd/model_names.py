@@ -2,6 +2,7 @@
 folder. Builds nothing, and opens no file and no connection.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -102,7 +103,7 @@ def parse_name(name: str, task: str) -> ModelName:
         return ModelName(name, "timm", source=architecture, variant=variant)
     if re.match(r"(sklearn|column):", name) or name.endswith((".skops", ".safetensors")):
         raise bad_name(name, task, "it can be a teacher only, for it is no network to be trained here")
-    source, variant = split_variant(re.sub(r"^(hf-hub|local-dir):", "", name))
+    source, variant = split_variant(os.path.expanduser(re.sub(r"^(hf-hub|local-dir):", "", name)))
     if not Path(source).is_dir():
         try:
             validate_repo_id(source)

@@ -24,14 +24,7 @@ from accelerate.utils import broadcast_object_list
 
 from hf_hpmkd.chain_probes import StudentBuilder
 from hf_hpmkd.chain_stages import Stages, WarmBuild
-from hf_hpmkd.classifier_training import (
-    done_file,
-    move_training,
-    student_schedule,
-    total_steps,
-    train_or_load,
-    write_json,
-)
+from hf_hpmkd.classifier_training import student_schedule, total_steps, train_or_load
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.components.adaptive_configuration import (
     DIRECT,
@@ -61,6 +54,7 @@ from hf_hpmkd.run_record import AutoRecord, TrialRecord
 from hf_hpmkd.search_budget import budget_steps, halving, most_candidates
 from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
+from hf_hpmkd.training_folder import done_file, move_training, write_json
 
 FOLDER = "auto"
 MARGIN = 2.0

@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from hf_hpmkd.chain import FOLDER as CHAIN_FOLDER
 from hf_hpmkd.chain import build_chain
 from hf_hpmkd.chain_stages import WarmBuild, require_hints
-from hf_hpmkd.classifier_training import done_file, student_schedule, train_or_load, write_json
+from hf_hpmkd.classifier_training import student_schedule, train_or_load
 from hf_hpmkd.components.parallel_pipeline import Graph, equal_workers, simulate
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.engines import Ended, LocalWorkers, PipelineConfig, run_jobs, run_on_ray
@@ -45,6 +45,7 @@ from hf_hpmkd.run_steps import get_teachers, load, student_builder, train
 from hf_hpmkd.teacher_cache import Tally
 from hf_hpmkd.teacher_kinds import Teacher
 from hf_hpmkd.teacher_training import folders_done
+from hf_hpmkd.training_folder import done_file, write_json
 
 LOGS = "logs"
 _DECIDED = "decided.json"

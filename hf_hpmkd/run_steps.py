@@ -14,7 +14,7 @@ from hf_hpmkd.data import DataParts
 from hf_hpmkd.recipe import Recipe, TeacherConfig
 from hf_hpmkd.recipe_rules import is_sklearn, is_trained_here, teacher_names
 from hf_hpmkd.run_context import Run
-from hf_hpmkd.teacher_kinds import Teacher, check_teacher
+from hf_hpmkd.teacher_kinds import ColumnTeacher, Teacher, check_teacher
 from hf_hpmkd.teacher_training import train_teacher
 from hf_hpmkd.teachers import load_teacher
 
@@ -71,6 +71,9 @@ def load(run: Run, name: str, config: TeacherConfig, parts: DataParts) -> Teache
             run.warn(f"Teacher {name!r}: {one.message}")
         else:
             warnings.showwarning(one.message, one.category, one.filename, one.lineno)
+    if isinstance(teacher, ColumnTeacher):  # a gap in the test rows is not to be found at the end
+        for part in (parts.train, parts.validation, parts.test):
+            teacher.require_answers(part)
     few = torch.arange(min(_CHECKED_ROWS, len(parts.guide)))
     check_teacher(teacher, teacher.logits(parts.guide, few).cpu(), parts.guide.labels[few])
     return teacher

@@ -224,7 +224,7 @@ def load_skops(
     sha256 = _file_sha256(path)
     class_names, columns = about.get("class_names"), about.get("columns")
     if labels is not None or class_names is None:
-        class_names, columns = labels or [str(c) for c in estimator.classes_], None
+        class_names, columns = labels or list(map(_class_name, estimator.classes_)), None
     # skops files of equal models differ in their bytes, so a file of ours says what went into the training.
     trained_here = about.get("file_sha256") == sha256
     return SklearnTeacher(
@@ -237,6 +237,11 @@ def load_skops(
         fingerprint=about["fingerprint"] if trained_here else sha256,
         license=about.get("license") or (about.get("source") or {}).get("license"),
     )
+
+
+def _class_name(value: Any) -> str:
+    """As the data calls the class: pandas makes real numbers of whole ones where some are missing."""
+    return str(int(value)) if isinstance(value, (float, np.floating)) and value.is_integer() else str(value)
 
 
 def _file_sha256(path: Path) -> str:

@@ -16,14 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_hpmkd.chain_stages import Stages, WarmBuild
-from hf_hpmkd.classifier_training import (
-    Trained,
-    old_garbage_left,
-    remove_training,
-    student_schedule,
-    teacher_schedule,
-    train_or_load,
-)
+from hf_hpmkd.classifier_training import Trained, old_garbage_left, student_schedule, teacher_schedule, train_or_load
 from hf_hpmkd.components.adaptive_configuration import Configuration
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.distill import student_builder
@@ -40,6 +33,7 @@ from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.tasks.text import TEXT_COLUMNS
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
 from hf_hpmkd.teacher_training import fit_sklearn
+from hf_hpmkd.training_folder import remove_training
 
 TEACHERS: tuple[dict[str, Any], ...] = (
     {"model": "mlp-64x64", "epochs": 12, "learning_rate": 0.003, "batch_size": 64},

@@ -6,29 +6,19 @@ Knows nothing of where teachers are loaded from (`teachers`) nor of where their 
 import hashlib
 import inspect
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hf_hpmkd.class_names import align_labels
 from hf_hpmkd.heads import FeatureReader, find_classifier_head
+from hf_hpmkd.model_identity import architecture
 from hf_hpmkd.tasks.base import UNAUGMENTED, Feed, Rows, json_digest
-
-# What a config says of where and by whom it was written, which changes nothing in the outputs; nor does use_cache,
-# which Trainer switches off in the model that it trains.
-_VOLATILE_CONFIG_KEYS = ("_name_or_path", "_commit_hash", "transformers_version", "auto_map", "use_cache")
-
-# Their modules are told by what they print.
-_LIBRARIES = frozenset(
-    {"builtins", "abc", "typing", "torch", "torchvision", "torchao", "timm", "transformers", "hf_hpmkd"}
-)
 
 _WORTH_A_WARNING = 0.05
 _STANDARD_ERRORS = 2.0
@@ -228,12 +218,13 @@ class TorchTeacher(Teacher):
     def forward_inputs(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Logits as of `logits` and penultimate features `(batch, width)`, float32, of inputs that are fed already.
 
-        Raises ValueError where the model has no linear head, or one that sees several vectors per sample.
+        Raises ValueError where the model has no linear head, or one that sees several vectors per sample and gives the
+        logits for none of them.
         """
         if self._reader is None:
             self._reader = FeatureReader(find_classifier_head(self.model, len(self.class_names)))
-        logits = self._aligned(self._forward(inputs))
-        return logits, self._reader.read().float()
+        logits = self._forward(inputs)
+        return self._aligned(logits), self._reader.read(logits).float()
 
     def to(self, device: torch.device | str) -> Self:
         self.model.to(device)
@@ -242,48 +233,9 @@ class TorchTeacher(Teacher):
 
 
 def own_class_names(model: nn.Module) -> list[str] | None:
-    """Class names of a model's config in the order of its outputs; None where it has no config."""
+    """Class names of a model's config in the order of its outputs, which count from 0 or 1; None where it has none."""
     id2label = getattr(getattr(model, "config", None), "id2label", None)
-    return [str(id2label[index]) for index in range(len(id2label))] if id2label else None
-
-
-def architecture(model: nn.Module) -> dict[str, Any]:
-    """JSON-able: what the weights do not say: settings of a config, else the printed modules (strides, activations),
-    and of modules of no library their code and the plain settings that they were made with.
-    """
-    if isinstance(model, PreTrainedModel):
-        config = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE_CONFIG_KEYS}
-        return {"class": type(model).__name__, "config": config}
-    told: dict[str, Any] = {"class": type(model).__name__, "modules": re.sub(r" at 0x[0-9a-f]+", "", repr(model))}
-    own = [part for part in model.modules() if _is_own(type(part))]
-    if own:
-        kinds = {base for kind in {type(part) for part in own} for base in kind.__mro__ if _is_own(base)}
-        told["code"] = sorted(map(_source, kinds))
-        told["attributes"] = [_settings(part) for part in own]
-    return told
-
-
-def _is_own(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] not in _LIBRARIES
-
-
-@cache
-def _source(kind: type) -> str:
-    """The code of a class; its name where that is not to be had, as in a console."""
-    try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):
-        return kind.__qualname__
-
-
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """What a module was made with, as far as it is plain and kept under its name; not what it counts or remembers."""
-    asked = inspect.signature(type(module).__init__).parameters
-    return {name: value for name, value in vars(module).items() if name in asked and _is_plain(value)}
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str)) or (isinstance(value, tuple) and all(map(_is_plain, value)))
+    return [str(id2label[index]) for index in sorted(id2label, key=int)] if id2label else None
 
 
 class ColumnTeacher(Teacher):
@@ -313,6 +265,10 @@ class ColumnTeacher(Teacher):
     def identity(self, rows: Rows) -> dict[str, Any]:
         self._values(rows)
         return super().identity(rows)
+
+    def require_answers(self, rows: Rows) -> None:
+        """Raises ValueError where a row of a part has none."""
+        self._values(rows)
 
     def _values(self, rows: Rows) -> Tensor:
         if self._read is None or self._read[0] is not rows:

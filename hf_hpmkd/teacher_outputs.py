@@ -158,7 +158,8 @@ class LiveOutputs:
             if not isinstance(teacher, TorchTeacher):
                 fed.append(None)
             elif takes_students and inputs is not None:
-                fed.append(inputs)
+                shared = isinstance(teacher.feed, SharedInputsFeed)
+                fed.append(teacher.feed({"inputs": inputs}) if shared else inputs)
             else:
                 if key not in by_feed:
                     raw = self.rows.raw(rows, views) if raw is None else raw

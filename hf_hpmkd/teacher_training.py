@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from hf_hpmkd.classifier_training import Schedule, batches_per_step, done_file, train_or_load, write_json
+from hf_hpmkd.classifier_training import Schedule, batches_per_step, train_or_load
 from hf_hpmkd.classifiers import Classifier, build_classifier
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.kept_classifiers import NOT_IN_KEY, About, Training, making, measure, take
@@ -23,6 +23,7 @@ from hf_hpmkd.run_memory import RunMemory
 from hf_hpmkd.sklearn_teachers import SAVED_TYPES, load_skops, stratified_folds, train_sklearn
 from hf_hpmkd.tasks.base import Rows, json_digest
 from hf_hpmkd.teacher_kinds import FoldedTeacher, Teacher, TorchTeacher
+from hf_hpmkd.training_folder import done_file, write_json
 from hf_hpmkd.vocabulary import SKLEARN_FOLDS
 
 _DONE = "trained.json"

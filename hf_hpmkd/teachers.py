@@ -4,6 +4,7 @@ What a teacher can do is in `teacher_kinds`, how scikit-learn teachers are train
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers import (
 from transformers.utils import cached_file, extract_commit_hash
 
 from hf_hpmkd.class_names import align_labels
-from hf_hpmkd.dataset_rows import DatasetRows, SharedInputsFeed
+from hf_hpmkd.dataset_rows import DatasetRows, SharedInputsFeed, parameters_of
 from hf_hpmkd.hub_client import card_license
 from hf_hpmkd.model_names import TAKEN_FOR_A_TABLE
 from hf_hpmkd.sklearn_teachers import PREFIX as SKLEARN_PREFIX
@@ -102,7 +103,9 @@ def load_teacher(
     """
     if isinstance(source, nn.Module):
         return _from_module(source, rows, name, labels, device, dtype, feed)
-    text = str(source)
+    text = re.sub(
+        r"^(local-dir:)?(~.*)", lambda named: (named[1] or "") + str(Path(named[2]).expanduser()), str(source)
+    )
     if feed is not None:
         raise ValueError(f"`feed` goes with a module, got the source {text!r}, which brings its own.")
     if text.startswith(COLUMN_PREFIX):
@@ -139,7 +142,7 @@ def as_teacher(teacher: str | Path | nn.Module | Teacher, rows: Rows, device: to
             "A module does not say how rows become its inputs. Pass `TorchTeacher(module, feed, name=..., "
             "data_names=rows.class_names)`, with the feed of your FedDataset if it takes the student's inputs."
         )
-    return _from_module(teacher, rows, None, None, device, None, SharedInputsFeed())
+    return _from_module(teacher, rows, None, None, device, None, SharedInputsFeed(parameters_of(teacher)))
 
 
 def _short(source: str) -> str:

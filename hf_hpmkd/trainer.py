@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from hf_hpmkd.class_names import are_generic, plain_name
+from hf_hpmkd.class_names import are_generic, require_same_classes
 from hf_hpmkd.dataset_rows import (
     ROW_KEY,
     VIEW_KEY,
@@ -27,6 +27,8 @@ from hf_hpmkd.dataset_rows import (
     SharedInputsFeed,
     as_rows,
     fetcher,
+    parameters_of,
+    student_inputs,
 )
 from hf_hpmkd.distiller import Batch, Distiller, GuideRows, TeacherOutputs, check_guide
 from hf_hpmkd.heads import find_classifier_head
@@ -90,6 +92,7 @@ class HPMKDTrainer(Trainer):
         self._guide: GuideRows | None = None
         self._prepared_for: tuple[list[Any], tuple[str, int] | None] = ([], None)  # data and teachers, what is kept
         self._scales, self._upstream_scales = False, self.loss_is_scaled_for_ga
+        self._for_teachers_alone: set[str] = set()  # of the columns that `remove_unused_columns` leaves
         if self.distills and self.compute_loss_func is not None:
             raise ValueError(
                 "`compute_loss_func` does not go with teachers: the loss is theirs and the labels' cross-entropy. "
@@ -115,6 +118,7 @@ class HPMKDTrainer(Trainer):
         training layer hints, where there are any, are added to the one or the other.
         """
         rows, views, inputs = _without_row_ids(inputs)
+        shared, inputs = inputs, self._for_student(inputs)
         if not model.training or (self.distiller is None and not self._has_hints()):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         assert rows is not None and views is not None
@@ -127,7 +131,7 @@ class HPMKDTrainer(Trainer):
         labels = inputs.pop("labels")
         outputs = model(**inputs)
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        losses = self.distiller.batch_losses(Batch(logits.float(), labels, rows, views, inputs))
+        losses = self.distiller.batch_losses(Batch(logits.float(), labels, rows, views, student_inputs(shared)))
         if num_items_in_batch is None:
             num_items_in_batch = len(labels)
         loss = self._over_step(losses.total, num_items_in_batch)
@@ -190,7 +194,11 @@ class HPMKDTrainer(Trainer):
         return loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return super().prediction_step(model, _without_row_ids(inputs)[2], *args, **kwargs)
+        return super().prediction_step(model, self._for_student(_without_row_ids(inputs)[2]), *args, **kwargs)
+
+    def _for_student(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs without what only teachers take."""
+        return {name: value for name, value in inputs.items() if name not in self._for_teachers_alone}
 
     # ---- teachers --------------------------------------------------------------------------------------------------
 
@@ -226,7 +234,7 @@ class HPMKDTrainer(Trainer):
         if names and len(names) != len(rows.class_names):
             _require_outputs(self.model, len(names), len(rows.class_names))
         if names and not are_generic(names) and not are_generic(rows.class_names):
-            _check_classes("The student's names (`id2label`)", names, rows.class_names)
+            require_same_classes("The student's names (`id2label`)", names, rows.class_names)
         if self.args.kd_kind == "standardized_kl" and len(rows.class_names) == 2:
             warnings.warn(
                 "Of two logits z-scores are always 1 and -1, so kd_kind=standardized_kl teaches nothing about two "
@@ -236,7 +244,7 @@ class HPMKDTrainer(Trainer):
         guide = None
         if self.guide_dataset is not None:
             guide, _ = as_rows(self.guide_dataset, collate, rows.class_names, what="guide")
-            _check_classes("The guide rows", guide.class_names, rows.class_names)
+            require_same_classes("The guide rows", guide.class_names, rows.class_names)
         teachers = [as_teacher(teacher, rows, device=self.args.device) for teacher in self.teachers]
         if any(_reads_raw(one) for one in teachers):
             for part in (rows, guide):
@@ -263,7 +271,7 @@ class HPMKDTrainer(Trainer):
             logits = stored.lookup(everything, torch.full_like(everything, UNAUGMENTED))
             fetch = fetcher(self.guide_dataset, guide)
             self._guide = GuideRows(
-                lambda chosen: self._prepare_inputs(fetch(chosen.cpu())),
+                lambda chosen: self._for_student(self._prepare_inputs(fetch(chosen.cpu()))),
                 logits.to(self.args.device),
                 guide.labels.to(self.args.device),
             )
@@ -326,9 +334,15 @@ class HPMKDTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         # Private, transformers 5.23: the only list of columns that survive `remove_unused_columns`.
-        super()._set_signature_columns_if_needed()
-        columns: list[str] = self._signature_columns or []
-        self._signature_columns = [*dict.fromkeys([*columns, ROW_KEY, VIEW_KEY])]  # type: ignore[assignment]
+        # Teachers that take the student's inputs may take more: segment ids, which a DistilBERT has none of.
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._students_columns: list[str] = list(self._signature_columns or [])
+        modules = [one for one in self.teachers if isinstance(one, nn.Module)]
+        theirs = [name for one in modules for name in parameters_of(one) or []]
+        self._for_teachers_alone = set(theirs) - set(self._students_columns)
+        columns = [*self._students_columns, *theirs, ROW_KEY, VIEW_KEY]
+        self._signature_columns = [*dict.fromkeys(columns)]  # type: ignore[assignment]
 
     def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
         # Private, transformers 5.23: the outermost collator. Batches of a FedDataset are collated already, and row ids
@@ -353,8 +367,8 @@ class HPMKDTrainer(Trainer):
         path = Path(checkpoint) / STATE_FILE
         if not path.is_file():
             raise ValueError(
-                f"The checkpoint {checkpoint} has no {STATE_FILE}, so it was not written by a distillation run. Resume "
-                "from a checkpoint of this run, or start without `resume_from_checkpoint`."
+                f"The checkpoint {checkpoint} has no {STATE_FILE}: it was not written by a distillation run, or with "
+                "`save_only_model`. Resume from another, or start without `resume_from_checkpoint`."
             )
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
@@ -447,24 +461,6 @@ def _require_outputs(student: nn.Module, named: int, classes: int) -> None:
             f"The student must have an output per class of the training rows, it has {named} and they have {classes}. "
             f"Make it with num_labels={classes}."
         ) from None
-
-
-def _check_classes(what: str, others: Sequence[str], train: Sequence[str]) -> None:
-    """Raises ValueError where a label means another class to others than among the rows to train on: there are more or
-    fewer, or one that both name has another number.
-    """
-    ours, theirs = ([plain_name(name) for name in names] for names in (train, others))
-    moved = [name for name in theirs if name in ours and ours.index(name) != theirs.index(name)]
-    if len(others) != len(train) or moved:
-        raise ValueError(
-            f"{what} must have the classes of the training rows, in the same order, got {_some(others)} and "
-            f"{_some(train)}. Give all the same names in the same order: data sets by `align_labels_with_mapping`, a "
-            "student by its `id2label` and `label2id`."
-        )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (f", ... ({len(names):,})" if len(names) > 10 else "")
 
 
 def _without_row_ids(

@@ -16,9 +16,6 @@ from datasets import Dataset
 
 from hf_hpmkd.classifier_training import (
     Trained,
-    _last_complete_checkpoint,
-    done_file,
-    move_training,
     old_garbage_left,
     student_schedule,
     teacher_schedule,
@@ -40,6 +37,7 @@ from hf_hpmkd.teacher_cache import TeacherCache
 from hf_hpmkd.teacher_training import network_key, train_teacher
 from hf_hpmkd.trainer import HPMKDTrainer
 from hf_hpmkd.training_args import HPMKDTrainingArguments
+from hf_hpmkd.training_folder import done_file, last_complete_checkpoint, move_training
 
 
 @pytest.mark.parametrize(
@@ -311,7 +309,7 @@ def test_an_incomplete_checkpoint_may_be_removed_by_another_process(tmp_path: Pa
         raise FileNotFoundError(path)
 
     monkeypatch.setattr("hf_hpmkd.classifier_training.shutil.rmtree", outrun)
-    assert _last_complete_checkpoint(last.parent, distills=False) != str(last)
+    assert last_complete_checkpoint(last.parent, distills=False) != str(last)
     assert not last.exists()
 
 

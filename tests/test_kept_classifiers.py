@@ -7,12 +7,12 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from hf_hpmkd.classifier_training import done_file
 from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.components.optimization_memory import OptimizationMemory
 from hf_hpmkd.data import load_parts
 from hf_hpmkd.data_config import DataConfig
 from hf_hpmkd.kept_classifiers import About, Training, measure, take
+from hf_hpmkd.training_folder import done_file
 
 KEY, FILE = "0" * 64, "training.json"
 

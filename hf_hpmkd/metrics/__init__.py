@@ -22,6 +22,22 @@ def load_metric(name: str) -> evaluate.EvaluationModule:
     return evaluate.load(path, keep_in_memory=True)
 
 
+def check_metrics(names: Sequence[str], num_classes: int) -> None:
+    """Raises ValueError for a metric that cannot be computed of so many classes: what comes at the end should be known
+    at the start. names: of metrics that `load_metric` finds.
+    """
+    logits, labels = np.eye(num_classes), np.arange(num_classes)
+    for name in names:
+        try:
+            compute_metrics([name], logits, labels, logits)
+        except Exception as error:  # it is somebody's code
+            raise ValueError(
+                f"`training.metrics`: {name} cannot be computed of {num_classes} classes and no more than predictions "
+                f"and labels ({error}). Leave it out, or give the folder of one that can; of ours there are "
+                f"{', '.join(OWN_METRICS)}."
+            ) from error
+
+
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Probabilities over the last axis, float64."""
     shifted = np.asarray(logits, dtype=np.float64)
