@@ -22,9 +22,10 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from hf_hpmkd import teacher_kinds
+from hf_hpmkd import model_identity
 from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.dataset_rows import DatasetRows
+from hf_hpmkd.model_identity import architecture
 from hf_hpmkd.models import (
     CifarResNetConfig,
     CifarResNetForImageClassification,
@@ -37,7 +38,6 @@ from hf_hpmkd.tasks.base import UNAUGMENTED, json_digest
 from hf_hpmkd.tasks.images import ImageFeed, ImageRows, ProcessorFeed
 from hf_hpmkd.tasks.tables import TableRows
 from hf_hpmkd.tasks.text import TextFeed, TextRows, train_tokenizer
-from hf_hpmkd.teacher_kinds import architecture
 from hf_hpmkd.teachers import (
     ColumnTeacher,
     FoldedTeacher,
@@ -242,9 +242,9 @@ def test_fingerprint_of_somebodys_own_module_follows_its_code_and_settings(monke
     assert told_apart(model) == before
     source = inspect.getsource
     monkeypatch.setattr(inspect, "getsource", lambda kind: source(kind).replace("self.scale *", "2 * self.scale *"))
-    teacher_kinds._source.cache_clear()
+    model_identity._source.cache_clear()
     assert told_apart(model) != before  # the code of what it inherits
-    teacher_kinds._source.cache_clear()
+    model_identity._source.cache_clear()
 
 
 # ---- what speaks against a teacher -----------------------------------------------------------------------------------
