@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if args.debug:
             traceback.print_exc()
-        _say(f"hpmkd: error: {error}", sys.stderr)
+        rank = os.environ.get("RANK", "0")  # the file that is missing may be missing on another machine alone
+        print(f"hpmkd: {'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 

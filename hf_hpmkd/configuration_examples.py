@@ -89,7 +89,10 @@ def provenance(path: Path | None = None) -> dict[str, Any]:
             f"There is no prior at {path}. Make one: hpmkd prior build --data DIR --output FILE, and name it: "
             "hpmkd prior show FILE."
         )
-    return json.loads((pq.read_schema(path).metadata or {})[b"provenance"])
+    about = (pq.read_schema(path).metadata or {}).get(b"provenance")
+    if about is None:
+        raise ValueError(f"{path} is no prior: it does not say how it was made. Name a file of `hpmkd prior build`.")
+    return json.loads(about)
 
 
 def _example(row: dict[str, Any]) -> Example:

@@ -15,8 +15,9 @@ Every step leaves its result in the output folder, so that the same command goes
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 from hf_hpmkd import report
 from hf_hpmkd.chain import build_chain, named_stages
 from hf_hpmkd.chain_stages import Stages, WarmBuild, require_hints
-from hf_hpmkd.classifier_training import Trained, old_garbage_left, student_schedule, train_or_load
+from hf_hpmkd.classifier_training import Trained, batches_per_step, old_garbage_left, student_schedule, train_or_load
 from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.evaluation import evaluate_teachers, evaluate_test
 from hf_hpmkd.heads import find_classifier_head
@@ -42,7 +43,14 @@ from hf_hpmkd.recipe_rules import start_told, unread_parts, uses_teachers
 from hf_hpmkd.run_ahead import run_ahead
 from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_environment import code_commit
-from hf_hpmkd.run_folder import alone_in, claim, require_same_rows
+from hf_hpmkd.run_folder import (
+    alone_in,
+    claim,
+    drop_replaced,
+    require_same_processes,
+    require_same_rows,
+    restore_replaced,
+)
 from hf_hpmkd.run_memory import run_memory
 from hf_hpmkd.run_record import RECORD_FILE, ModelRecord
 from hf_hpmkd.run_steps import get_teachers, student_builder
@@ -78,6 +86,16 @@ def check_precision(recipe: Recipe, device_type: str) -> None:
         raise ValueError("training.precision: fp16 needs a GPU, and this process found none. Use fp32 or bf16.")
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises ImportError for a tracker whose package is not there, which upstream tells when training begins."""
+    packages = {"tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",), "wandb": ("wandb",)}
+    for name in names:
+        if name in packages and not any(map(find_spec, packages[name])):
+            raise ImportError(
+                f"training.report_to: {name} is not installed. Install it (`pip install {name}`), or leave it out."
+            )
+
+
 def _asked(what: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{what}", "").lower() == "true"
 
@@ -95,6 +113,7 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
     state = PartialState(cpu=not torch.accelerator.is_available())
     check_launch(state.device.type)
     check_precision(recipe, state.device.type)
+    check_trackers(recipe.training.report_to)
     disable_progress_bar()  # transformers draws one for every checkpoint it writes
     with alone_in(folder) if state.is_main_process else nullcontext():
         _distill(recipe, recipe_source, folder, state)
@@ -105,6 +124,9 @@ def _distill(recipe: Recipe, recipe_source: str, folder: Path, state: PartialSta
     with state.main_process_first():
         known = claim(folder, fingerprint(recipe), recipe.output.overwrite and state.is_main_process)
         record = known or new_record(recipe)
+        if record.status != "completed":
+            require_same_processes(folder, record.processes, batches_per_step(recipe))
+            record.processes = batches_per_step(recipe)
         if state.is_main_process and record.status != "completed":
             (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_tree(recipe), sort_keys=False), encoding="utf-8")
             record.status, record.error = "running", None
@@ -113,11 +135,17 @@ def _distill(recipe: Recipe, recipe_source: str, folder: Path, state: PartialSta
         run = Run(folder, record, memory)
         if record.status == "completed":
             _require_same_data(run)
+            run.keep_hub(recipe)
             run.say(f"{folder} holds the finished run of {recipe_source}; `output.overwrite=true` runs it again.")
         else:
             memory.before()
-            with run.recording(), old_garbage_left():
-                _run(run)
+            try:
+                with run.recording(), old_garbage_left():
+                    _run(run)
+            except BaseException:
+                if state.is_main_process:
+                    restore_replaced(folder)
+                raise
         memory.after(record, folder / "student")
     run.say("\n" + report.result_table(record))
     run.say(f"\nThe student is in {folder / 'student'}, its card in {folder / 'README.md'}.")
@@ -162,10 +190,15 @@ def _run(run: Run) -> None:
         run_ahead(run, parts)
     with run.phase("teachers"):
         teachers = get_teachers(run, parts)
+        if run.is_main:
+            drop_replaced(run.folder)
         run.warn_if_larger_than_every_teacher(num_params, teachers)
         evaluate_teachers(run.record, teachers, parts, recipe, run.memory.cache, say=run.say, warn=run.warn)
 
     above = Stages(run, parts, teachers, run.folder).above([])
+    length = recipe.chain.length
+    if uses_teachers(recipe) and not recipe.chain.models and length != "auto" and length > 0:
+        Stages(run, parts, teachers, run.folder).find(length)  # where there are none, it is known now
     require_hints(recipe, WarmBuild(build_student, above, parts.train))
     direct_folder = run.folder / "direct" if recipe.distillation.direct else None
     chosen = configure(run, parts, teachers, build_student, run.folder / "student", direct_folder)

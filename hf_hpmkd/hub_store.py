@@ -12,7 +12,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 
 from hf_hpmkd import hub_client
 from hf_hpmkd.hub_client import FAILURES, HubFile, HubPushError, RepositoryError, check_repo_id, push_error
-from hf_hpmkd.model_card import named_sources
+from hf_hpmkd.public_record import named_sources
 from hf_hpmkd.run_record import RECORD_FILE, RunRecord
 
 # The run's card stands for the student's copy of it. `training_args.bin` is Trainer's pickle: it runs code when read

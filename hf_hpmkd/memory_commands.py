@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -127,8 +128,8 @@ def verify(memory: OptimizationMemory) -> str:
 
 
 def gc(memory: OptimizationMemory, limit_gb: float | None) -> str:
-    if limit_gb is not None and not limit_gb >= 0:
-        raise ValueError(f"--limit-gb must be 0 or more, got {limit_gb:g}.")
+    if limit_gb is not None and not 0 <= limit_gb < math.inf:
+        raise ValueError(f"--limit-gb must be a number from 0 on, got {limit_gb:g}.")
     freed = memory.evict(None if limit_gb is None else int(limit_gb * 1e9))
     text = f"{len(freed.names)} files and models deleted, {readable_bytes(freed.nbytes)} freed, in {memory.root}"
     return text + (f"; {readable_bytes(freed.over)} above the limit are in use." if freed.over else ".")

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hf_hpmkd.public_record import named_sources
 from hf_hpmkd.run_record import RunRecord
 
 FORMAT_VERSION = 1
@@ -99,7 +100,7 @@ def memory_row(record: RunRecord) -> Row:
     """
     if record.status != "completed":
         raise ValueError(f"Only completed runs are remembered, got one with status {record.status}. Resume it first.")
-    record = record.public()
+    record = named_sources(record.public())
     student, direct = record.models.get("student"), record.models.get("direct")
     chosen = record.auto.overrides if record.auto is not None else {}
     distillation, training = (

@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_hpmkd import report
+from hf_hpmkd.public_record import data_on_hub, hub_id, named_sources
 from hf_hpmkd.run_record import RunRecord, TeacherRecord, last_name
 
 CARD_FILE = "README.md"
@@ -96,52 +97,17 @@ def task(record: RunRecord) -> str | None:
     return found if found in _TASKS else None
 
 
-def hub_id(source: str, commit: str | None) -> str | None:
-    """The Hub id behind a source, or None. A bare `owner/name` counts only with a resolved commit: without one it may
-    as well be a folder. `timm/NAME.TAG` is the id of a repository as it stands.
-    """
-    name = source.removeprefix("hf-hub:")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or re.search(r"\.(skops|safetensors)$", name):
-        return None
-    known = commit is not None or source.startswith("hf-hub:") or re.fullmatch(r"timm/\w+\.\w+", name)
-    return name if known else None
-
-
-def _shown(source: str, on_hub: bool) -> str:
-    """A source as the card shows it: Hub ids and names whole, of a folder or file the last name."""
-    if on_hub or source.startswith(("sklearn:", "column:", "timm/")):
-        return source
-    return last_name(source.removeprefix("local-dir:"))
-
-
-def named_sources(record: RunRecord) -> RunRecord:
-    """The record with local sources, absolute or relative, cut down to their last name, and no output folders."""
-    commits = {one.source: one.commit for one in record.teachers}
-    for one in record.teachers:
-        one.source = _shown(one.source, hub_id(one.source, one.commit) is not None)
-    for config in record.recipe.get("teachers", []):
-        config["model"] = _shown(config["model"], hub_id(config["model"], commits.get(config["model"])) is not None)
-    student = record.recipe.get("student", {})
-    if "model" in student:
-        student["model"] = _shown(student["model"], hub_id(student["model"], record.commits.get("student")) is not None)
-    for place in (record.parts, record.recipe.get("data", {})):
-        if "path" in place:
-            place["path"] = _shown(place["path"], data_on_hub(record))
-    for stage in (*record.chain.stages, *record.chain.left_out) if record.chain else ():
-        stage.model = last_name(stage.model)
-    record.recipe.get("distillation", {}).pop("cache_dir", None)
-    record.recipe.pop("output", None)
-    record.recipe.pop("memory", None)
-    return record
+def _commits(record: RunRecord) -> list[tuple[str, str | None]]:
+    """Names and commits: of the code, data and student, then of the teachers (which older records hold twice)."""
+    teachers = [
+        (one.name, one.commit) for one in record.teachers if (one.name, one.commit) not in record.commits.items()
+    ]
+    return [*record.commits.items(), *teachers]
 
 
 def _linked(name: str, place: str | None) -> str:
     """A name as code, with a link to its place on the Hub if it has one."""
     return f"[`{name}`](https://huggingface.co/{place})" if place else f"`{name}`"
-
-
-def data_on_hub(record: RunRecord) -> bool:
-    return record.parts.get("kind") == "hub"
 
 
 def data_name(record: RunRecord) -> str:
@@ -421,7 +387,7 @@ def _training(record: RunRecord) -> str:
         "seconds": ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in record.seconds.items()),
         "started": record.started or "",
         "finished": record.finished or "",  # not yet, where the run itself writes its card
-        "commits": ", ".join(f"{name} {commit}" for name, commit in record.commits.items() if commit),
+        "commits": ", ".join(f"{name} {commit}" for name, commit in _commits(record) if commit),
         "layer hints": f"those of `{record.began_with}`, in the first {share:.0%} of the steps"
         if record.hinted
         else "",

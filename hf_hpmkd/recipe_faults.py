@@ -51,6 +51,8 @@ def parse_yaml(text: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ValueError(f"{where}not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    except RecursionError as error:
+        raise ValueError("not valid YAML for a recipe: it is nested too deeply.") from error
 
 
 def write_out(tree: dict[str, Any]) -> None:

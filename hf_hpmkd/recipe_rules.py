@@ -272,11 +272,13 @@ def _distillation_rules(recipe: "Recipe") -> Iterator[Fault]:
                 f"{at}.feature_weight: above 0 needs teacher_outputs live, because features are not stored; got "
                 f"{it.teacher_outputs}.",
             )
-        without = [
-            name
-            for name, teacher in zip(teacher_names(recipe), recipe.teachers, strict=True)
-            if family(teacher.model) in ("sklearn", "skops", "column") or teacher.folds
-        ]
+        if it.alpha == 0 and recipe.auto.mode != "off":
+            yield (
+                (f"{at}.feature_weight", f"{at}.alpha", "auto"),
+                f"{at}.feature_weight: with alpha 0 all that auto tries is labels alone. Raise alpha, or set auto off.",
+            )
+        named = zip(teacher_names(recipe), recipe.teachers, strict=True)
+        without = [name for name, one in named if family(one.model) in ("sklearn", "skops", "column") or one.folds]
         if without:
             yield (
                 (f"{at}.feature_weight", "teachers"),

@@ -91,7 +91,6 @@ class Run:
             self.record.teachers.append(known)
         known.num_params, known.license, known.commit = teacher.num_params, teacher.license, teacher.commit
         known.trained_here, known.seconds = is_trained_here(config.model), self.training_seconds.get(teacher.name)
-        self.record.commits[teacher.name] = teacher.commit
 
     def keep_curve(self, name: str, history: list[dict[str, float]]) -> None:
         self.record.curves[name] = [dict(row) for row in history]
@@ -121,8 +120,19 @@ class Run:
         if not self.is_main:
             return
         self.record.status = "completed"
+        self._write_card(self.recipe.hub.license)
+
+    def _write_card(self, license: str | None) -> None:
         plots = report.draw_plots(self.record, self.folder / "plots")
-        write_card(self.record, self.folder, self.folder / "student", plots, self.recipe.hub.license)
+        write_card(self.record, self.folder, self.folder / "student", plots, license)
+
+    def keep_hub(self, recipe: Recipe) -> None:
+        """Of a finished run: what the recipe says of publishing by now, the licence in the card too."""
+        hub = recipe_tree(recipe)["hub"]
+        if self.is_main and self.record.recipe.get("hub") != hub:
+            self.record.recipe["hub"] = hub
+            self.save()
+            self._write_card(recipe.hub.license)
 
 
 def new_record(recipe: Recipe) -> RunRecord:

@@ -11,6 +11,8 @@ from filelock import FileLock, Timeout
 from hf_hpmkd.run_record import RECORD_FILE, RunRecord
 
 LOCK = ".lock"
+REPLACED = ".replaced"
+"""Where the run that `output.overwrite` replaces lies until the new one has its teachers."""
 _BEGUN = (RECORD_FILE, "recipe.yaml")
 """What the folder of a run holds before anything is made."""
 
@@ -56,8 +58,37 @@ def make_folder(folder: Path) -> None:
 
 
 def contents(folder: Path) -> set[str]:
-    """Names of what lies in a folder, but for the lock."""
-    return {path.name for path in folder.iterdir()} - {LOCK}
+    """Names of what lies in a folder, but for the lock and a run that is being replaced."""
+    return {path.name for path in folder.iterdir()} - {LOCK, REPLACED}
+
+
+def _set_aside(folder: Path) -> None:
+    """Makes room for a new run. What is aside already is the last one that was whole, and stays."""
+    names, aside = contents(folder), folder / REPLACED
+    if aside.is_dir():
+        for name in names:
+            _remove(folder / name)
+        return
+    aside.mkdir()
+    for name in names:
+        (folder / name).rename(aside / name)
+
+
+def drop_replaced(folder: Path) -> None:
+    """The new run can be trained, so the one that it replaces goes."""
+    shutil.rmtree(folder / REPLACED, ignore_errors=True)
+
+
+def restore_replaced(folder: Path) -> None:
+    """The new run has failed: where it has made nothing, the one that it was to replace is put back."""
+    aside = folder / REPLACED
+    if not aside.is_dir() or not contents(folder) <= set(_BEGUN):
+        return
+    for name in contents(folder):
+        _remove(folder / name)
+    for path in aside.iterdir():
+        path.rename(folder / path.name)
+    aside.rmdir()
 
 
 def require_same_rows(
@@ -87,19 +118,30 @@ def require_same_rows(
     return now
 
 
+def require_same_processes(folder: Path, before: int | None, now: int) -> None:
+    """Raises RunFolderError where a run was begun with another number of processes: each takes a batch of every step,
+    so that a training has fewer steps the more there are. before: None where the record does not say.
+    """
+    if before not in (None, now) and not contents(folder) <= set(_BEGUN):
+        raise RunFolderError(
+            f"A run goes on with as many processes as it began with, the one in {folder} began with {before} and there "
+            f"are {now}. Launch it with {before}, or choose another folder (`output.dir=FOLDER`, or --output)."
+        )
+
+
 def claim(folder: Path, fingerprint: str, overwrite: bool = False) -> RunRecord | None:
     """Makes `folder` this run's own, before any work starts.
 
     Returns the record of an interrupted or finished run of the same recipe, or None where the run starts anew.
-    overwrite: a run that lies in the folder is removed first, but an unfinished one of the same recipe, which goes on:
-    the command that began it says so whether it overwrites or not. Raises RunFolderError if the folder holds
+    overwrite: a run that lies in the folder is set aside, to be dropped or restored when it is known whether the new
+    one can be trained; but an unfinished one of the same recipe goes on: the command that began it says so whether it
+    overwrites or not. Raises RunFolderError if the folder holds
     another run, something that is no run, or cannot be written.
     """
     record_file = folder / RECORD_FILE
     make_folder(folder)
     if record_file.is_file() and overwrite and not _is_unfinished(record_file, fingerprint):
-        for name in contents(folder):
-            _remove(folder / name)
+        _set_aside(folder)
     if not record_file.is_file():
         found = sorted(contents(folder))
         if found:

@@ -224,7 +224,8 @@ class RunRecord:
     distilled student anyhow, and before it is decided. auto: None for a run whose recipe is taken as it is, and before
     it is decided. chain: None before it is decided. seconds: phase -> seconds.
     memory: which one, and what was found in it; {} for a run without. pipeline: who did the jobs, and why; {} for a run
-    without workers. jobs: what happened when, an interrupted run's jobs before its last ones.
+    without workers. processes: whose batches make a step; None in older records. jobs: what happened when, an
+    interrupted run's jobs before its last ones.
     events: {"time", "text"}. Times are UTC, ISO 8601.
     """
 
@@ -253,6 +254,7 @@ class RunRecord:
     seconds: dict[str, Number] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     pipeline: dict[str, Any] = field(default_factory=dict)
+    processes: int | None = None
     jobs: list[JobRecord] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     events: list[dict[str, str]] = field(default_factory=list)

@@ -10,12 +10,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from hf_hpmkd.model_card import (
     CARD_FILE,
     data_name,
-    data_on_hub,
-    named_sources,
     student_name,
     task,
     usage,
 )
+from hf_hpmkd.public_record import data_on_hub, named_sources
 from hf_hpmkd.run_record import RunRecord, StageRecord, last_name
 
 _TABULAR = "tabular-classification"

@@ -10,9 +10,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Image
 
 from hf_hpmkd.classifier_training import (
     Trained,
@@ -30,6 +32,7 @@ from hf_hpmkd.recipe import fingerprint, read_recipe, recipe_tree
 from hf_hpmkd.run_memory import run_memory
 from hf_hpmkd.sklearn_teachers import train_sklearn
 from hf_hpmkd.table_runs import spare_time
+from hf_hpmkd.tasks.images import ImageRows
 from hf_hpmkd.tasks.tables import TableRows
 from hf_hpmkd.tasks.text import TextRows
 from hf_hpmkd.tasks.word_dropout import WordDropout
@@ -377,3 +380,22 @@ def test_a_number_of_steps_rules_out_the_least_number_for_networks_that_teach() 
     assert total_steps(recipe, teacher_schedule(recipe, recipe.teachers[0]), 96) == 1000
     short = read_recipe(tree, "a test", ["training.max_steps=20"])
     assert total_steps(short, teacher_schedule(short, short.teachers[0]), 96) == 12
+
+
+def test_a_last_batch_of_one_row_does_not_stop_batch_normalisation(tmp_path: Path) -> None:
+    """Of 4 x 4 images the last maps are one pixel, so that one row has one value per channel."""
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 4, 4, 3), dtype=np.uint8)
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    columns = {"image": [PIL.Image.fromarray(one) for one in pixels], "label": [0, 1] * 15}
+    rows = ImageRows.from_dataset(Dataset.from_dict(columns, features=features), "image", "label", ["a", "b"])
+    tree = {
+        "data": {"path": "unused"},
+        "teachers": [{"model": "cifar-resnet-14"}],
+        "student": {"model": "cifar-resnet-8x4"},
+        "training": {"epochs": 2, "batch_size": 8},
+    }
+    recipe = read_recipe(tree, "a test")
+    train, validation = rows.subset(torch.arange(17)), rows.subset(torch.arange(17, 30))
+    build = partial(build_classifier, "cifar-resnet-8x4", train)
+    trained = train_or_load("s", build, recipe, student_schedule(recipe), tmp_path / "s", train, validation)
+    assert trained.steps == total_steps(recipe, student_schedule(recipe), 17) == 6

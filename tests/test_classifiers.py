@@ -539,3 +539,18 @@ def test_decoders_pad_with_their_end_token(tmp_path):
     assert built.model.config.pad_token_id == tokenizer.eos_token_id
     assert type(built.model) is AutoModelForSequenceClassification._model_mapping[GPT2Config]
     assert logits(built, text_rows()).shape == (12, 2)
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_a_student_is_one_of_single_labels_in_full_precision_whatever_it_was_saved_as(tmp_path, pretrained):
+    rows = text_rows()
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16,
+        problem_type="multi_label_classification", num_labels=4,
+    )  # fmt: skip
+    BertForSequenceClassification(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    train_tokenizer(rows.texts).save_pretrained(tmp_path)
+    built = build_classifier(str(tmp_path), rows, pretrained=pretrained)
+    assert {one.dtype for one in built.model.parameters()} == {torch.float32}
+    loss = built.model(input_ids=torch.tensor([[2, 5, 3]]), labels=torch.tensor([1])).loss
+    assert 0.1 < float(loss) < 2  # a cross-entropy of two classes, hardly trained

@@ -475,6 +475,13 @@ def test_help_and_faults_of_a_recipe_come_before_anything_heavy(words: list[str]
     assert "loaded []" in done.stdout
 
 
+def test_a_fault_is_told_by_every_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """A file may be missing on the second machine alone."""
+    monkeypatch.setenv("RANK", "3")
+    assert main(["recipe", "check", "none.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("hpmkd: [rank 3] error: ")
+
+
 def test_module_runs_like_the_command_and_reports_codes() -> None:
     done = run(sys.executable, "-m", "hf_hpmkd", "recipe", "check", "quickstart", "data.path=sklearn:digit")
     assert done.returncode == 2

@@ -28,6 +28,12 @@ EXAMPLE = Example({"log_rows": 3.0, "overfit": 0.25}, SOFT, 1.5, 0.5, (0.25, 0.5
 ABOUT = dict.fromkeys(SCHEMA.names)
 
 
+def test_a_file_that_is_no_prior_says_so(tmp_path):
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match="is no prior"):
+        provenance(tmp_path / "other.parquet")
+
+
 def test_a_prior_is_read_as_it_was_written(tmp_path: Path) -> None:
     other = dataclasses.replace(EXAMPLE, data="yeast")
     write_prior([prior_row(one, ABOUT) for one in (EXAMPLE, other)], {"runs": 2}, tmp_path / "a" / "prior.parquet")

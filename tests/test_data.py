@@ -751,3 +751,33 @@ def test_without_the_hub_a_cached_copy_has_no_commit(monkeypatch, error):
     hub = Hub(monkeypatch, error)
     source = open_source("user/set", None, "v1")
     assert hub.loaded == ("user/set", None, "v1") and source.commit is None and source.license is None
+
+
+def test_the_other_half_of_a_pair_is_told_where_it_is_left_out(tmp_path):
+    columns = {"question": ["who?", "when?"] * 30, "sentence": ["he", "now"] * 30, "label": [0, 1] * 30}
+    features = Features(
+        {"question": Value("string"), "sentence": Value("string"), "label": ClassLabel(names=["n", "y"])}
+    )
+    path = saved(tmp_path / "pairs", train=Dataset.from_dict(columns, features=features))
+    warned = " ".join(load_parts(DataConfig(path)).provenance["warnings"])
+    assert "sentence alone is read, and not question" in warned and "data.input_column=sentence" in warned
+    assert "alone is read" not in str(load_parts(DataConfig(path, input_column="sentence")).provenance["warnings"])
+
+
+def test_labels_that_stand_for_none_are_told(tmp_path):
+    some = [-1 if row == 7 else row % 3 for row in range(60)]
+    data = Dataset.from_dict({"text": [f"row {row}" for row in range(60)], "label": some}, features=TEXT)
+    with pytest.raises(ValueError, match=r"got \[-1\] in 1 of 60 rows\. Remove these rows: `dataset\.filter"):
+        load_parts(DataConfig(saved(tmp_path / "some", train=data)))
+    words = [("", "good", "bad")[row % 3] for row in range(60)]
+    for name, labels in (("number", [row % 3 - 1 for row in range(60)]), ("word", words)):
+        plain = Dataset.from_dict({"text": [f"row {row}" for row in range(60)], "label": labels})
+        warned = " ".join(load_parts(DataConfig(saved(tmp_path / name, train=plain))).provenance["warnings"])
+        assert f"One class is called {'-1' if name == 'number' else ''!r}" in warned
+
+
+def test_images_that_are_stored_undecoded_are_read(tmp_path):
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=["a", "b"])})
+    data = pictures((8, 8), "RGB").cast(features)
+    DatasetDict({"train": data}).save_to_disk(str(tmp_path / "set"))
+    assert load_parts(DataConfig(str(tmp_path / "set"))).train.image_size == (8, 8)

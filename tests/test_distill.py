@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,10 +16,10 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_wine
 from tiny import full_runs
 
-from hf_hpmkd import classifier_training
+from hf_hpmkd import classifier_training, distill
 from hf_hpmkd.cli import main
 from hf_hpmkd.models.tabular import TabularForClassification
-from hf_hpmkd.run_folder import alone_in
+from hf_hpmkd.run_folder import REPLACED, alone_in
 from hf_hpmkd.run_record import RunRecord
 
 ROOT = Path(__file__).parents[1]
@@ -324,3 +325,39 @@ def fresh_predictions(tmp_path_factory):
 )
 def test_the_student_predicts_names_from_raw_input_in_a_fresh_process(fresh_predictions, task, names):
     assert fresh_predictions[task] and set(fresh_predictions[task]) <= names
+
+
+def test_a_fault_of_a_run_that_was_to_replace_another_leaves_the_other(finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished / "run", folder)
+    before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+    words = ["distill", str(finished / "recipe.yaml"), f"output.dir={folder}", "--overwrite"]
+    assert main([*words, "data.label_column=none"]) == 2
+    assert main([*words, "teachers.0.model=" + str(finished)]) == 2  # a folder without a model
+    assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
+    capsys.readouterr()
+    assert main([*words, "training.max_steps=2"]) == 0
+    assert not (folder / REPLACED).exists()
+    assert RunRecord.load(folder / "run_record.json").recipe["training"]["max_steps"] == 2
+
+
+def test_the_licence_of_a_finished_run_may_be_named_later(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished / "run", folder)
+    assert "No licence has been chosen" in (folder / "README.md").read_text()
+    assert main(["distill", str(finished / "recipe.yaml"), f"output.dir={folder}", "hub.license=mit"]) == 0
+    assert "license: mit" in (folder / "README.md").read_text()
+    assert RunRecord.load(folder / "run_record.json").recipe["hub"]["license"] == "mit"
+
+
+def test_a_chain_that_cannot_be_built_is_told_before_a_student_is_trained(tmp_path, capsys):
+    words = ['teachers=[{model: "sklearn:LogisticRegression"}]', "chain.length=1"]
+    assert main(["distill", str(table_recipe(tmp_path)), *words]) == 2
+    assert "can be built where the size of a teacher is known" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "direct").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_told_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(distill, "find_spec", lambda name: None)
+    assert main(["distill", str(table_recipe(tmp_path)), "training.report_to=[trackio]"]) == 2
+    assert "trackio is not installed" in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from hf_hpmkd import hub_client
 from hf_hpmkd.hub_store import HubPushError, push_run
-from hf_hpmkd.model_card import named_sources
+from hf_hpmkd.public_record import named_sources
 from hf_hpmkd.run_record import ChainRecord, ModelRecord, RunRecord, StageRecord, TeacherRecord
 
 # huggingface_hub 2.4 sends large files by LFS with a parameter that httpx2 calls deprecated.

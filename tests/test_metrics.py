@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
 import hf_hpmkd.metrics as metrics
-from hf_hpmkd.metrics import OWN_METRICS, compute_metrics, load_metric, softmax
+from hf_hpmkd.metrics import OWN_METRICS, check_metrics, compute_metrics, load_metric, softmax
 
 FOLDER = Path(metrics.__file__).parent
 
@@ -127,3 +127,16 @@ def test_every_module_works_offline():
             "numpy",
         }
         assert load_metric(name) is load_metric(name)
+
+
+def test_a_metric_that_cannot_take_so_many_classes_is_told_at_the_start(tmp_path):
+    check_metrics(OWN_METRICS, 3)
+    own = tmp_path / "two_alone"
+    own.mkdir()
+    source = (FOLDER / "macro_f1" / "macro_f1.py").read_text()
+    line = next(line for line in source.splitlines() if "def _compute" in line)
+    check = "        if len(set(references)) > 2:\n            raise TypeError('two classes alone')"
+    (own / "two_alone.py").write_text(source.replace(line, f"{line}\n{check}"))
+    check_metrics([str(own)], 2)
+    with pytest.raises(ValueError, match=r"two_alone cannot be computed of 3 classes .*two classes alone"):
+        check_metrics([str(own)], 3)

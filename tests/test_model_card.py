@@ -11,6 +11,7 @@ from tiny import full_runs
 
 from hf_hpmkd import report
 from hf_hpmkd.components.adaptive_configuration import Configuration
+from hf_hpmkd.memory_records import memory_row
 from hf_hpmkd.model_card import hub_id, license_warning, write_card
 from hf_hpmkd.run_record import AutoRecord, ChainRecord, JobRecord, KeptRecord, ModelRecord, RunRecord, TeacherRecord
 
@@ -297,6 +298,26 @@ def test_no_path_of_the_machine_is_shown(record, tmp_path, student):
     assert [one["model"] for one in recipe["teachers"]] == ["big.safetensors", "owner/vit", "mlp-64"]
     assert "output" not in recipe and recipe["distillation"] == {"alpha": 0.9}
     assert record.teachers[0].source.startswith("/home/jane")  # the record itself is left as it was
+
+
+def test_relative_folders_and_addresses_are_published_by_neither_card_nor_memory(record, tmp_path, student):
+    record.recipe |= {
+        "chain": {"models": ["clients/acme/mid", "cifar-resnet-14"]},
+        "auto": {"prior": "clients/acme/prior.parquet"},
+        "pipeline": {"engine": "ray", "address": "ray://10.1.2.3:10001"},
+    }
+    record.recipe["data"]["path"] = record.parts["path"] = "clients/acme/pay.csv"
+    record.parts["kind"], record.status, record.finished = "folder", "completed", "2026-01-02T03:04:05Z"
+    told = card_of(record, tmp_path).text + str(memory_row(record))
+    assert "acme" not in told and "10.1.2.3" not in told
+    assert all(name in told for name in ("pay.csv", "prior.parquet", "mid", "cifar-resnet-14"))
+
+
+def test_a_teacher_may_have_the_name_of_another_commit(record, tmp_path, student):
+    record.commits = {"hf_hpmkd": "a" * 40, "student": "b" * 40}
+    record.teachers[1].name = "student"
+    shown = card_of(record, tmp_path).text
+    assert "student " + "b" * 40 in shown and "student " + "e" * 40 in shown
 
 
 def test_plots_outside_the_folder_are_refused(record, tmp_path, student):

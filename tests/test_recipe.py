@@ -231,6 +231,12 @@ def test_names_of_transformers_are_known_whether_it_is_asked_or_not() -> None:
     assert "Did you mean `tensorboard`?" in told[2]
 
 
+def test_a_recipe_that_is_nested_too_deeply_is_told(tmp_path: Path) -> None:
+    (tmp_path / "deep.yaml").write_text("data: " + "[" * 5000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        load_recipe(tmp_path / "deep.yaml")
+
+
 def test_same_name_twice() -> None:
     assert "names must differ, 'a' is given 2 times" in only_fault("teachers.0.name=a", "teachers.1.name=a")
 

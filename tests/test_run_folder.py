@@ -5,7 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from hf_hpmkd.run_folder import LOCK, RunFolderError, alone_in, claim, contents, require_same_rows
+from hf_hpmkd.run_folder import (
+    LOCK,
+    REPLACED,
+    RunFolderError,
+    alone_in,
+    claim,
+    contents,
+    drop_replaced,
+    require_same_processes,
+    require_same_rows,
+    restore_replaced,
+)
 from hf_hpmkd.run_record import RECORD_FILE, RunRecord
 
 
@@ -84,3 +95,31 @@ def test_rows_that_have_changed_are_refused(tmp_path: Path) -> None:
         require_same_rows(tmp_path, known, {"train": "1", "test": "3"})
     with pytest.raises(RunFolderError, match="or replace the run with `output.overwrite=true`"):
         require_same_rows(tmp_path, known, {"train": "1", "test": "3"}, finished=True)
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_run_that_is_replaced_goes_when_the_new_one_can_be_trained_and_not_before(tmp_path: Path, made: bool) -> None:
+    begun(tmp_path, "completed")
+    assert claim(tmp_path, "b", overwrite=True) is None
+    RunRecord(recipe_fingerprint="b").save(tmp_path / RECORD_FILE)
+    if made:
+        (tmp_path / "teachers").mkdir()
+    restore_replaced(tmp_path)  # as after a fault
+    if made:  # nothing that was made is lost, nor what was there before
+        assert contents(tmp_path) == {RECORD_FILE, "teachers"} and (tmp_path / REPLACED / "direct").is_dir()
+        assert claim(tmp_path, "c", overwrite=True) is None  # of the two the finished one is the one to keep
+        restore_replaced(tmp_path)
+    assert contents(tmp_path) == {RECORD_FILE, "direct"} and not (tmp_path / REPLACED).exists()
+    assert RunRecord.load(tmp_path / RECORD_FILE).recipe_fingerprint == "a"
+    assert claim(tmp_path, "b", overwrite=True) is None
+    drop_replaced(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_goes_on_with_as_many_processes_as_before(tmp_path: Path) -> None:
+    require_same_processes(tmp_path, 2, 1)  # nothing was trained
+    begun(tmp_path, "interrupted")
+    require_same_processes(tmp_path, 2, 2)
+    require_same_processes(tmp_path, None, 2)
+    with pytest.raises(RunFolderError, match="began with 2 and there are 1"):
+        require_same_processes(tmp_path, 2, 1)

@@ -419,7 +419,7 @@ def test_the_commands(tmp_path, hub, capsys):
     assert "0 runs, 0 models, 0 files" in said("merge", str(OptimizationMemory().root), *elsewhere)
     assert "0 files and models deleted" in said("gc")
     assert "11 files and models deleted" in said("gc", "--limit-gb", "0", *elsewhere)
-    assert "must be 0 or more, got -1" in said("gc", "--limit-gb", "-1", code=2)
+    assert "must be a number from 0 on, got -1" in said("gc", "--limit-gb", "-1", code=2)
     path = next(OptimizationMemory().outputs_root.glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-1])
     assert f"teacher_outputs/{path.name}" in said("verify", code=2)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import Dataset
 
 from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.data import load_parts
@@ -88,3 +89,26 @@ def test_int8_rounds_the_weights_of_linear_layers_to_256_steps_a_row(tmp_path):
 def test_int8_is_refused_where_it_would_pack_next_to_nothing(tmp_path):
     with pytest.raises(ValueError, match="at least half of the parameters; here they hold 2%. Take bf16"):
         saved_and_loaded(tmp_path, "sklearn:digits", "cifar-resnet-8x8", "cifar-resnet-8x4", "int8")
+
+
+def test_a_gap_in_the_answers_to_test_rows_is_told_before_anything_is_trained(tmp_path):
+    for split, rows in (("train", 60), ("test", 20)):
+        answers = [[0.5, -0.5]] * rows
+        if split == "test":
+            answers[7] = None
+        columns = {"x": [float(row) for row in range(rows)], "label": ["a", "b"] * (rows // 2), "said": answers}
+        Dataset.from_dict(columns).to_parquet(str(tmp_path / "data" / f"{split}.parquet"))
+    tree = {
+        "data": {
+            "path": str(tmp_path / "data"),
+            "input_column": ["x"],
+            "validation_from": "train",
+            "guide_from": "train",
+        },
+        "teachers": [{"model": "column:said"}],
+        "student": {"model": "mlp-2"},
+        "memory": {"use": False},
+    }
+    recipe = read_recipe(tree, "test")
+    with pytest.raises(ValueError, match="row 7 of the part holds None"):
+        loaded(recipe, tmp_path, load_parts(recipe.data))

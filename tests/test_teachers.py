@@ -4,6 +4,7 @@ import inspect
 import json
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -19,11 +20,14 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    ViTForImageClassification,
     ViTImageProcessor,
 )
 
 from hf_hpmkd import model_identity
 from hf_hpmkd.classifiers import build_classifier
+from hf_hpmkd.data import load_parts
+from hf_hpmkd.data_config import DataConfig
 from hf_hpmkd.dataset_rows import DatasetRows
 from hf_hpmkd.model_identity import architecture
 from hf_hpmkd.models import (
@@ -38,6 +42,7 @@ from hf_hpmkd.tasks.base import UNAUGMENTED, json_digest
 from hf_hpmkd.tasks.images import ImageFeed, ImageRows, ProcessorFeed
 from hf_hpmkd.tasks.tables import TableRows
 from hf_hpmkd.tasks.text import TextFeed, TextRows, train_tokenizer
+from hf_hpmkd.teacher_kinds import own_class_names
 from hf_hpmkd.teachers import (
     ColumnTeacher,
     FoldedTeacher,
@@ -615,3 +620,39 @@ def test_folds_answer_their_own_rows_and_the_full_model_the_rest():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert folded.to("cpu") is folded
+
+
+class Mirrored(ViTForImageClassification):
+    """The same config and weights, other answers."""
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = -outputs.logits
+        return outputs
+
+
+def test_a_changed_head_or_forward_of_a_model_of_transformers_is_another_teacher():
+    model, other = tiny.tiny_vit(), Mirrored(tiny.tiny_vit().config)
+    assert architecture(model) == architecture(tiny.tiny_vit()) and "modules" not in architecture(model)
+    heads = []
+    for activation in (torch.nn.ReLU(), torch.nn.GELU()):
+        changed = tiny.tiny_vit()
+        changed.classifier = torch.nn.Sequential(activation, changed.classifier)
+        heads.append(architecture(changed))
+    assert heads[0] != heads[1] and architecture(model) not in heads
+    assert any("-outputs.logits" in code for code in architecture(other)["code"])
+
+
+def test_a_config_may_count_its_classes_from_one():
+    model = SimpleNamespace(config=SimpleNamespace(id2label={1: "bad", 2: "good"}))
+    assert own_class_names(model) == ["bad", "good"]
+
+
+def test_a_teacher_in_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    rows = load_parts(DataConfig("sklearn:wine"), teachers_saw_train=False).train
+    built = build_classifier("mlp-4", rows)
+    built.model.save_pretrained(tmp_path / "teacher")
+    built.feed.processor.save_pretrained(tmp_path / "teacher")
+    assert load_teacher("~/teacher", rows).num_params == built.num_params
+    assert build_classifier("~/teacher", rows).num_params == built.num_params

@@ -13,9 +13,18 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+)
 
+from hf_hpmkd.tasks.base import UNAUGMENTED
 from hf_hpmkd.teacher_kinds import TorchTeacher
 from hf_hpmkd.trainer import STATE_FILE, HPMKDTrainer, _name_apart
 from hf_hpmkd.vocabulary import KD_KINDS
@@ -744,3 +753,74 @@ def test_foreign_arguments_are_refused(tmp_path, teachers):
 
     with pytest.raises(TypeError, match="must be HPMKDTrainingArguments, got TrainingArguments"):
         HPMKDTrainer(tiny.tiny_vit(), teachers, TrainingArguments(str(tmp_path), report_to="none"))
+
+
+class _Pairs(torch.utils.data.Dataset):
+    """Somebody's dataset of tuples, as torchvision has them."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images.pixels[index], int(self.images.labels[index])
+
+
+def test_a_dataset_of_tuples_trains_with_its_own_collator(tmp_path, teachers, taught):
+    def collate(samples):
+        pixels, labels = zip(*samples, strict=True)
+        return {"pixel_values": torch.stack(pixels), "labels": torch.tensor(labels)}
+
+    trainer = HPMKDTrainer(
+        tiny.tiny_vit(),
+        teachers,
+        tiny.arguments(tmp_path, remove_unused_columns=False),
+        train_dataset=_Pairs(tiny.TinyImages()),
+        guide_dataset=_Pairs(tiny.TinyImages(40, seed=3)),
+        data_collator=collate,
+    )
+    trainer.train()
+    torch.testing.assert_close(tiny.weights_of(trainer.model), tiny.weights_of(taught.model))
+
+
+@pytest.mark.parametrize("outputs", ["full", "live"])
+def test_a_teacher_gets_the_columns_that_it_takes_and_the_student_does_not(tmp_path, outputs):
+    """Segment ids, which tell a BERT the two texts of a pair apart."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 30, "num_labels": 2}
+    bert = BertConfig(**sizes, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    teacher = BertForSequenceClassification(bert).eval()
+    teacher.bert.embeddings.token_type_embeddings.weight.data *= 50
+    distilbert = DistilBertConfig(**sizes, dim=16, n_layers=1, n_heads=2, hidden_dim=16)
+    student = _TakesIds(DistilBertForSequenceClassification(distilbert))
+    rows = {
+        "input_ids": torch.randint(1, 30, (24, 6)).tolist(),
+        "attention_mask": torch.ones(24, 6, dtype=torch.long).tolist(),
+        "token_type_ids": torch.randint(0, 2, (24, 6)).tolist(),
+        "labels": [0, 1] * 12,
+        "idx": list(range(24)),
+    }
+    data = Dataset.from_dict(rows)
+    args = tiny.arguments(tmp_path, gate="uniform", calibrate_teachers=False, temperature_schedule="constant")
+    args.teacher_outputs = outputs
+    trainer = HPMKDTrainer(student, teacher, args, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    every = torch.arange(24)
+    inputs = {name: torch.tensor(rows[name]) for name in ("input_ids", "attention_mask", "token_type_ids")}
+    answers = trainer._outputs.lookup(every, torch.full_like(every, UNAUGMENTED), inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(answers[0], teacher(**inputs).logits, atol=2e-2, rtol=0)
+    assert set(trainer.evaluate()) >= {"eval_loss"}
+
+
+class _TakesIds(torch.nn.Module):
+    """Takes ids and mask alone, and says so."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels)

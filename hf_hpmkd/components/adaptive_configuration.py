@@ -158,13 +158,10 @@ def configurations(free: Collection[str], kept: Configuration) -> list[Configura
         raise ValueError(f"Unknown fields {', '.join(sorted(unknown))}. Known: {', '.join(SPACE)}.")
     values = [SPACE[name] if name in free else (getattr(kept, name),) for name in SPACE]
     found = [Configuration(**{n: v for n, v in asdict(one).items() if n in free} | _kept(kept, free)) for one in _USUAL]
-    found = [one for one in found if _is_legal(one) and not (one.distils and one.warm_start)]
+    found = [one for one in map(_plain, found) if _is_legal(one) and not (one.distils and one.warm_start)]
     for combination in itertools.product(*values):
-        one = Configuration(**dict(zip(SPACE, combination, strict=True)))
-        if not one.distils:
-            kept_too = ("learning_rate", "weight_decay", "warm_start")
-            one = replace(DIRECT, **{name: getattr(one, name) for name in kept_too})
-        elif one.warm_start:
+        one = _plain(Configuration(**dict(zip(SPACE, combination, strict=True))))
+        if one.distils and one.warm_start:
             continue  # whether it does is the recipe's business
         elif one.temperature_schedule != "constant" and "temperature" in free and one.temperature != DIRECT.temperature:
             continue  # it moves, so where it starts matters little
@@ -175,6 +172,14 @@ def configurations(free: Collection[str], kept: Configuration) -> list[Configura
 
 def _kept(kept: Configuration, free: Collection[str]) -> dict[str, Any]:
     return {name: value for name, value in asdict(kept).items() if name not in free}
+
+
+def _plain(one: Configuration) -> Configuration:
+    """Of the labels alone nothing counts but rate, decay and start; the rest is as in direct training."""
+    if one.distils:
+        return one
+    kept_too = ("learning_rate", "weight_decay", "warm_start")
+    return replace(DIRECT, **{name: getattr(one, name) for name in kept_too})
 
 
 def _is_legal(one: Configuration) -> bool:

@@ -54,6 +54,13 @@ def test_what_the_user_set_is_kept() -> None:
         configurations(["colour"], DIRECT)
 
 
+def test_the_labels_alone_are_there_once_whatever_the_recipe_says_of_teachers():
+    kept = replace(DIRECT, temperature=2.0, gate="label")
+    found = configurations(set(SPACE) - {"alpha", "temperature", "gate"}, kept)
+    plain = [one for one in found if (one.learning_rate, one.weight_decay, one.warm_start) == (1.0, 1.0, False)]
+    assert plain == [DIRECT]
+
+
 def test_encodings_tell_configurations_apart_but_not_what_means_nothing() -> None:
     found = configurations(SPACE, DIRECT)
     assert len({tuple(encode(one)) for one in found}) == len(found)
