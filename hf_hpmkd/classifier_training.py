@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -240,8 +239,6 @@ def train_or_load(
         return Trained(classifier, 0.0, step_of(checkpoint), _numbers(state["log_history"]), resumed=True)
     args = training_arguments(recipe, schedule, folder, len(train), bool(teachers), resumable)
     args._n_gpu = min(args.n_gpu, 1)  # of several that are visible, too: upstream would train on all of them
-    if _leaves_one_row(classifier, len(train), args):
-        args.dataloader_drop_last, args.max_steps = True, total_steps(recipe, schedule, len(train))
     if stop_at is not None:  # with one alone upstream keeps the best, and not the one to go on from
         args.save_total_limit = max(2, args.save_total_limit or 2)
     clock, family = _Clock(checkpoint), type(classifier.model)
@@ -322,15 +319,6 @@ def old_garbage_left() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def _leaves_one_row(classifier: Classifier, num_rows: int, args: HPMKDTrainingArguments) -> bool:
-    """Whether the last batch of an epoch would be one row, of which batch normalisation may have a single value per
-    channel and refuse it. Several processes fill their last batches up.
-    """
-    normalised = any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in classifier.model.modules())
-    alone = PartialState().num_processes == 1
-    return normalised and alone and num_rows > 1 and num_rows % args.per_device_train_batch_size == 1
 
 
 def _accuracy(prediction: Any) -> dict[str, float]:

@@ -27,6 +27,19 @@ def find_classifier_head(model: nn.Module, num_classes: int) -> nn.Linear:
     return heads[-1]
 
 
+def require_outputs(student: nn.Module, named: int, classes: int) -> None:
+    """Raises ValueError where a student whose config names another number of classes has no such layer either (of
+    somebody's own model the config may say nothing).
+    """
+    try:
+        find_classifier_head(student, classes)
+    except ValueError:
+        raise ValueError(
+            f"The student must have an output per class of the training rows, it has {named} and they have {classes}. "
+            f"Make it with num_labels={classes}."
+        ) from None
+
+
 class FeatureReader:
     """Keeps the penultimate features `(batch, width)` of a model's latest forward pass, with their gradient.
 

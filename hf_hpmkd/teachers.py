@@ -145,6 +145,23 @@ def as_teacher(teacher: str | Path | nn.Module | Teacher, rows: Rows, device: to
     return _from_module(teacher, rows, None, None, device, None, SharedInputsFeed(parameters_of(teacher)))
 
 
+def reads_raw(teacher: Teacher) -> bool:
+    """Whether it makes its inputs itself of an image or text; one that is a column reads neither."""
+    feed = getattr(teacher.full if isinstance(teacher, FoldedTeacher) else teacher, "feed", None)
+    return teacher.kind == "sklearn" or (feed is not None and not isinstance(feed, SharedInputsFeed))
+
+
+def name_apart(teachers: Sequence[Teacher]) -> None:
+    """Numbers teachers of the same name (two modules of one class), because logs and plots go by name."""
+    given, taken = {teacher.name for teacher in teachers}, set[str]()
+    for teacher in teachers:
+        stem, count = teacher.name, 1
+        while teacher.name in taken or (count > 1 and teacher.name in given):
+            count += 1
+            teacher.name = f"{stem}-{count}"
+        taken.add(teacher.name)
+
+
 def _short(source: str) -> str:
     """The last part of a path or id: "resnet18.a1_in1k", "resnet20_cifar10"."""
     return source.rstrip("/").split("/")[-1].removesuffix(".safetensors").split(":")[-1]

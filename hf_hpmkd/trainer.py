@@ -6,7 +6,8 @@ bit for bit. Private names of `Trainer` that are touched here were read in trans
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,18 @@ from hf_hpmkd.dataset_rows import (
     DatasetRows,
     RowIdCollator,
     RowIdDataset,
-    SharedInputsFeed,
     as_rows,
     fetcher,
     parameters_of,
     student_inputs,
 )
 from hf_hpmkd.distiller import Batch, Distiller, GuideRows, TeacherOutputs, check_guide
-from hf_hpmkd.heads import find_classifier_head
+from hf_hpmkd.heads import require_outputs
 from hf_hpmkd.layer_hints import LayerHints
 from hf_hpmkd.tasks.base import UNAUGMENTED, FedDataset
 from hf_hpmkd.teacher_cache import LiveOutputs, TeacherCache
-from hf_hpmkd.teacher_kinds import FoldedTeacher, Teacher, own_class_names
-from hf_hpmkd.teachers import as_teacher
+from hf_hpmkd.teacher_kinds import Teacher, own_class_names
+from hf_hpmkd.teachers import as_teacher, name_apart, reads_raw
 from hf_hpmkd.training_args import HPMKDTrainingArguments
 
 STATE_FILE = "hpmkd_state.safetensors"
@@ -117,6 +117,22 @@ class HPMKDTrainer(Trainer):
         """Training: the distillation loss. Evaluation, and `alpha=0`: upstream's loss; teachers are left out. In
         training layer hints, where there are any, are added to the one or the other.
         """
+        try:
+            return self._loss(model, inputs, return_outputs, num_items_in_batch)
+        except ValueError as error:
+            # One row that an epoch leaves over, where batch normalisation comes after the pooling.
+            if "Expected more than 1 value per channel" not in str(error):
+                raise
+            with _running_statistics(model):
+                return self._loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> Any:
         rows, views, inputs = _without_row_ids(inputs)
         shared, inputs = inputs, self._for_student(inputs)
         if not model.training or (self.distiller is None and not self._has_hints()):
@@ -232,7 +248,7 @@ class HPMKDTrainer(Trainer):
         names = own_class_names(self.model)
         rows, num_views = as_rows(self.train_dataset, collate, names, stored=not live)
         if names and len(names) != len(rows.class_names):
-            _require_outputs(self.model, len(names), len(rows.class_names))
+            require_outputs(self.model, len(names), len(rows.class_names))
         if names and not are_generic(names) and not are_generic(rows.class_names):
             require_same_classes("The student's names (`id2label`)", names, rows.class_names)
         if self.args.kd_kind == "standardized_kl" and len(rows.class_names) == 2:
@@ -246,11 +262,11 @@ class HPMKDTrainer(Trainer):
             guide, _ = as_rows(self.guide_dataset, collate, rows.class_names, what="guide")
             require_same_classes("The guide rows", guide.class_names, rows.class_names)
         teachers = [as_teacher(teacher, rows, device=self.args.device) for teacher in self.teachers]
-        if any(_reads_raw(one) for one in teachers):
+        if any(reads_raw(one) for one in teachers):
             for part in (rows, guide):
                 if isinstance(part, DatasetRows):
                     part.will_be_read_raw()
-        _name_apart(teachers)
+        name_apart(teachers)
         cache = self.teacher_cache or TeacherCache(self.args.teacher_cache_dir)
         capture: dict[str, Any] = {
             "batch_size": self.args.per_device_eval_batch_size,
@@ -417,6 +433,19 @@ class HPMKDTrainer(Trainer):
         super().log(logs, start_time)
 
 
+@contextmanager
+def _running_statistics(model: nn.Module) -> Iterator[None]:
+    """Within the block batch normalisation goes by what it has seen so far."""
+    layers = [one for one in model.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm) and one.training]
+    for one in layers:
+        one.eval()
+    try:
+        yield
+    finally:
+        for one in layers:
+            one.train()
+
+
 class _DistillationCallback(TrainerCallback):
     """Tells the distiller when training begins, and the dataset which epoch it is."""
 
@@ -431,36 +460,6 @@ class _DistillationCallback(TrainerCallback):
         # accelerate 1.15 forwards set_epoch to the dataset on one process only (data_loader.py, `elif` of line 638).
         if isinstance(self.trainer.train_dataset, FedDataset):
             self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
-
-
-def _reads_raw(teacher: Teacher) -> bool:
-    """Whether it makes its inputs itself of an image or text; one that is a column reads neither."""
-    feed = getattr(teacher.full if isinstance(teacher, FoldedTeacher) else teacher, "feed", None)
-    return teacher.kind == "sklearn" or (feed is not None and not isinstance(feed, SharedInputsFeed))
-
-
-def _name_apart(teachers: Sequence[Teacher]) -> None:
-    """Numbers teachers of the same name (two modules of one class), because logs and plots go by name."""
-    given, taken = {teacher.name for teacher in teachers}, set[str]()
-    for teacher in teachers:
-        stem, count = teacher.name, 1
-        while teacher.name in taken or (count > 1 and teacher.name in given):
-            count += 1
-            teacher.name = f"{stem}-{count}"
-        taken.add(teacher.name)
-
-
-def _require_outputs(student: nn.Module, named: int, classes: int) -> None:
-    """Raises ValueError where a student whose config names another number of classes has no such layer either (of
-    somebody's own model the config may say nothing).
-    """
-    try:
-        find_classifier_head(student, classes)
-    except ValueError:
-        raise ValueError(
-            f"The student must have an output per class of the training rows, it has {named} and they have {classes}. "
-            f"Make it with num_labels={classes}."
-        ) from None
 
 
 def _without_row_ids(

@@ -26,7 +26,8 @@ from transformers import (
 
 from hf_hpmkd.tasks.base import UNAUGMENTED
 from hf_hpmkd.teacher_kinds import TorchTeacher
-from hf_hpmkd.trainer import STATE_FILE, HPMKDTrainer, _name_apart
+from hf_hpmkd.teachers import name_apart
+from hf_hpmkd.trainer import STATE_FILE, HPMKDTrainer
 from hf_hpmkd.vocabulary import KD_KINDS
 
 
@@ -563,7 +564,7 @@ def test_a_constant_temperature_may_change_where_a_training_goes_on(tmp_path, te
 
 def test_teachers_of_one_name_are_told_apart():
     teachers = [SimpleNamespace(name=name) for name in ("a", "a", "a-2", "b", "a")]
-    _name_apart(teachers)
+    name_apart(teachers)
     assert [teacher.name for teacher in teachers] == ["a", "a-3", "a-2", "b", "a-4"]
 
 
