@@ -235,6 +235,22 @@ def test_a_failed_student_is_named_and_stops_no_other(tmp_path, capsys):
     assert result(tmp_path, "broken", 0).status == "failed"
 
 
+def test_a_diverged_student_has_failed_and_a_diverged_trial_is_not_chosen(tmp_path, capsys):
+    words = ["--methods", "direct,kd-mean", "--method", "wild: direct training.learning_rate=1e30", "--seeds", "1"]
+    line = ["compare", write_recipe(tmp_path), "training.max_steps=4", *words, "--output", str(tmp_path / "out")]
+    assert main(line) == 2
+    told = capsys.readouterr().err
+    assert "1 of 3 students failed" in told and "wild, seed 0: failed, ValueError: A student's logits must be" in told
+    assert {one.method for one in record(tmp_path).results} == {"direct", "kd-mean"}
+    assert result(tmp_path, "wild", 0).scores == {}
+    line[-1] = str(tmp_path / "tuned")
+    assert main([*line, "--tune", "2"]) == 2  # all versions of `wild` are, and the others have theirs
+    assert "1 of 3 students failed" in capsys.readouterr().err
+    trials = ComparisonRecord.load(tmp_path / "tuned" / "comparison.json").trials
+    assert [trial.accuracy for trial in trials if trial.method == "wild"] == [0, 0]
+    assert all(trial.accuracy > 0 for trial in trials if trial.method != "wild")
+
+
 class _Closed:
     def __len__(self):
         raise AssertionError("the test part was opened")
