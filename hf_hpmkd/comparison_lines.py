@@ -20,7 +20,7 @@ KEPT_TOLD = "of hpmkd and direct the one that a run keeps, chosen on validation 
 class Line:
     """A method's figures on one part. accuracy, retention: shares. difference: to the baseline, over the seeds that
     both have. p: of the paired test of that difference, corrected (Holm) for the number of methods; None where it could
-    not be made. by_rows: that the test is McNemar's on the rows of the one seed they share.
+    not be made. by_rows: that the test is McNemar's on the rows of one seed, which is then the only one of all methods.
     """
 
     method: str
@@ -43,14 +43,15 @@ def lines(record: ComparisonRecord, part: str, with_kept: bool = False) -> list[
     names = sorted((name for name in results if results[name]), key=lambda name: name != record.baseline)
     base = results.get(record.baseline, {})
     tested = [name for name in names if name not in (record.baseline, KEPT)]
-    tests = {name: _test(results[name], base, part) for name in tested}
+    by_rows = len({seed for mine in results.values() for seed in mine}) == 1
+    tests = {name: _test(results[name], base, part, by_rows) for name in tested}
     groups = same_students({name: results[name] for name in tested}, base)
     corrected: dict[str, float | None] = dict.fromkeys(tested, 1.0)  # of the baseline's own students
-    for group, p in zip(groups, holm([tests[group[0]][0] for group in groups]), strict=True):
+    for group, p in zip(groups, holm([tests[group[0]] for group in groups]), strict=True):
         corrected |= dict.fromkeys(group, p)
     found = []
     for name in names:
-        p, of_rows = corrected.get(name), tests[name][1] if name in tests else False
+        p = corrected.get(name)
         mine = list(results[name].values())
         retention = [value for one in mine if (value := record.retention(one, part)) is not None]
         seconds = [float(one.seconds) for one in mine if one.seconds is not None]
@@ -62,7 +63,7 @@ def lines(record: ComparisonRecord, part: str, with_kept: bool = False) -> list[
                 mean_of([accuracy(one, part) for one in mine]),
                 mean_of(differences) if differences else None,
                 p,
-                of_rows,
+                by_rows and name in tests,
                 mean_of(retention).mean if retention else None,
                 mean_of(seconds) if seconds else None,
             )
@@ -118,12 +119,12 @@ def same_students(results: dict[str, dict[int, Result]], base: dict[int, Result]
     return list(groups.values())
 
 
-def _test(mine: dict[int, Result], base: dict[int, Result], part: str) -> tuple[float | None, bool]:
+def _test(mine: dict[int, Result], base: dict[int, Result], part: str, by_rows: bool) -> float | None:
     shared = [seed for seed in mine if seed in base]
-    if len(shared) == 1:
+    if by_rows and shared:
         one, other = mine[shared[0]].scores[part], base[shared[0]].scores[part]
-        return mcnemar(one.right().tolist(), other.right().tolist()), True
-    return paired_t([accuracy(mine[s], part) for s in shared], [accuracy(base[s], part) for s in shared]), False
+        return mcnemar(one.right().tolist(), other.right().tolist())
+    return paired_t([accuracy(mine[s], part) for s in shared], [accuracy(base[s], part) for s in shared])
 
 
 def common_part(records: Sequence[ComparisonRecord]) -> str:

@@ -87,7 +87,8 @@ def test_before_all_have_test_scores_students_are_told_apart_by_validation_rows(
     record.results += [dataclasses.replace(one, method="copy") for one in record.of_method("kd").values()]
     for one in record.of_method("copy").values():
         one.scores = {**one.scores, "test": Score.of(hits(0.5, one.seed, "copy"))}
-    assert "Ended with the same students, which are compared once: kd and copy." in summary(record)
+    text = summary(record)
+    assert "Ended with the same students on validation rows, which are compared once: kd and copy." in text
 
 
 def test_a_learning_rate_at_the_edge_of_what_was_tried_is_told():
@@ -221,6 +222,37 @@ def test_one_seed_is_tested_by_rows():
     assert raw < raw_other
     assert found["kd"].p == pytest.approx(min(1, 2 * raw)) and found["kd"].by_rows
     assert "McNemar" in summary(make([0])) and "paired t" in summary(make())
+
+
+def test_tests_of_two_kinds_stand_in_no_table():
+    record = make()
+    record.results = [one for one in record.results if one.method != "kd" or one.seed == 0]
+    found = {line.method: line for line in lines(record, "validation")}
+    assert found["kd"].p is None and not any(line.by_rows for line in found.values())
+    assert found["odd"].p == pytest.approx(stats.ttest_rel(SHARES["odd"], SHARES["direct"]).pvalue)
+    assert "McNemar" not in summary(record) and "paired t" in summary(record)
+
+
+def test_each_part_is_told_of_as_it_was_tested():
+    """Seeds that were added after the test part was opened."""
+    record = make(parts=("validation", "test"))
+    record.results = [one for one in record.results if one.method != "odd"]
+    for one in record.results:
+        one.scores = one.scores if one.seed == 0 else {"validation": one.scores["validation"]}
+    text = summary(record)
+    assert "Tests on validation rows: paired t over the seeds that both have, two-sided. Holm's" in text
+    assert "Tests with one seed on test rows: McNemar's exact test" in text
+    assert "Not every method has all 4 seeds on test rows" in text
+    assert [line.by_rows for line in lines(record, "test")] == [False, True]
+
+
+def test_differences_that_are_all_alike_have_no_interval():
+    record = make()
+    for seed in SEEDS:
+        right = record.of_method("direct")[seed].scores["validation"].right()
+        right[np.flatnonzero(~right)[:3]] = True
+        record.of_method("kd")[seed].scores["validation"] = Score.of(right)
+    assert "| +1.00 | - |" in table(record, "validation")
 
 
 def test_the_table_in_words():
