@@ -61,7 +61,8 @@ def ablation_methods(recipe: Recipe) -> list[Method]:
         if component in used:
             methods.append(Method(f"no-{component.name}", f"without {component.name}", component.off))
         elif on := component.on or _moving_temperature(recipe):
-            methods.append(Method(f"with-{component.name}", f"with {component.name}, which the recipe leaves off", on))
+            told = f"with {component.name}, which the recipe leaves off"
+            methods.append(Method(f"with-{component.name}", told, on, optional=True))
     for one, other in combinations(used, 2):
         name = f"no-{one.name}-no-{other.name}"
         methods.append(Method(name, f"without {one.name} and {other.name}", (*one.off, *other.off)))

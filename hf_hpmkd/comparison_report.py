@@ -174,9 +174,9 @@ def show(
 def notes(record: ComparisonRecord) -> list[str]:
     """Sentences on how the figures came about, and on what makes them weaker than they look."""
     parts = [part for part in PARTS if any(part in one.scores for one in record.results)]
-    told = [_told_of_tests(record, part) for part in parts]
-    alike = all(one == told[0] for one in told)
-    said = told[0] if alike else [line for part in parts for line in _told_of_tests(record, part, f" on {part} rows")]
+    tests = [_told_of_tests(record, part) for part in parts]
+    alike = all(one == tests[0] for one in tests)
+    said = tests[0] if alike else [line for part in parts for line in _told_of_tests(record, part, f" on {part} rows")]
     rows = {part: {one.scores[part].rows for one in record.results if part in one.scores} for part in PARTS}
     sizes = ", ".join(f"{max(count):,} {part} rows" for part, count in rows.items() if count)
     steps = sorted({one.steps for one in record.results if one.steps is not None})

@@ -430,10 +430,38 @@ def test_fresh_views_need_no_teacher(tmp_path, capsys):
     assert "x, seed 0: new views in every epoch go with no teacher" in capsys.readouterr().err
 
 
-def test_a_method_that_cannot_learn_from_these_teachers_says_so(finished, tmp_path, capsys):
-    line = ["compare", write_recipe(tmp_path), "--methods", "direct,at", "--seeds", "1"]
-    assert main([*line, "--output", str(tmp_path / "out")]) == 2
-    assert "at, seed 0: failed, ValueError: Feature maps are read after the stages" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "direct,at"], "Method at cannot work here. Feature maps are read after the stages"),
+        (
+            ["--methods", "direct,at", "teachers=[{model: mlp-32, folds: 2}]"],
+            "looks inside a teacher that is one network",
+        ),
+        (
+            ["--methods", "direct,fitnets", "teachers=[{model: 'sklearn:GaussianNB'}]"],
+            "network, got GaussianNB, none of",
+        ),
+        (["--methods", "direct,takd", "teachers=[{model: 'sklearn:GaussianNB'}]"], "size of a teacher is known"),
+        (["--methods", "direct,takd", "student.model=mlp-64"], "Method takd cannot work here. A chain leads from"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--tune", "2"]])
+def test_a_method_that_cannot_work_is_refused_before_any_training(tmp_path, capsys, words, message, more):
+    line = ["compare", write_recipe(tmp_path), *words, *more, "--seeds", "1", "--output", str(tmp_path / "out")]
+    assert main(line) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not list((tmp_path / "out").glob("*seed-*")) and not (tmp_path / "out" / "tuning").exists()
+
+
+def test_an_ablation_leaves_out_what_cannot_be_switched_on(tmp_path, capsys):
+    words = ["teachers=[{model: 'sklearn:GaussianNB'}]", "training.max_steps=2", "chain.warm_start=false"]
+    words += ["chain.length=0", "auto.mode=off"]
+    line = ["ablate", write_recipe(tmp_path), *words, "--seeds", "1", "--output", str(tmp_path / "out")]
+    assert main(line) == 0
+    assert "with-chain is left out, it cannot work here. Models between" in capsys.readouterr().out
+    names = {one.method for one in record(tmp_path).results}
+    assert "with-chain" not in names and {"full", "with-temperature"} <= names
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
