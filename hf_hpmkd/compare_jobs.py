@@ -263,7 +263,7 @@ class Workplace:
         result.seconds += chain_seconds(run.record.chain)
         result.seconds += search_seconds(run.record.auto)
         result.chain = run.record.chain
-        result.num_params = trained.classifier.num_params
+        result.num_params, result.weights = trained.classifier.num_params, weights_digest(job.student)
         is_trial = job.folder != self.folder  # of a tuning, which a version that diverges does not win
         result.scores["validation"] = self.score(trained.classifier, self.parts.validation, is_trial)
         result.status, result.finished = "completed", now()
@@ -296,6 +296,14 @@ class Workplace:
                 "rows: its training diverged. Lower training.learning_rate."
             )
         return Score.of((finite & (logits.argmax(-1) == rows.labels)).numpy())
+
+
+def weights_digest(folder: Path) -> str | None:
+    """sha256 (hex) of the weights in a model's folder; None where there are none."""
+    digest, files = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest() if files else None
 
 
 def search_seconds(auto: AutoRecord | None) -> float:

@@ -11,6 +11,7 @@ from hf_hpmkd.comparison_record import ComparisonRecord, Result
 from hf_hpmkd.paired_tests import Mean, holm, mcnemar, mean_of, paired_t, surely_better
 
 PARTS = ("validation", "test")
+_ENOUGH_ROWS = 200
 KEPT = "kept"
 """What a run leaves: `hpmkd`, or `direct` where it is surely better on validation rows (`distillation.keep`)."""
 KEPT_TOLD = "of hpmkd and direct the one that a run keeps, chosen on validation rows; seconds of both"
@@ -103,19 +104,27 @@ def accuracy(result: Result, part: str) -> float:
 
 
 def same_students(results: dict[str, dict[int, Result]], base: dict[int, Result]) -> list[list[str]]:
-    """The methods, those together that answered the same rows right with every seed, on all parts that everyone was
-    asked about; without those that are the baseline over again.
+    """The methods, those together that ended with the same weights with every seed; without those that are the baseline
+    over again.
+
+    Where weights are not known of all, the same are those that answered the same rows right, on all parts that everyone
+    was asked about, of so many rows that chance does not do it (`_ENOUGH_ROWS` each).
     """
     everyone = [one for mine in [*results.values(), base] for one in mine.values()]
     parts = [part for part in PARTS if all(part in one.scores for one in everyone)]
+    are_known = all(one.weights for one in everyone)
+    enough = all(sum(one.scores[part].rows for part in parts) >= _ENOUGH_ROWS for one in everyone)
 
-    def answered(mine: dict[int, Result]) -> frozenset[tuple[int, str, str]]:
-        return frozenset((seed, part, one.scores[part].hits) for seed, one in mine.items() for part in parts)
+    def told(name: str, mine: dict[int, Result]) -> frozenset[tuple[object, ...]]:
+        if are_known:
+            return frozenset((seed, one.weights) for seed, one in mine.items())
+        hits = frozenset((seed, part, one.scores[part].hits) for seed, one in mine.items() for part in parts)
+        return hits if enough else hits | {(name,)}
 
-    groups: dict[frozenset[tuple[int, str, str]], list[str]] = {}
+    groups: dict[frozenset[tuple[object, ...]], list[str]] = {}
     for name, mine in results.items():
-        if answered(mine) != answered(base):
-            groups.setdefault(answered(mine), []).append(name)
+        if told(name, mine) != told("", base):
+            groups.setdefault(told(name, mine), []).append(name)
     return list(groups.values())
 
 

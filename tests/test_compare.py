@@ -119,6 +119,8 @@ def test_equal_methods_give_the_same_student_and_others_do_not(finished):
         of = {m: weights(finished / "out" / f"seed-{seed}" / m) for m in ("direct", "kd-mean", "again", "hpmkd")}
         assert same(of["kd-mean"], of["again"])
         assert result(finished, "kd-mean", seed).scores == result(finished, "again", seed).scores
+        assert result(finished, "kd-mean", seed).weights == result(finished, "again", seed).weights
+        assert len({one.weights for one in record(finished).results if one.seed == seed} - {None}) == 4
         assert not same(of["kd-mean"], of["direct"]) and not same(of["kd-mean"], of["hpmkd"])
 
 

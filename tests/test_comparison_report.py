@@ -81,6 +81,43 @@ def test_students_that_differ_on_test_rows_alone_are_two_hypotheses():
         assert ("Ended with the same students" in text) == equal
 
 
+def with_copy(of, rows=None, **weights):
+    """A record with the method `copy`, whose answers are those of another. rows: so many of each part."""
+    record = make()
+    record.methods.append(MethodRecord("copy", f"{of} again"))
+    record.results += [dataclasses.replace(one, method="copy") for one in record.of_method(of).values()]
+    for one in record.results:
+        one.scores = {"validation": Score.of(one.scores["validation"].right()[:rows])}
+        one.weights = f"{weights[one.method]}, seed {one.seed}" if weights else None
+    return record
+
+
+@pytest.mark.parametrize("of", ["kd", "direct"])
+@pytest.mark.parametrize(
+    ("rows", "weights", "equal"),
+    [
+        (None, {}, True),
+        (199, {}, False),
+        (200, {}, True),
+        (200, {"direct": "a", "kd": "b", "odd": "c", "copy": "d"}, False),
+        (15, {"direct": "a", "kd": "b", "odd": "c", "copy": None}, True),
+    ],
+)
+def test_the_same_students_are_told_by_weights_and_without_by_many_rows(of, rows, weights, equal):
+    """Few rows may be answered alike by chance, and Holm's correction would then be for too few methods."""
+    if weights and weights["copy"] is None:
+        weights = {**weights, "copy": weights[of]}
+    text = summary(with_copy(of, rows, **weights))
+    assert ("Ended with the same students" in text) == equal
+    assert f"Holm's correction for {2 if equal else 3} comparisons with direct." in text
+
+
+def test_of_mixed_records_the_weights_are_not_asked():
+    record = with_copy("kd", direct="a", kd="b", odd="c", copy="d")
+    record.of_method("odd")[0].weights = None
+    assert "Ended with the same students, which are compared once: kd and copy." in summary(record)
+
+
 def test_before_all_have_test_scores_students_are_told_apart_by_validation_rows():
     record = make()
     record.methods.append(MethodRecord("copy", "kd again"))
