@@ -346,7 +346,8 @@ def draw_compression(
     for place, record in enumerate(records):
         teachers = [one.num_params for known in record.teachers.values() for one in known if one.num_params]
         students = [one.num_params for one in record.results if one.num_params]
-        found = [line for line in lines(record, part) if line.retention is not None]
+        with_kept = shown is not None and KEPT in shown
+        found = [line for line in lines(record, part, with_kept) if line.retention is not None]
         found = [line for line in found if shown is None or line.method in shown]
         if not (teachers and students and found):
             continue

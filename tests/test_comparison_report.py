@@ -402,6 +402,12 @@ def test_compression_is_that_of_the_largest_teacher(tmp_path, monkeypatch):
     direct = [(y, label) for _, y, label in drawn if label in ("direct", None)][0]
     assert direct == (pytest.approx(100 * lines(record, "validation")[0].retention), "direct")
     assert sum(label is None for _, _, label in drawn) == len(record.methods)  # the second time without a label
+    drawn.clear()
+    record.methods = [dataclasses.replace(one, name={"kd": "hpmkd"}.get(one.name, one.name)) for one in record.methods]
+    for result in record.results:
+        result.method = {"kd": "hpmkd"}.get(result.method, result.method)
+    draw_compression([record], "validation", tmp_path / "plots" / "kept.png", ["kept"])
+    assert [label for _, _, label in drawn] == ["kept"]
 
 
 def test_plots_are_drawn(tmp_path):
