@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from hf_hpmkd.methods import Method
+from hf_hpmkd.quick_validation import free_fields
 from hf_hpmkd.recipe import Recipe
 from hf_hpmkd.vocabulary import LEGAL_SCHEDULES
 
@@ -59,13 +60,32 @@ def ablation_methods(recipe: Recipe) -> list[Method]:
     methods = [Method(FULL, "the recipe as it is")]
     for component in COMPONENTS:
         if component in used:
-            methods.append(Method(f"no-{component.name}", f"without {component.name}", component.off))
+            off = _off(recipe, component)
+            methods.append(Method(f"no-{component.name}", f"without {component.name}", off))
         elif on := component.on or _moving_temperature(recipe):
-            methods.append(Method(f"with-{component.name}", f"with {component.name}, which the recipe leaves off", on))
+            told = f"with {component.name}, which the recipe leaves off"
+            methods.append(Method(f"with-{component.name}", told, (*on, *_unchosen(recipe, on)), optional=True))
     for one, other in combinations(used, 2):
         name = f"no-{one.name}-no-{other.name}"
-        methods.append(Method(name, f"without {one.name} and {other.name}", (*one.off, *other.off)))
+        methods.append(Method(name, f"without {one.name} and {other.name}", _off(recipe, one, other)))
     return methods
+
+
+def _off(recipe: Recipe, *components: Component) -> tuple[str, ...]:
+    """Words that switch components off."""
+    words = tuple(word for component in components for word in component.off)
+    return (*words, *_unchosen(recipe, words))
+
+
+def _unchosen(recipe: Recipe, words: tuple[str, ...]) -> tuple[str, ...]:
+    """Words that keep the adaptive configuration, where it is on, from choosing what others set: a default it would
+    take for a value that is left to it.
+    """
+    keys = [word.partition("=")[0] for word in words]
+    if recipe.auto.mode == "off" or "auto.mode" in keys:
+        return ()
+    left = [name for name in free_fields(recipe) if name not in {key.partition(".")[2] for key in keys}]
+    return (f"auto.choose=[{', '.join(left)}]",) if left else ("auto.mode=off",)
 
 
 def _moving_temperature(recipe: Recipe) -> tuple[str, ...]:

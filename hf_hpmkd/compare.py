@@ -18,19 +18,25 @@ from accelerate import PartialState
 from transformers.utils.logging import disable_progress_bar
 
 from hf_hpmkd.baselines import DISTILLERS
+from hf_hpmkd.baselines.stages import stages
 from hf_hpmkd.chain import named_stages
+from hf_hpmkd.classifiers import Classifier, build_classifier
 from hf_hpmkd.compare_jobs import Job, Workplace, now, run_jobs
 from hf_hpmkd.comparison_record import COMPARISON_FILE, ComparisonRecord, Look, MethodRecord, Result, Trial
 from hf_hpmkd.comparison_report import draw_plots, summary
 from hf_hpmkd.data import PARTS
 from hf_hpmkd.distill import check_precision, check_student, student_builder
 from hf_hpmkd.evaluation import evaluate_teachers, teacher_logits
+from hf_hpmkd.intermediate_models import find_intermediates
 from hf_hpmkd.methods import Method, method_recipe, with_overrides
 from hf_hpmkd.recipe import Recipe, fingerprint, read_recipe, recipe_tree
-from hf_hpmkd.recipe_rules import unread_parts
+from hf_hpmkd.recipe_rules import family, is_trained_here, teacher_names, unread_parts, uses_teachers
 from hf_hpmkd.run_environment import code_commit, environment
 from hf_hpmkd.run_folder import alone_in, contents, require_same_rows
+from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.tuning import TUNING_SEED, again, num_versions, trials
+
+_NO_NETWORKS = ("sklearn", "skops", "column")
 
 
 @dataclass(frozen=True)
@@ -72,10 +78,7 @@ def compare(
     _check_folder(settings.folder)
     with alone_in(settings.folder), workplace.remembering() as place:
         record = _open_record(recipe, settings, source)
-        for method in settings.methods:
-            one = method_recipe(recipe, method, 0)
-            check_student(one, student_builder(one, place.parts)(meta=True), len(place.parts.class_names))
-            named_stages(one, place.parts.train)
+        settings = replace(settings, methods=_usable(place, settings.methods, say))
         # The test part stays closed.
         rows = place.parts.fingerprints(unread_parts(place.recipe), [part for part in PARTS if part != "test"])
         record.rows = require_same_rows(settings.folder, record.rows, rows, [COMPARISON_FILE])
@@ -125,6 +128,51 @@ def _check(settings: Settings) -> None:
         raise ValueError(f"`--jobs` must be at least 1, got {settings.processes}.")
     if PartialState(cpu=not torch.accelerator.is_available()).num_processes > 1:
         raise ValueError("A comparison is started as one process. Use `--jobs` to train several students at a time.")
+
+
+def _usable(place: Workplace, methods: Sequence[Method], say: Callable[[str], None]) -> list[Method]:
+    """The methods, without optional ones that cannot work here. Raises ValueError for another that cannot: it would
+    fail at its turn, when much was trained before it.
+    """
+    found = []
+    for method in methods:
+        one = method_recipe(place.recipe, method, 0)
+        student = student_builder(one, place.parts)(meta=True)
+        check_student(one, student, len(place.parts.class_names))
+        named_stages(one, place.parts.train)
+        try:
+            _require_models(method, one, student, place.parts.train)
+        except ValueError as error:
+            if not method.optional:
+                raise ValueError(f"Method {method.name} cannot work here. {error}") from error
+            say(f"{method.name} is left out, it cannot work here. {error}")
+            continue
+        found.append(method)
+    return found
+
+
+def _require_models(method: Method, recipe: Recipe, student: Classifier, rows: Rows) -> None:
+    """Raises ValueError where the teachers' names or the student show that the method lacks a model it needs."""
+    networks = [one for one in recipe.teachers if family(one.model) not in _NO_NETWORKS]
+    if method.teachers == "best-network" and all(one.folds for one in networks):
+        raise ValueError(
+            "It looks inside a teacher that is one network, got "
+            f"{', '.join(teacher_names(recipe))}, none of which is. Add a network as a teacher (without folds), or "
+            "leave the method out."
+        )
+    if method.loss in ("at", "fitnets"):
+        stages(student.model)
+    chain, student_of = recipe.chain, recipe.student
+    searched = isinstance(chain.length, int) and chain.length and not chain.models and recipe.auto.mode == "off"
+    if searched and uses_teachers(recipe) and all(is_trained_here(one.model) for one in networks):
+        find_intermediates(
+            student_of.model,
+            [(one.model, build_classifier(one.model, rows, meta=True).num_params) for one in networks],
+            rows,
+            int(chain.length),
+            revision=student_of.revision,
+            trust_remote_code=student_of.trust_remote_code,
+        )
 
 
 def _shared_recipe(recipe: Recipe, folder: Path) -> Recipe:

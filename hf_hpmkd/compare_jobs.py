@@ -263,8 +263,9 @@ class Workplace:
         result.seconds += chain_seconds(run.record.chain)
         result.seconds += search_seconds(run.record.auto)
         result.chain = run.record.chain
-        result.num_params = trained.classifier.num_params
-        result.scores["validation"] = self.score(trained.classifier, self.parts.validation)
+        result.num_params, result.weights = trained.classifier.num_params, weights_digest(job.student)
+        is_trial = job.folder != self.folder  # of a tuning, which a version that diverges does not win
+        result.scores["validation"] = self.score(trained.classifier, self.parts.validation, is_trial)
         result.status, result.finished = "completed", now()
         result.save(job.result_file)
         remove_training(given_up)
@@ -281,12 +282,28 @@ class Workplace:
         classifier.model = type(classifier.model).from_pretrained(job.student)
         return classifier
 
-    def score(self, student: Classifier, rows: Rows) -> Score:
-        """The student's hits on unaugmented rows."""
+    def score(self, student: Classifier, rows: Rows, may_diverge: bool = False) -> Score:
+        """The student's hits on unaugmented rows. Raises ValueError for answers that are no finite numbers, as a
+        diverged student gives; with `may_diverge` these are wrong.
+        """
         names, device = self.parts.class_names, PartialState().device
         model = TorchTeacher(student.model, student.feed, name="student", data_names=names, device=device)
         logits = student_logits(model, rows, self.recipe.training.eval_batch_size)
-        return Score.of((logits.argmax(-1) == rows.labels).numpy())
+        finite = logits.isfinite().all(-1)
+        if not (may_diverge or finite.all()):
+            raise ValueError(
+                f"A student's logits must be finite, got NaN or infinity on {int((~finite).sum())} of {len(finite)} "
+                "rows: its training diverged. Lower training.learning_rate."
+            )
+        return Score.of((finite & (logits.argmax(-1) == rows.labels)).numpy())
+
+
+def weights_digest(folder: Path) -> str | None:
+    """sha256 (hex) of the weights in a model's folder; None where there are none."""
+    digest, files = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest() if files else None
 
 
 def search_seconds(auto: AutoRecord | None) -> float:

@@ -11,6 +11,7 @@ from hf_hpmkd.comparison_record import ComparisonRecord, Result
 from hf_hpmkd.paired_tests import Mean, holm, mcnemar, mean_of, paired_t, surely_better
 
 PARTS = ("validation", "test")
+_ENOUGH_ROWS = 200
 KEPT = "kept"
 """What a run leaves: `hpmkd`, or `direct` where it is surely better on validation rows (`distillation.keep`)."""
 KEPT_TOLD = "of hpmkd and direct the one that a run keeps, chosen on validation rows; seconds of both"
@@ -20,7 +21,7 @@ KEPT_TOLD = "of hpmkd and direct the one that a run keeps, chosen on validation 
 class Line:
     """A method's figures on one part. accuracy, retention: shares. difference: to the baseline, over the seeds that
     both have. p: of the paired test of that difference, corrected (Holm) for the number of methods; None where it could
-    not be made. by_rows: that the test is McNemar's on the rows of the one seed they share.
+    not be made. by_rows: that the test is McNemar's on the rows of one seed, which is then the only one of all methods.
     """
 
     method: str
@@ -43,14 +44,15 @@ def lines(record: ComparisonRecord, part: str, with_kept: bool = False) -> list[
     names = sorted((name for name in results if results[name]), key=lambda name: name != record.baseline)
     base = results.get(record.baseline, {})
     tested = [name for name in names if name not in (record.baseline, KEPT)]
-    tests = {name: _test(results[name], base, part) for name in tested}
+    by_rows = len({seed for mine in results.values() for seed in mine}) == 1
+    tests = {name: _test(results[name], base, part, by_rows) for name in tested}
     groups = same_students({name: results[name] for name in tested}, base)
     corrected: dict[str, float | None] = dict.fromkeys(tested, 1.0)  # of the baseline's own students
-    for group, p in zip(groups, holm([tests[group[0]][0] for group in groups]), strict=True):
+    for group, p in zip(groups, holm([tests[group[0]] for group in groups]), strict=True):
         corrected |= dict.fromkeys(group, p)
     found = []
     for name in names:
-        p, of_rows = corrected.get(name), tests[name][1] if name in tests else False
+        p = corrected.get(name)
         mine = list(results[name].values())
         retention = [value for one in mine if (value := record.retention(one, part)) is not None]
         seconds = [float(one.seconds) for one in mine if one.seconds is not None]
@@ -62,7 +64,7 @@ def lines(record: ComparisonRecord, part: str, with_kept: bool = False) -> list[
                 mean_of([accuracy(one, part) for one in mine]),
                 mean_of(differences) if differences else None,
                 p,
-                of_rows,
+                by_rows and name in tests,
                 mean_of(retention).mean if retention else None,
                 mean_of(seconds) if seconds else None,
             )
@@ -102,28 +104,36 @@ def accuracy(result: Result, part: str) -> float:
 
 
 def same_students(results: dict[str, dict[int, Result]], base: dict[int, Result]) -> list[list[str]]:
-    """The methods, those together that answered the same rows right with every seed, on all parts that everyone was
-    asked about; without those that are the baseline over again.
+    """The methods, those together that ended with the same weights with every seed; without those that are the baseline
+    over again.
+
+    Where weights are not known of all, the same are those that answered the same rows right, on all parts that everyone
+    was asked about, of so many rows that chance does not do it (`_ENOUGH_ROWS` each).
     """
     everyone = [one for mine in [*results.values(), base] for one in mine.values()]
     parts = [part for part in PARTS if all(part in one.scores for one in everyone)]
+    are_known = all(one.weights for one in everyone)
+    enough = all(sum(one.scores[part].rows for part in parts) >= _ENOUGH_ROWS for one in everyone)
 
-    def answered(mine: dict[int, Result]) -> frozenset[tuple[int, str, str]]:
-        return frozenset((seed, part, one.scores[part].hits) for seed, one in mine.items() for part in parts)
+    def told(name: str, mine: dict[int, Result]) -> frozenset[tuple[object, ...]]:
+        if are_known:
+            return frozenset((seed, one.weights) for seed, one in mine.items())
+        hits = frozenset((seed, part, one.scores[part].hits) for seed, one in mine.items() for part in parts)
+        return hits if enough else hits | {(name,)}
 
-    groups: dict[frozenset[tuple[int, str, str]], list[str]] = {}
+    groups: dict[frozenset[tuple[object, ...]], list[str]] = {}
     for name, mine in results.items():
-        if answered(mine) != answered(base):
-            groups.setdefault(answered(mine), []).append(name)
+        if told(name, mine) != told("", base):
+            groups.setdefault(told(name, mine), []).append(name)
     return list(groups.values())
 
 
-def _test(mine: dict[int, Result], base: dict[int, Result], part: str) -> tuple[float | None, bool]:
+def _test(mine: dict[int, Result], base: dict[int, Result], part: str, by_rows: bool) -> float | None:
     shared = [seed for seed in mine if seed in base]
-    if len(shared) == 1:
+    if by_rows and shared:
         one, other = mine[shared[0]].scores[part], base[shared[0]].scores[part]
-        return mcnemar(one.right().tolist(), other.right().tolist()), True
-    return paired_t([accuracy(mine[s], part) for s in shared], [accuracy(base[s], part) for s in shared]), False
+        return mcnemar(one.right().tolist(), other.right().tolist())
+    return paired_t([accuracy(mine[s], part) for s in shared], [accuracy(base[s], part) for s in shared])
 
 
 def common_part(records: Sequence[ComparisonRecord]) -> str:

@@ -104,7 +104,8 @@ class Result(_JsonFile):
     recipe_fingerprint: of everything that decides the result. teachers: which of the recipe's were heard. taught_by:
     the key of `ComparisonRecord.teachers`. chain: the intermediate models, if any. seconds: of the student's training
     and of the chain's stages and decisions. curve: the student's log. threads: of torch.
-    scores: part -> Score; "test" only where somebody asked for it.
+    weights: digest of the student's, None in records of earlier versions. scores: part -> Score; "test" only where
+    somebody asked for it.
     """
 
     __pydantic_config__ = _STRICT
@@ -122,6 +123,7 @@ class Result(_JsonFile):
     seconds: Number | None = None
     steps: int | None = None
     num_params: int | None = None
+    weights: str | None = None
     threads: int | None = None
     curve: list[dict[str, Any]] = field(default_factory=list)
     started: str | None = None

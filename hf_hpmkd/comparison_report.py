@@ -32,6 +32,7 @@ _BASELINE, _OTHER, _REFERENCE = "#0072B2", "#D55E00", "#666666"
 _PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D")
 _SIGNIFICANT = 0.05
+_ROUNDING = 1e-12  # of shares of the same rows
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -172,22 +173,10 @@ def show(
 
 def notes(record: ComparisonRecord) -> list[str]:
     """Sentences on how the figures came about, and on what makes them weaker than they look."""
-    found = lines(record, "validation")
-    results = {line.method: record.of_method(line.method) for line in found if line.p is not None}
-    base = record.of_method(record.baseline)
-    groups = same_students(results, base)
-    twice = [" and ".join(group) for group in groups if len(group) > 1]
-    baseline_again = sorted(results.keys() - {name for group in groups for name in group})
-    twice += [" and ".join([record.baseline, *baseline_again])] if baseline_again else []
-    if any(line.by_rows for line in found):
-        said = [
-            "Tests with one seed: McNemar's exact test on the rows of these two models; it says nothing of other seeds."
-        ]
-    else:
-        said = ["Tests: paired t over the seeds that both have, two-sided."]
-    said[0] += f" Holm's correction for {len(groups)} comparisons with {record.baseline}."
-    if twice:
-        said.append(f"Ended with the same students, which are compared once: {'; '.join(twice)}.")
+    parts = [part for part in PARTS if any(part in one.scores for one in record.results)]
+    tests = [_told_of_tests(record, part) for part in parts]
+    alike = all(one == tests[0] for one in tests)
+    said = tests[0] if alike else [line for part in parts for line in _told_of_tests(record, part, f" on {part} rows")]
     rows = {part: {one.scores[part].rows for one in record.results if part in one.scores} for part in PARTS}
     sizes = ", ".join(f"{max(count):,} {part} rows" for part, count in rows.items() if count)
     steps = sorted({one.steps for one in record.results if one.steps is not None})
@@ -203,9 +192,9 @@ def notes(record: ComparisonRecord) -> list[str]:
         said.append("Students were trained with different numbers of threads, which round differently.")
     if len({one.commit for one in record.results}) > 1:
         said.append("Students were trained by different versions of this package.")
-    counts = {line.accuracy.count for line in found}
-    if len(counts) > 1 or max(counts) < len(record.seeds):
-        said.append(f"Not every method has all {len(record.seeds)} seeds: some students are missing.")
+    if missing := [part for part in parts if _seeds(record, part) != {len(record.seeds)}]:
+        where = "" if missing == parts else f" on {missing[0]} rows"
+        said.append(f"Not every method has all {len(record.seeds)} seeds{where}: some students are missing.")
     said.append(
         "Teachers: "
         + (
@@ -236,6 +225,32 @@ def notes(record: ComparisonRecord) -> list[str]:
     return said
 
 
+def _told_of_tests(record: ComparisonRecord, part: str, where: str = "") -> list[str]:
+    """How a part's lines were tested. where: words that name the part."""
+    found = lines(record, part)
+    results = {line.method: measured(record, line.method, part) for line in found if line.p is not None}
+    groups = same_students(results, measured(record, record.baseline, part))
+    twice = [" and ".join(group) for group in groups if len(group) > 1]
+    baseline_again = sorted(results.keys() - {name for group in groups for name in group})
+    twice += [" and ".join([record.baseline, *baseline_again])] if baseline_again else []
+    if any(line.by_rows for line in found):
+        said = [
+            f"Tests with one seed{where}: McNemar's exact test on the rows of these two models; it says nothing of "
+            "other seeds."
+        ]
+    else:
+        said = [f"Tests{where}: paired t over the seeds that both have, two-sided."]
+    said[0] += f" Holm's correction for {len(groups)} comparisons with {record.baseline}."
+    if twice:
+        said.append(f"Ended with the same students{where}, which are compared once: {'; '.join(twice)}.")
+    return said
+
+
+def _seeds(record: ComparisonRecord, part: str) -> set[int]:
+    """How many seeds the methods have on a part."""
+    return {line.accuracy.count for line in lines(record, part)}
+
+
 def _listed(values: Sequence[int]) -> str:
     return " and ".join(f"{value:,}" for value in values) or "unknown"
 
@@ -247,8 +262,8 @@ def _spread(value: Mean, scale: float, digits: int = 2) -> str:
 
 def _interval(value: Mean) -> str:
     mean = f"{100 * value.mean:+.2f}"
-    if value.low is None or value.high is None:
-        return mean
+    if value.low is None or value.high is None or not value.sd or value.sd < _ROUNDING:
+        return mean  # of values that are all alike nothing says how far others would be
     return f"{mean} ({100 * value.low:+.2f} to {100 * value.high:+.2f})"
 
 
@@ -331,7 +346,8 @@ def draw_compression(
     for place, record in enumerate(records):
         teachers = [one.num_params for known in record.teachers.values() for one in known if one.num_params]
         students = [one.num_params for one in record.results if one.num_params]
-        found = [line for line in lines(record, part) if line.retention is not None]
+        with_kept = shown is not None and KEPT in shown
+        found = [line for line in lines(record, part, with_kept) if line.retention is not None]
         found = [line for line in found if shown is None or line.method in shown]
         if not (teachers and students and found):
             continue

@@ -253,12 +253,14 @@ def run_on_ray(
     logs: Path,
     address: str | None = None,
     num_workers: int | None = None,
+    threads: int = 1,
     tell: Callable[[Ended], None] = lambda one: None,
 ) -> list[Ended]:
     """`run_jobs` on a Ray cluster, whose are resources, retries and scheduling: all jobs are handed over at once.
 
-    address: as `ray.init` takes it; None starts a cluster on this machine, with `num_workers` CPUs where that is given.
-    Every node must see the folders that the jobs read and write. Raises ImportError without Ray.
+    address: as `ray.init` takes it; None starts a cluster on this machine, where num_workers is given with CPUs for so
+    many of the largest jobs. threads: of a job. Every node must see the folders that the jobs read and write. Raises
+    ImportError without Ray, and ValueError where no node has room for the processes of a job: Ray would wait forever.
     """
     try:
         import ray
@@ -266,20 +268,32 @@ def run_on_ray(
         raise ImportError('pipeline.engine: ray needs Ray. Install it: pip install "hf_hpmkd[ray]"') from error
 
     logs.mkdir(parents=True, exist_ok=True)
-    ray.init(address=address, num_cpus=None if address else num_workers, log_to_driver=False)
+    size = max((_num_cpus(job) for job in graph.jobs.values()), default=1)
+    cpus = None if address or num_workers is None else num_workers * size
+    ray.init(address=address, num_cpus=cpus, log_to_driver=False)
     try:
         remote = ray.remote(_call_on_ray)
         handed = time.time()
         has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        env = {"env_vars": dict.fromkeys(_THREAD_VARIABLES, str(threads))}
+        options_of: dict[str, dict[str, Any]] = {}
+        for job in graph.jobs.values():
+            options: dict[str, Any] = {"num_cpus": _num_cpus(job), "max_retries": _ATTEMPTS - 1, "name": job.name}
+            gpus = job.processes if has_gpus and job.device != "cpu" else 0
+            options_of[job.name] = options | {"num_gpus": gpus, "memory": job.memory or None, "runtime_env": env}
+            fits = any(node.get("CPU", 0) >= _num_cpus(job) and node.get("GPU", 0) >= gpus for node in nodes)
+            if job.processes > 1 and not fits:
+                raise ValueError(
+                    f"pipeline.processes: {job.name} in {job.processes} processes needs {_num_cpus(job)} CPUs and "
+                    f"{gpus} GPUs on one node, but no node of the Ray cluster has them. Take fewer processes."
+                )
         refs: dict[str, Any] = {}
         for job in graph.jobs.values():
-            env = {"env_vars": dict.fromkeys(_THREAD_VARIABLES, str(job.threads))}
-            cpus = job.threads * job.processes
-            options: dict[str, Any] = {"num_cpus": cpus, "max_retries": _ATTEMPTS - 1, "name": job.name}
-            gpus = job.processes if has_gpus and job.device != "cpu" else 0
-            options |= {"num_gpus": gpus, "memory": job.memory or None, "runtime_env": env}
             needed = [refs[name] for name in job.needs]
-            refs[job.name] = remote.options(**options).remote(do, job.name, log_file(logs, job.name), *needed)
+            refs[job.name] = remote.options(**options_of[job.name]).remote(
+                do, job.name, log_file(logs, job.name), *needed
+            )
         names = {ref: name for name, ref in refs.items()}
         ended: list[Ended] = []
         waiting = list(names)
@@ -294,6 +308,11 @@ def run_on_ray(
     if any(one.error is not None for one in ended):
         raise JobsFailedError(graph, ended, logs)
     return ended
+
+
+def _num_cpus(job: Job) -> int:
+    """CPUs that a job asks of Ray."""
+    return job.threads * job.processes
 
 
 def _ended_on_ray(ray: Any, ref: Any, name: str, handed: float) -> Ended | None:

@@ -37,7 +37,8 @@ class Method:
     teachers: "all" hears every teacher of the recipe; "best" the one that is right on most guide rows, "best-network"
     the one of the networks that is; "peer" an untrained model like the student; "constant", "shuffled" and "permuted"
     all of them, spoiled (`control_teachers`). loss: what takes the place of the KD loss (`baselines`), "" nothing.
-    fresh_views: every epoch sees augmented views of its own, which no teacher's stored outputs can follow.
+    fresh_views: every epoch sees augmented views of its own, which no teacher's stored outputs can follow. optional:
+    left out, and said so, where teachers or student show before any training that it cannot work; others are refused.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Method:
     teachers: Heard = "all"
     loss: Loss = ""
     fresh_views: bool = False
+    optional: bool = False
 
 
 _NO_CHAIN = ("chain.length=0", "chain.models=[]", "chain.warm_start=false")

@@ -41,12 +41,14 @@ def surely_better(first: Sequence[bool], second: Sequence[bool]) -> tuple[bool, 
     """Of two models, by the rows that each answers right: whether the first is better by more than a standard error of
     the paired difference; that difference (first minus second) and its standard error, as shares of the rows.
 
-    Raises ValueError for no rows, and for unlike numbers of them.
+    The error is at least one row: where all differences go one way it would be below the difference whatever their
+    number, and a single row would decide. Raises ValueError for no rows, and for unlike numbers of them.
     """
     if len(first) != len(second) or not len(first):
         raise ValueError(f"Needs the same rows of both, at least one, got {len(first)} and {len(second)}.")
     difference = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
-    mean, error = float(difference.mean()), float(difference.std()) / math.sqrt(len(difference))
+    count = len(difference)
+    mean, error = float(difference.mean()), max(float(difference.std()) / math.sqrt(count), 1 / count)
     return mean > error, mean, error
 
 

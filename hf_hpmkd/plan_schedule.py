@@ -1,5 +1,6 @@
 """How long the jobs of a recipe would take on so many workers, told and drawn before any of them is run."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def plan_schedule(recipe: Recipe, workers: Sequence[int], picture: Path | None =
     graph = estimated_graph(recipe)
     last = simulate(graph, equal_workers(workers[-1]))
     lines = [f"Pipeline: {len(graph.jobs)} jobs, {graph.work:,.0f} s of work (estimated)", "", scaling(graph, workers)]
+    if recipe.auto.mode != "off":
+        lines += ["", _told_of_the_rest(recipe, graph, last)]
     lines += ["", f"On {workers[-1]} workers:", *_listed(last)]
     if picture is not None:
         bars = [
@@ -50,6 +53,18 @@ def estimated_graph(recipe: Recipe) -> Graph:
     graph = run_graph(recipe, recipe_parts(recipe))
     past = open_memory(recipe).records()[0] if recipe.memory.use else []
     return corrected(graph, past, environment()[1])
+
+
+def _told_of_the_rest(recipe: Recipe, graph: Graph, schedule: Schedule) -> str:
+    """What an adaptive run does behind these jobs, and how much faster it becomes as a whole."""
+    whole = estimated_graph(dataclasses.replace(recipe, auto=dataclasses.replace(recipe.auto, mode="off")))
+    rest = sum(job.seconds for name, job in whole.jobs.items() if name not in graph.jobs)
+    faster = (graph.work + rest) / (schedule.makespan + rest)
+    return (
+        "These jobs come before the tries of auto. The tries, direct training and the student follow in one "
+        f"process: about {rest:,.0f} s and those of the tries. So the whole run is at most {faster:.2f}x faster than "
+        "in one process."
+    )
 
 
 def scaling(graph: Graph, workers: Sequence[int]) -> str:

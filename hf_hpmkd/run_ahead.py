@@ -72,7 +72,7 @@ def run_ahead(run: Run, parts: DataParts) -> None:
     if devices and config.engine == "local":
         devices = _groups(devices, config.processes)
     count = config.workers or len(devices) or max(1, min(threads, _MOST_WORKERS) // config.processes)
-    if not devices and config.engine == "local" and config.processes > max(1, threads // count):
+    if not devices and not config.address and config.processes > max(1, threads // count):
         raise ValueError(
             f"pipeline.processes: {config.processes} processes of a job need as many threads, but {count} workers "
             f"share {threads}. Take fewer workers or processes, or raise OMP_NUM_THREADS."
@@ -158,6 +158,7 @@ def _do(
     reason: str,
 ) -> None:
     engine = "ray" if config.engine == "ray" else "local"
+    threads = 1 if config.address else threads  # a cluster's nodes are its own to share out
     expected = simulate(graph, equal_workers(count)).makespan
     run.record.pipeline = {"engine": engine, "workers": count, "threads": threads, "reason": reason}
     run.record.pipeline |= {"jobs": len(graph.jobs), "estimated_seconds": round(expected, 3)}
@@ -178,7 +179,7 @@ def _do(
         _keep(run, raw, one)
 
     if config.engine == "ray":
-        run_on_ray(graph, jobs, logs, config.address, count, tell)
+        run_on_ray(graph, jobs, logs, config.address, count, threads, tell)
         return
     with LocalWorkers(count, threads, devices) as pool:
         run_jobs(graph, jobs, pool, logs, tell)

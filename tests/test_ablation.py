@@ -4,6 +4,7 @@ import pytest
 
 from hf_hpmkd.ablation import COMPONENTS, FULL, ablation_methods
 from hf_hpmkd.methods import method_recipe
+from hf_hpmkd.quick_validation import free_fields
 from hf_hpmkd.recipe import bundled_recipes, load_recipe
 
 ALL_ON = ["chain.length=1", "distillation.temperature_schedule=learned", "auto.mode=fast"]
@@ -41,6 +42,22 @@ def test_a_switched_component_is_really_switched_and_no_other(words):
         for component in COMPONENTS:
             named = component.name in method.name
             assert component.is_on(made) == (component.is_on(recipe) != named), (method.name, component.name)
+
+
+def test_what_is_switched_is_not_given_back_by_the_adaptive_configuration():
+    """Off is the default of some, which it would take for a value left to it."""
+    free = {"no-temperature": {"temperature_schedule"}, "no-attention": {"gate"}, "with-warm-starts": {"warm_start"}}
+    for words in (ALL_ON, [*ALL_ON, COLD]):
+        recipe = load_recipe("quickstart", words)
+        for method in ablation_methods(recipe):
+            made = method_recipe(recipe, method, 0)
+            if "adaptive" not in method.name:
+                switched = set().union(*(free[part] for part in free if part in method.name))
+                assert set(free_fields(made)) - set(free_fields(recipe)) == set(), method.name
+                assert not switched & set(free_fields(made)), method.name
+    recipe = load_recipe("quickstart", [*ALL_ON, "auto.choose=[temperature_schedule]"])
+    made = {method.name: method_recipe(recipe, method, 0).auto.mode for method in ablation_methods(recipe)}
+    assert made["no-temperature"] == "off" and made["no-attention"] == "fast"  # there is nothing left to choose
 
 
 def test_the_full_recipe_is_untouched():

@@ -119,6 +119,8 @@ def test_equal_methods_give_the_same_student_and_others_do_not(finished):
         of = {m: weights(finished / "out" / f"seed-{seed}" / m) for m in ("direct", "kd-mean", "again", "hpmkd")}
         assert same(of["kd-mean"], of["again"])
         assert result(finished, "kd-mean", seed).scores == result(finished, "again", seed).scores
+        assert result(finished, "kd-mean", seed).weights == result(finished, "again", seed).weights
+        assert len({one.weights for one in record(finished).results if one.seed == seed} - {None}) == 4
         assert not same(of["kd-mean"], of["direct"]) and not same(of["kd-mean"], of["hpmkd"])
 
 
@@ -233,6 +235,22 @@ def test_a_failed_student_is_named_and_stops_no_other(tmp_path, capsys):
     assert {one.method for one in record(tmp_path).results} == {"direct", "kd-mean"}
     assert "| kd-mean |" in told.out
     assert result(tmp_path, "broken", 0).status == "failed"
+
+
+def test_a_diverged_student_has_failed_and_a_diverged_trial_is_not_chosen(tmp_path, capsys):
+    words = ["--methods", "direct,kd-mean", "--method", "wild: direct training.learning_rate=1e30", "--seeds", "1"]
+    line = ["compare", write_recipe(tmp_path), "training.max_steps=4", *words, "--output", str(tmp_path / "out")]
+    assert main(line) == 2
+    told = capsys.readouterr().err
+    assert "1 of 3 students failed" in told and "wild, seed 0: failed, ValueError: A student's logits must be" in told
+    assert {one.method for one in record(tmp_path).results} == {"direct", "kd-mean"}
+    assert result(tmp_path, "wild", 0).scores == {}
+    line[-1] = str(tmp_path / "tuned")
+    assert main([*line, "--tune", "2"]) == 2  # all versions of `wild` are, and the others have theirs
+    assert "1 of 3 students failed" in capsys.readouterr().err
+    trials = ComparisonRecord.load(tmp_path / "tuned" / "comparison.json").trials
+    assert [trial.accuracy for trial in trials if trial.method == "wild"] == [0, 0]
+    assert all(trial.accuracy > 0 for trial in trials if trial.method != "wild")
 
 
 class _Closed:
@@ -414,10 +432,38 @@ def test_fresh_views_need_no_teacher(tmp_path, capsys):
     assert "x, seed 0: new views in every epoch go with no teacher" in capsys.readouterr().err
 
 
-def test_a_method_that_cannot_learn_from_these_teachers_says_so(finished, tmp_path, capsys):
-    line = ["compare", write_recipe(tmp_path), "--methods", "direct,at", "--seeds", "1"]
-    assert main([*line, "--output", str(tmp_path / "out")]) == 2
-    assert "at, seed 0: failed, ValueError: Feature maps are read after the stages" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "direct,at"], "Method at cannot work here. Feature maps are read after the stages"),
+        (
+            ["--methods", "direct,at", "teachers=[{model: mlp-32, folds: 2}]"],
+            "looks inside a teacher that is one network",
+        ),
+        (
+            ["--methods", "direct,fitnets", "teachers=[{model: 'sklearn:GaussianNB'}]"],
+            "network, got GaussianNB, none of",
+        ),
+        (["--methods", "direct,takd", "teachers=[{model: 'sklearn:GaussianNB'}]"], "size of a teacher is known"),
+        (["--methods", "direct,takd", "student.model=mlp-64"], "Method takd cannot work here. A chain leads from"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--tune", "2"]])
+def test_a_method_that_cannot_work_is_refused_before_any_training(tmp_path, capsys, words, message, more):
+    line = ["compare", write_recipe(tmp_path), *words, *more, "--seeds", "1", "--output", str(tmp_path / "out")]
+    assert main(line) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not list((tmp_path / "out").glob("*seed-*")) and not (tmp_path / "out" / "tuning").exists()
+
+
+def test_an_ablation_leaves_out_what_cannot_be_switched_on(tmp_path, capsys):
+    words = ["teachers=[{model: 'sklearn:GaussianNB'}]", "training.max_steps=2", "chain.warm_start=false"]
+    words += ["chain.length=0", "auto.mode=off"]
+    line = ["ablate", write_recipe(tmp_path), *words, "--seeds", "1", "--output", str(tmp_path / "out")]
+    assert main(line) == 0
+    assert "with-chain is left out, it cannot work here. Models between" in capsys.readouterr().out
+    names = {one.method for one in record(tmp_path).results}
+    assert "with-chain" not in names and {"full", "with-temperature"} <= names
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

@@ -81,13 +81,51 @@ def test_students_that_differ_on_test_rows_alone_are_two_hypotheses():
         assert ("Ended with the same students" in text) == equal
 
 
+def with_copy(of, rows=None, **weights):
+    """A record with the method `copy`, whose answers are those of another. rows: so many of each part."""
+    record = make()
+    record.methods.append(MethodRecord("copy", f"{of} again"))
+    record.results += [dataclasses.replace(one, method="copy") for one in record.of_method(of).values()]
+    for one in record.results:
+        one.scores = {"validation": Score.of(one.scores["validation"].right()[:rows])}
+        one.weights = f"{weights[one.method]}, seed {one.seed}" if weights else None
+    return record
+
+
+@pytest.mark.parametrize("of", ["kd", "direct"])
+@pytest.mark.parametrize(
+    ("rows", "weights", "equal"),
+    [
+        (None, {}, True),
+        (199, {}, False),
+        (200, {}, True),
+        (200, {"direct": "a", "kd": "b", "odd": "c", "copy": "d"}, False),
+        (15, {"direct": "a", "kd": "b", "odd": "c", "copy": None}, True),
+    ],
+)
+def test_the_same_students_are_told_by_weights_and_without_by_many_rows(of, rows, weights, equal):
+    """Few rows may be answered alike by chance, and Holm's correction would then be for too few methods."""
+    if weights and weights["copy"] is None:
+        weights = {**weights, "copy": weights[of]}
+    text = summary(with_copy(of, rows, **weights))
+    assert ("Ended with the same students" in text) == equal
+    assert f"Holm's correction for {2 if equal else 3} comparisons with direct." in text
+
+
+def test_of_mixed_records_the_weights_are_not_asked():
+    record = with_copy("kd", direct="a", kd="b", odd="c", copy="d")
+    record.of_method("odd")[0].weights = None
+    assert "Ended with the same students, which are compared once: kd and copy." in summary(record)
+
+
 def test_before_all_have_test_scores_students_are_told_apart_by_validation_rows():
     record = make()
     record.methods.append(MethodRecord("copy", "kd again"))
     record.results += [dataclasses.replace(one, method="copy") for one in record.of_method("kd").values()]
     for one in record.of_method("copy").values():
         one.scores = {**one.scores, "test": Score.of(hits(0.5, one.seed, "copy"))}
-    assert "Ended with the same students, which are compared once: kd and copy." in summary(record)
+    text = summary(record)
+    assert "Ended with the same students on validation rows, which are compared once: kd and copy." in text
 
 
 def test_a_learning_rate_at_the_edge_of_what_was_tried_is_told():
@@ -223,6 +261,37 @@ def test_one_seed_is_tested_by_rows():
     assert "McNemar" in summary(make([0])) and "paired t" in summary(make())
 
 
+def test_tests_of_two_kinds_stand_in_no_table():
+    record = make()
+    record.results = [one for one in record.results if one.method != "kd" or one.seed == 0]
+    found = {line.method: line for line in lines(record, "validation")}
+    assert found["kd"].p is None and not any(line.by_rows for line in found.values())
+    assert found["odd"].p == pytest.approx(stats.ttest_rel(SHARES["odd"], SHARES["direct"]).pvalue)
+    assert "McNemar" not in summary(record) and "paired t" in summary(record)
+
+
+def test_each_part_is_told_of_as_it_was_tested():
+    """Seeds that were added after the test part was opened."""
+    record = make(parts=("validation", "test"))
+    record.results = [one for one in record.results if one.method != "odd"]
+    for one in record.results:
+        one.scores = one.scores if one.seed == 0 else {"validation": one.scores["validation"]}
+    text = summary(record)
+    assert "Tests on validation rows: paired t over the seeds that both have, two-sided. Holm's" in text
+    assert "Tests with one seed on test rows: McNemar's exact test" in text
+    assert "Not every method has all 4 seeds on test rows" in text
+    assert [line.by_rows for line in lines(record, "test")] == [False, True]
+
+
+def test_differences_that_are_all_alike_have_no_interval():
+    record = make()
+    for seed in SEEDS:
+        right = record.of_method("direct")[seed].scores["validation"].right()
+        right[np.flatnonzero(~right)[:3]] = True
+        record.of_method("kd")[seed].scores["validation"] = Score.of(right)
+    assert "| +1.00 | - |" in table(record, "validation")
+
+
 def test_the_table_in_words():
     text = table(make(), "validation")
     assert "| direct | 70.50 ± 1.29 | - | - | 78.3% | 11.5 ± 1.3 | 4 |" in text
@@ -333,6 +402,12 @@ def test_compression_is_that_of_the_largest_teacher(tmp_path, monkeypatch):
     direct = [(y, label) for _, y, label in drawn if label in ("direct", None)][0]
     assert direct == (pytest.approx(100 * lines(record, "validation")[0].retention), "direct")
     assert sum(label is None for _, _, label in drawn) == len(record.methods)  # the second time without a label
+    drawn.clear()
+    record.methods = [dataclasses.replace(one, name={"kd": "hpmkd"}.get(one.name, one.name)) for one in record.methods]
+    for result in record.results:
+        result.method = {"kd": "hpmkd"}.get(result.method, result.method)
+    draw_compression([record], "validation", tmp_path / "plots" / "kept.png", ["kept"])
+    assert [label for _, _, label in drawn] == ["kept"]
 
 
 def test_plots_are_drawn(tmp_path):

@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from hf_hpmkd.components.parallel_pipeline import Graph, Job
-from hf_hpmkd.engines import JobsFailedError, LocalWorkers, log_file, output_to, run_jobs
+from hf_hpmkd.engines import JobsFailedError, LocalWorkers, log_file, output_to, run_jobs, run_on_ray
 
 ROOT = Path(__file__).parents[1]
 
@@ -173,3 +174,69 @@ def test_output_of_whatever_kind_goes_to_the_log(tmp_path, capfd):
         os.write(2, b"to stderr\n")
     os.write(1, b"back\n")
     assert (tmp_path / "log").read_text() == "from C\nto stderr\n" and capfd.readouterr().out == "back\n"
+
+
+class Ray:
+    """Stands for the library: notes what is asked of it, and does a job at once."""
+
+    exceptions = SimpleNamespace(RayError=RuntimeError)
+
+    def __init__(self, node):
+        self.node, self.asked, self.cpus, self.is_open = node, {}, None, False
+
+    def init(self, address, num_cpus, log_to_driver):
+        self.cpus, self.is_open = num_cpus, True
+        self.node = self.node if address else {**self.node, "CPU": num_cpus}
+
+    def shutdown(self):
+        self.is_open = False
+
+    def cluster_resources(self):
+        return self.node
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": self.node}, {"Alive": False, "Resources": {"CPU": 99, "GPU": 99}}]
+
+    def remote(self, call):
+        def options(**asked):
+            self.asked[asked["name"]] = asked
+            return SimpleNamespace(remote=lambda *words: (asked["name"], _Value(call(*words))))
+
+        return SimpleNamespace(options=options)
+
+    def wait(self, refs, num_returns):
+        return refs[:1], refs[1:]
+
+    def get(self, ref):
+        return ref[1].value
+
+
+class _Value(SimpleNamespace):
+    def __init__(self, value):
+        super().__init__(value=value)
+
+    __hash__ = object.__hash__
+
+
+def length(name):
+    return {"length": len(name)}
+
+
+def test_ray_gets_room_for_the_processes_of_every_job_and_their_threads(tmp_path, monkeypatch):
+    graph = Graph([Job("a", 1, processes=2), Job("b", 1)])
+    monkeypatch.setitem(sys.modules, "ray", ray := Ray({}))
+    ended = run_on_ray(graph, length, tmp_path, num_workers=3, threads=4)
+    assert [one.value for one in ended] == [{"length": 1}] * 2 and not ray.is_open
+    assert ray.cpus == 6 and {name: asked["num_cpus"] for name, asked in ray.asked.items()} == {"a": 2, "b": 1}
+    assert {asked["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] for asked in ray.asked.values()} == {"4"}
+    assert {asked["num_gpus"] for asked in ray.asked.values()} == {0}
+
+
+@pytest.mark.parametrize("node", [{"CPU": 1}, {"CPU": 8, "GPU": 1}])
+def test_processes_that_no_node_of_ray_has_room_for_are_refused(tmp_path, monkeypatch, node):
+    """Ray would wait for one forever."""
+    monkeypatch.setitem(sys.modules, "ray", ray := Ray(node))
+    with pytest.raises(ValueError, match="pipeline.processes: a in 2 processes needs 2 CPUs and . GPUs on one node"):
+        run_on_ray(Graph([Job("b", 1), Job("a", 1, processes=2)]), length, tmp_path, address="auto")
+    assert ray.asked == {} and not ray.is_open
+    assert run_on_ray(Graph([Job("b", 1)]), length, tmp_path, address="auto")

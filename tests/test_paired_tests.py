@@ -19,10 +19,23 @@ def test_surely_better_is_beyond_a_standard_error():
     assert not better and difference == pytest.approx(0.04)
     assert error == pytest.approx(np.std([1] * 12 + [-1] * 8 + [0] * 80) / 10)
     assert surely_better(one, [0] * 16 + [1] * 44 + [1] * 8 + [0] * 32)[0]
-    assert not surely_better(one, one)[0] and surely_better([1, 1], [0, 0]) == (True, 1.0, 0.0)
+    assert not surely_better(one, one)[0] and surely_better([1, 1], [0, 0]) == (True, 1.0, 0.5)
     for first, second in (([], []), ([1], [1, 0])):
         with pytest.raises(ValueError, match="the same rows of both, at least one"):
             surely_better(first, second)
+
+
+@pytest.mark.parametrize("count", [1, 15, 10_000])
+def test_one_row_makes_nothing_surely_better(count):
+    """Nor does it where the others differ in pairs, one each way."""
+    one, other = np.ones(count), np.ones(count)
+    other[0] = 0
+    assert surely_better(one, other) == (False, 1 / count, 1 / count)
+    if count > 4:
+        one[1] = other[2] = 0
+        assert not surely_better(one, other)[0]
+        other[3:6] = 0
+        assert surely_better(one, other)[0]
 
 
 def test_mean_and_interval_by_the_table_of_t():

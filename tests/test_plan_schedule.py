@@ -41,6 +41,21 @@ def test_a_recipe_is_planned_and_drawn(tmp_path, capsys):
     assert "from 1 on" in capsys.readouterr().err
 
 
+def test_what_follows_the_jobs_of_an_adaptive_run_is_told(capsys):
+    told = {}
+    for mode in ("off", "fast"):
+        assert main(["plan", "quickstart", "memory.use=false", f"auto.mode={mode}", "--workers", "1,3"]) == 0
+        told[mode] = capsys.readouterr().out
+    assert "tries of auto" not in told["off"]
+    text = " ".join(told["fast"].split())
+    assert "The tries, direct training and the student follow in one process" in text
+    rest, whole = (float(re.search(words, text)[1]) for words in (r"about ([\d.]+) s and", r"most ([\d.]+)x faster"))
+    works = [float(re.search(r"jobs, ([\d,]+) s of work", told[mode])[1]) for mode in ("off", "fast")]
+    assert rest == pytest.approx(works[0] - works[1], abs=2)
+    of_jobs = float(cells(re.search(r"\| workers.*?\n\n", told["fast"], re.DOTALL)[0].strip())[1][2].rstrip("x"))
+    assert 1 <= whole < of_jobs
+
+
 def test_a_chart_has_a_bar_per_job_where_it_was():
     bars = [Bar("a", "train", "worker 1", 105, 110), Bar("b", "train", "worker 2", 100, 130)]
     axes = gantt(bars, "title").axes[0]

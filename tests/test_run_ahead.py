@@ -340,8 +340,23 @@ def test_settings_that_do_not_go_together_are_told():
     )
 
 
-def test_processes_need_threads_or_gpus(tmp_path, one_thread, capsys):
-    words = ["pipeline.engine=local", "pipeline.workers=1", "pipeline.processes=2"]
+@pytest.mark.parametrize(("words", "threads"), [([], 4), (["pipeline.address=there:1"], 1)])
+def test_jobs_on_ray_have_the_threads_that_are_told(tmp_path, one_thread, capsys, monkeypatch, words, threads):
+    """Those of a worker here; of a cluster that is elsewhere these threads say nothing."""
+
+    def stop(graph, jobs, logs, address, count, each, tell):
+        raise ValueError(f"{count} workers of {each}")
+
+    monkeypatch.setattr(run_ahead, "run_on_ray", stop)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert distill(tmp_path, "pipeline.engine=ray", "pipeline.workers=2", *words) == 2
+    told = capsys.readouterr()
+    assert f"2 workers of {threads}" in told.err and f"2 workers of {threads} threads (ray)" in told.out
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_processes_need_threads_or_gpus(tmp_path, one_thread, capsys, engine):
+    words = [f"pipeline.engine={engine}", "pipeline.workers=1", "pipeline.processes=2"]
     assert distill(tmp_path, *words) == 2
     told = capsys.readouterr().err
     assert "2 processes of a job need as many threads, but 1 workers share 1." in told
