@@ -49,6 +49,18 @@ def is_model_file(name: str) -> bool:
     return _MODEL_FILE.fullmatch(name) is not None and ".." not in name
 
 
+def local_folder(where: str | Path, what: str) -> Path:
+    """The folder of a memory. what: how the user named it. Raises ValueError for one on the Hub."""
+    path = Path(where).expanduser()
+    if path.parts[:1] == ("hf:",):
+        raise ValueError(
+            f"{what[0].upper()}{what[1:]} must be a folder of this machine, got hf://{'/'.join(path.parts[1:])}. A run "
+            "uses a shared memory by `memory.path` of its recipe or `hpmkd distill --memory`; `hpmkd memory pull` "
+            "brings one here."
+        )
+    return path
+
+
 def shown(name: str) -> str:
     """A name from elsewhere, fit for a terminal: escaped and cut."""
     text = name.encode("unicode_escape").decode("ascii")

@@ -19,7 +19,8 @@ from filelock import Timeout
 from memory_rows import row
 
 from hf_hpmkd import memory_files, memory_index, memory_records
-from hf_hpmkd.components.optimization_memory import OptimizationMemory
+from hf_hpmkd.cli import main
+from hf_hpmkd.components.optimization_memory import OptimizationMemory, default_outputs_root
 from hf_hpmkd.memory_records import SCHEMA, BadRecordError, memory_row, read_row, row_bytes, row_id
 from hf_hpmkd.run_record import RunRecord
 
@@ -80,6 +81,20 @@ def test_records_tell_no_path_and_are_small(memory):
 def test_only_completed_runs_are_remembered():
     with pytest.raises(ValueError, match="Only completed runs .* status failed"):
         row(status="failed")
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_place_on_the_hub_is_no_folder(kind, monkeypatch, capsys):
+    place = "hf://datasets/user/name"
+    with pytest.raises(ValueError, match=f"got {place}. A run uses .* `memory.path` .* `hpmkd memory pull`"):
+        OptimizationMemory(kind(place))
+    assert main(["memory", "ls", "--memory", place]) == 2 and place in capsys.readouterr().err
+    monkeypatch.setenv("HPMKD_MEMORY", place)
+    monkeypatch.delenv("HPMKD_CACHE")
+    with pytest.raises(ValueError, match=r"\$HPMKD_MEMORY must be a folder of this machine"):
+        OptimizationMemory()
+    with pytest.raises(ValueError, match=r"\$HPMKD_MEMORY must be a folder of this machine"):
+        default_outputs_root()
 
 
 def test_a_run_is_remembered_once(memory):
