@@ -187,6 +187,15 @@ def test_names_that_the_memory_lacks_are_told(here):
         here.push(Names(["nothing.parquet"], ["none"]))
 
 
+def test_a_damaged_model_is_named_and_nothing_is_sent(hub, here, model_folder):
+    for key in ("stage-1", "stage-2"):
+        here.keep_model(key, model_folder)
+    (here.root / "models" / "stage-2" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"^models/stage-2: its config.json .*\. Nothing was sent"):
+        here.push(Names(models=["stage-1", "stage-2"]))
+    assert not hub.repos
+
+
 @pytest.mark.parametrize(
     "where", ["hf://models/a/b", "hf://datasets/a", "a", "hf://datasets/a/b/c", "hf://datasets/../b"]
 )
@@ -394,15 +403,15 @@ def test_hostile_records_are_skipped_named_and_not_asked_for_again(hub, here, th
     here.say = told.append
     assert here.refresh() == 1
     assert here.records() == ([one], [])
-    assert len(told) == hostile + len(names)
+    assert len(told) == 11 and told[-1] == f"Memory: {PLACE}: and {hostile + len(names) - 10} more; skipped."
     assert all("\x1b" not in line and len(line) < 300 for line in told)
-    assert any("too large" in line for line in told)
+    assert "too large" in "".join(HubMemory(PLACE, tmp_path / "third").pull().skipped)
     inside = [path for path in tmp_path.rglob("*outside*")]
     assert not inside
     asked = len(hub.asked("GET", "/resolve/"))
     told.clear()
     here.refresh()
-    assert len(hub.asked("GET", "/resolve/")) == asked
+    assert not told and len(hub.asked("GET", "/resolve/")) == asked
     assert not hub.asked("GET", "outside|x.py|evil")
 
 
