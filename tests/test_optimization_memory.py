@@ -188,6 +188,19 @@ def test_a_strange_name_is_skipped_and_shown_escaped(memory, name):
     assert "\x1b" not in fault and len(fault) < 200
 
 
+def test_a_disk_that_fails_under_records_leaves_the_others(memory, monkeypatch):
+    def failing(folder):
+        raise OSError(5, "Input/output error")
+
+    memory.add_record(row())
+    loop = memory.root / "records" / f"{1:064x}.parquet"
+    loop.symlink_to(loop)
+    rows, faults = memory.records()
+    assert rows == [row()] and len(faults) == 1 and f"records/{loop.name}: " in faults[0]
+    monkeypatch.setattr(Path, "iterdir", failing)
+    assert memory.records() == ([], ["records: [Errno 5] Input/output error"])
+
+
 def test_a_record_of_format_1_stays_readable():
     """The file in the repository was written by the first version; it must open for ever."""
     [path] = (Path(__file__).parent / "data").glob("*.parquet")
@@ -466,6 +479,7 @@ def test_what_is_hostile_in_a_merged_memory_is_skipped_and_named(memory, model_f
     (other.root / "models" / "a b").mkdir()
     outputs_file(other, 1).rename(other.outputs_root / "run.sh")
     (other.outputs_root / f"{2:064x}.safetensors").symlink_to(secret)
+    (other.outputs_root / f"{3:064x}.lock").touch()
     gained = memory.merge(other.root)
     assert (gained.records, gained.models, gained.outputs) == (1, 1, 0)
     assert len(gained.skipped) == 9, gained.skipped

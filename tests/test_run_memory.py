@@ -213,9 +213,12 @@ def test_strange_records_are_named_and_stop_no_run(tmp_path, capsys):
     records = OptimizationMemory().root / "records"
     records.mkdir(parents=True)
     (records / "evil\x1b[2J.parquet").write_bytes(b"x")
+    (records / f"{1:064x}.parquet").symlink_to(records / f"{1:064x}.parquet")
     assert distill(tmp_path).status == "completed"
     said = capsys.readouterr().out
     assert "its name is not that of a record; skipped." in said and "\x1b" not in said
+    assert f"Memory: records/{1:064x}.parquet: [Errno" in said
+    assert main(["memory", "ls"]) == 0
 
 
 def test_a_limit_evicts_after_the_run_but_nothing_it_uses(tmp_path, capsys):

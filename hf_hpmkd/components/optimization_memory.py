@@ -186,14 +186,18 @@ class OptimizationMemory:
         """The records by file name, those that are not known, or changed since, read and checked; and faults."""
         found: dict[str, Indexed] = {}
         faults = []
-        for path in _files(self.root / "records"):
+        try:
+            paths = _files(self.root / "records")
+        except OSError as error:
+            return {}, [f"records: {error}"]
+        for path in paths:
             try:
                 status = path.lstat()
                 one = known.get(path.name)
                 if one is None or not one.is_of(status):
-                    one = Indexed.of(status, _read_record(path))
+                    one = Indexed.of(status, memory_records.read_named_row(path))
                 found[path.name] = one
-            except (BadRecordError, FileNotFoundError) as error:
+            except (BadRecordError, OSError) as error:
                 faults.append(f"records/{memory_files.shown(path.name)}: {error}")
         return found, faults
 
@@ -402,7 +406,7 @@ class OptimizationMemory:
         gained = Gained()
         for path in _files(other / "records"):
             try:
-                _read_record(path)
+                memory_records.read_named_row(path)
                 gained.records += self._add_record_file(path.read_bytes(), path.name)
             except (BadRecordError, OSError) as error:
                 gained.skipped.append(f"records/{memory_files.shown(path.name)}: {error}")
@@ -413,6 +417,8 @@ class OptimizationMemory:
                 gained.skipped.append(f"models/{memory_files.shown(path.name)}: {error}")
         alone = [path for path in _files(other) if is_output_name(path.name)]
         for path in [*_files(other / "teacher_outputs"), *alone]:
+            if path.suffix == ".lock":  # our own
+                continue
             if not is_output_name(path.name) or path.is_symlink():
                 gained.skipped.append(f"teacher_outputs/{memory_files.shown(path.name)}: it is no file of outputs")
             else:
@@ -454,12 +460,6 @@ class OptimizationMemory:
             "models": [path.name for path in _files(self.root / "models") if is_key(path.name)],
             "outputs": [path.name for path in _files(self.outputs_root) if is_output_name(path.name)],
         }
-
-
-def _read_record(path: Path) -> Row:
-    if not is_record_name(path.name):
-        raise BadRecordError("its name is not that of a record")
-    return memory_records.read_row(path)
 
 
 def _files(folder: Path) -> list[Path]:
