@@ -247,6 +247,21 @@ def read_manifest(content: bytes) -> dict[str, dict[str, Any]]:
     return files
 
 
+def mark_origin(folder: Path, where: str) -> None:
+    """Notes in a model's manifest where it was fetched: whoever keeps it shall not publish it as an own one."""
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    write_synced(folder / MANIFEST, json.dumps({**manifest, "from": where}, indent=1).encode())
+
+
+def model_origin(folder: Path) -> str | None:
+    """Where a model was fetched; None for one that was made here."""
+    try:
+        origin = json.loads((folder / MANIFEST).read_bytes()).get("from")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return None if origin is None else str(origin)
+
+
 def _limit(name: str) -> int:
     return MAX_MODEL_BYTES if name.endswith(".safetensors") else _MAX_TEXT_BYTES
 

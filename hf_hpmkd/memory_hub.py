@@ -241,6 +241,7 @@ class HubMemory(OptimizationMemory):
                     raise DamagedModelError(f"its {name} is missing or has another size")
                 self._download(entry, place / "model")
             memory_files.check_model(place / "model")
+            memory_files.mark_origin(place / "model", self.where)
             self.make_room(memory_files.folder_bytes(place))
             self._move_model(place / "model", target)
         self.say(f"Memory: model {key[:40]} taken from {self.where}.")

@@ -159,6 +159,28 @@ def test_records_of_others_are_not_published_elsewhere(hub, here, there, tmp_pat
     assert here.records()[0] and not here.known_names()["records"]
 
 
+@pytest.mark.parametrize("how", ["by key", "pull", "merge"])
+def test_models_of_others_are_not_published_elsewhere_unless_named(
+    hub, here, there, model_folder, tmp_path, capsys, how
+):
+    there.keep_model("theirs", model_folder)
+    share(there)
+    here.pull(models=True) if how != "by key" else here.find_model("theirs")
+    if how == "merge":
+        here, fetched = OptimizationMemory(tmp_path / "third"), here
+        here.merge(fetched.root)
+    here.keep_model("mine", model_folder)
+    here.add_record(row(seed=1))
+    words, rest = ["memory", "push", "hf://datasets/tester/other"], ["--models", "--memory", str(here.root)]
+    assert main([*words, *rest]) == 0
+    sent = hub.files("tester/other", "datasets")
+    assert "models/mine/config.json" in sent and not [path for path in sent if path.startswith("models/theirs")]
+    assert f"Left out: models/theirs, fetched from {PLACE}. Name it to push it." in capsys.readouterr().out
+    assert main([*words, "theirs", *rest]) == 0
+    assert "models/theirs/config.json" in hub.files("tester/other", "datasets")
+    assert "Left out" not in capsys.readouterr().out and not here.faults()
+
+
 def test_pull_takes_everything_in_and_push_sends_everything(hub, here, there, model_folder):
     there.keep_model("stage-1", model_folder)
     path = outputs_file(there, 1)
