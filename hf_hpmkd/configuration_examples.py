@@ -22,6 +22,7 @@ from hf_hpmkd.meta_features import FEATURES
 FORMAT_VERSION = 2
 MAX_BYTES = 2_000_000
 
+_LARGEST = 1e30  # of a feature or setting: a regression takes what float32 cannot hold for infinite
 _EARLY_COLUMNS = tuple(f"early_{at:.0%}".rstrip("%") for at in EARLY)
 _FIELDS = tuple(field.name for field in fields(Configuration))
 _TYPES = {"str": pa.string(), "float": pa.float64(), "bool": pa.bool_()}
@@ -118,7 +119,7 @@ def memory_examples(rows: Iterable[Row]) -> list[Example]:
     """
     found = []
     for row in rows:
-        with suppress(AttributeError, KeyError, TypeError, ValueError):
+        with suppress(AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
             found.append(_example_of_run(row))
     return [example for example in found if example is not None]
 
@@ -148,7 +149,9 @@ def _example_of_run(row: Row) -> Example | None:
         configuration = _sound(Configuration(**{name: row[name] for name in names}))
         features = _features_of_run(row, details)
     if not all(_is_number(value) for value in features.values()):
-        raise ValueError("Features are finite numbers.")
+        raise ValueError(f"Features are numbers within {_LARGEST:g}.")
+    if not (0 <= accuracy <= 1 and 0 <= direct <= 1):
+        raise ValueError("Accuracies are shares of rows.")
     noise = 100 * math.sqrt(max(accuracy * (1 - accuracy), 0.01) / row["validation_rows"])
     return Example(features, configuration, 100 * (accuracy - direct), noise, data=row["data"] or "", own=True)
 
@@ -163,7 +166,7 @@ def _sound(configuration: Configuration) -> Configuration:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _features_of_run(row: Row, details: dict[str, Any]) -> dict[str, float]:

@@ -4,7 +4,12 @@ A file is only data, and its checksum says that it arrived whole. What it cannot
 is found out by asking the teacher for a few of its rows again, drawn anew each time, so that nobody knows them before.
 """
 
+import errno
+import os
 import random
+import shutil
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -45,12 +50,35 @@ def adopt(source: OutputSource, teacher: Teacher, rows: Rows, file: Wanted) -> b
     if fault is not None:
         source.refuse_outputs(path, file.teacher, fault)
         return False
-    file.root.mkdir(parents=True, exist_ok=True)
     try:
-        path.rename(file.path)
-    except OSError:  # another disk: computed again rather than copied in more than one step
+        file.root.mkdir(parents=True, exist_ok=True)
+        _move(path, file.path)
+    except OSError as error:
+        warnings.warn(
+            f"Outputs of teacher {file.teacher!r} from elsewhere cannot be moved to {file.root}: {error}. They are "
+            "computed again.",
+            stacklevel=2,
+        )
         return False
     return True
+
+
+def _move(path: Path, target: Path) -> None:
+    """In one step, to another disk too: there `clear` knows a half copy by its name."""
+    try:
+        os.replace(path, target)
+        return
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+    unfinished = target.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        shutil.copyfile(path, unfinished)
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    with suppress(OSError):  # it is where it is wanted
+        path.unlink()
 
 
 def difference(teacher: Teacher, rows: Rows, file: Wanted, stored: Stored) -> str | None:

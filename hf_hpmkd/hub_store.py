@@ -5,7 +5,8 @@ Of ours it imports run_record, model_card and hub_client alone. Trains nothing, 
 
 import json
 import shlex
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
@@ -18,19 +19,24 @@ from hf_hpmkd.run_record import RECORD_FILE, RunRecord
 # The run's card stands for the student's copy of it. `training_args.bin` is Trainer's pickle: it runs code when read
 # and holds local paths; the recipe is in the record.
 _NOT_PUBLISHED = ("README.md", "training_args.bin")
+# What a push sent, as a JSON list of paths, so that the next one deletes nothing of anybody else's.
+_SENT_FILE = ".hpmkd_files.json"
 # Files at the root that from_pretrained looks for. One of an earlier model would be loaded together with this one's.
 _LOADED = (".bin", ".json", ".model", ".py", ".safetensors")
 
 
-def push_run(run_dir: Path, repo_id: str, private: bool = True, token: str | None = None) -> str:
+def push_run(
+    run_dir: Path, repo_id: str, private: bool = True, token: str | None = None, say: Callable[[str], None] = print
+) -> str:
     """Publishes the run in `run_dir` and returns the URL of its repository.
 
     The repository is made if it is missing. In one commit it gets the files of `student/` at its root, so that
     `from_pretrained(repo_id)` works, the stages in `chain/` for `subfolder="chain/STAGE"`, the card, `plots/`, and the
     run record without local paths. What it holds already is not sent again, nor a large file that a push before sent
-    before it failed; what an earlier run pushed and this one lacks is deleted in the same commit. repo_id:
-    "user/name". private: True makes a new repository private and refuses a public one; False makes a new one public.
-    token: None takes HF_TOKEN or the login.
+    before it failed; what an earlier push sent and this one lacks is deleted in the same commit, and nothing else.
+    repo_id: "user/name". private: True makes a new repository private and refuses a public one; False makes a new one
+    public and leaves a private one private. token: None takes HF_TOKEN or the login. say: gets a line about what is
+    deleted, what an earlier version left behind, and a repository that is still private.
 
     Before anything is sent: FileNotFoundError where the folder lacks a part of a run, ValueError for a run that is not
     completed or a repo_id of another form, HubPushError without a token. Whatever fails later is a HubPushError: HTTP
@@ -48,7 +54,7 @@ def push_run(run_dir: Path, repo_id: str, private: bool = True, token: str | Non
     api = HfApi(token=token, library_name="hf_hpmkd")
     try:
         with hub_client.patience(hub_client.TIMEOUT_SECONDS):
-            return _push(api, repo_id, private, files)
+            return _push(api, repo_id, private, files, say)
     except FAILURES as error:
         told, cause = push_error(f"Publishing {repo_id} on {api.endpoint}", error, kept, token)
         raise told from cause
@@ -116,7 +122,7 @@ def _files_below(folder: Path) -> Iterator[tuple[str, Path]]:
 # ---- the upload ------------------------------------------------------------------------------------------------------
 
 
-def _push(api: HfApi, repo_id: str, private: bool, files: list[HubFile]) -> str:
+def _push(api: HfApi, repo_id: str, private: bool, files: list[HubFile], say: Callable[[str], None]) -> str:
     url = api.create_repo(repo_id, private=private, exist_ok=True)
     before = api.model_info(repo_id)
     if private and before.private is False:
@@ -125,24 +131,49 @@ def _push(api: HfApi, repo_id: str, private: bool, files: list[HubFile]) -> str:
             "private, or publish with --public (`hub.private=false`)."
         )
     held = [sibling.rfilename for sibling in before.siblings or []]
-    stale = _stale(held, {file.path for file in files})
-    if RECORD_FILE not in held and (others := sorted({*stale, *(path for path in held if _is_loaded(path))})):
+    sent = {file.path for file in files}
+    strange = _not_sent(held, sent)
+    if RECORD_FILE not in held and (others := sorted({*strange, *(path for path in held if _is_loaded(path))})):
         raise RepositoryError(
             f"the repository holds a model that no run of hpmkd pushed ({', '.join(others)}), which this student would "
             "replace or be loaded together with. Name another repository, or delete them there."
         )
+    earlier = _sent_before(api, repo_id, before.sha) if _SENT_FILE in held else None
+    stale = sorted((earlier or set()) & set(held) - sent)
+    files = [*files, HubFile(_SENT_FILE, json.dumps(sorted(sent), indent=1).encode())]
     operations: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(path) for path in stale]
     operations += [file.operation for file in files]
     commit = api.create_commit(
         repo_id, operations, commit_message="Upload the student of an HPM-KD run", parent_commit=before.sha
     )
     hub_client.verify(api, repo_id, commit.oid, files)
+    if stale:
+        say(f"Deleted in {repo_id}, as an earlier push sent them and this run has none: {', '.join(stale)}.")
+    if earlier is None and strange:
+        say(
+            f"Left in {repo_id}, which has no list of what an earlier push sent: {', '.join(strange)}. Delete there "
+            "what is of an earlier model: it may be loaded together with this one."
+        )
+    if not private and before.private:
+        say(f"{repo_id} existed and is still private, though --public was given. Change it in {url}/settings.")
     return str(url)
 
 
-def _stale(held: list[str], sent: set[str]) -> list[str]:
-    """Paths that an earlier push left: plots, and files at the root or of a stage that would be loaded with these."""
-    left = (PurePosixPath(path) for path in held if path not in sent and path != RECORD_FILE)
+def _sent_before(api: HfApi, repo_id: str, revision: str | None) -> set[str] | None:
+    """The paths that the last push sent; None where the list is none that a push wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(api.hf_hub_download(repo_id, _SENT_FILE, revision=revision, local_dir=folder))
+        try:
+            paths = json.loads(file.read_bytes())
+        except (ValueError, RecursionError):
+            return None
+    return set(paths) if isinstance(paths, list) and all(isinstance(path, str) for path in paths) else None
+
+
+def _not_sent(held: list[str], sent: set[str]) -> list[str]:
+    """Paths that this push does not send and an earlier one may have: plots, and files at the root or of a stage that
+    would be loaded with these."""
+    left = (PurePosixPath(path) for path in held if path not in sent and path not in (RECORD_FILE, _SENT_FILE))
     return [
         str(path)
         for path in left

@@ -118,13 +118,16 @@ def corrected(graph: Graph, past: Sequence[Row], hardware: dict[str, Any]) -> Gr
     """
     estimates = Estimates(graph)
     for row in past:
-        with suppress(AttributeError, KeyError, TypeError, ValueError):  # somebody else's may be of another form
+        # Somebody else's may be of another form.
+        with suppress(AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
             if json.loads(row["hardware"] or "{}") != hardware:
                 continue
             for one in json.loads(row["details"] or "{}").get("jobs", []):
-                if one.get("estimated"):
-                    known = Job(one["name"], one["estimated"], kind=one["kind"])
-                    estimates.ended(known, one["ended"] - one["started"])
+                if not one.get("estimated"):
+                    continue
+                known, took = Job(one["name"], one["estimated"], kind=one["kind"]), one["ended"] - one["started"]
+                if 1e-6 <= known.seconds < 1e9 and 0 <= took < 1e9:  # a clock may have been set back
+                    estimates.ended(known, took)
     return Graph(dataclasses.replace(job, seconds=estimates.seconds(job)) for job in graph.jobs.values())
 
 

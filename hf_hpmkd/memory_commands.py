@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_hpmkd.components.optimization_memory import Gained, OptimizationMemory
-from hf_hpmkd.memory_files import MANIFEST, folder_bytes
+from hf_hpmkd.memory_files import MANIFEST, folder_bytes, model_origin, shown
 from hf_hpmkd.memory_hub import HubMemory, Names
 from hf_hpmkd.memory_records import Row
 from hf_hpmkd.run_record import last_name
@@ -89,20 +89,30 @@ def _plain(text: str, keep: str = "") -> str:
 
 
 def push(memory: HubMemory, ids: list[str], models: bool, outputs: bool) -> str:
-    """Sends runs (all, or those named) with their students if these are named too, and what else was asked for."""
+    """Sends runs (all, or those named) with their students if these are named too, and what else was asked for.
+    Models that were fetched from another shared memory are sent only if they are named.
+    """
     known = memory.known_names()
     chosen = {
         kind: [name for name in names if any(name.startswith(one) for one in ids)] for kind, names in known.items()
     }
     if lost := [one for one in ids if not any(name.startswith(one) for names in known.values() for name in names)]:
         raise ValueError(f"Nothing in {memory.root} begins with {', '.join(lost)}. See `hpmkd memory ls`.")
+    origins = {key: model_origin(memory.root / "models" / key) for key in known["models"] if models}
+    foreign = [
+        key for key, origin in origins.items() if origin not in (None, memory.where) and key not in chosen["models"]
+    ]
     names = Names(
         chosen["records"] if ids else known["records"],
-        known["models"] if models else chosen["models"],
+        [key for key in known["models"] if key not in foreign] if models else chosen["models"],
         known["outputs"] if outputs else chosen["outputs"],
     )
     url = memory.push(names)
-    return f"{len(names.records)} runs, {len(names.models)} models, {len(names.outputs)} files of outputs are in {url}."
+    lines = [f"Left out: models/{key}, fetched from {shown(str(origins[key]))}. Name it to push it." for key in foreign]
+    count = (
+        f"{len(names.records)} runs, {len(names.models)} models, {len(names.outputs)} files of outputs are in {url}."
+    )
+    return "\n".join([*lines, count])
 
 
 def pull(memory: HubMemory, args: argparse.Namespace) -> str:

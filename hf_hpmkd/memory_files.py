@@ -49,6 +49,18 @@ def is_model_file(name: str) -> bool:
     return _MODEL_FILE.fullmatch(name) is not None and ".." not in name
 
 
+def local_folder(where: str | Path, what: str) -> Path:
+    """The folder of a memory. what: how the user named it. Raises ValueError for one on the Hub."""
+    path = Path(where).expanduser()
+    if path.parts[:1] == ("hf:",):
+        raise ValueError(
+            f"{what[0].upper()}{what[1:]} must be a folder of this machine, got hf://{'/'.join(path.parts[1:])}. A run "
+            "uses a shared memory by `memory.path` of its recipe or `hpmkd distill --memory`; `hpmkd memory pull` "
+            "brings one here."
+        )
+    return path
+
+
 def shown(name: str) -> str:
     """A name from elsewhere, fit for a terminal: escaped and cut."""
     text = name.encode("unicode_escape").decode("ascii")
@@ -233,6 +245,21 @@ def read_manifest(content: bytes) -> dict[str, dict[str, Any]]:
     if too_large or sum(size for size, _ in sizes.values()) > MAX_MODEL_BYTES:
         raise DamagedModelError(f"its files are too large ({', '.join(too_large) or 'together'})")
     return files
+
+
+def mark_origin(folder: Path, where: str) -> None:
+    """Notes in a model's manifest where it was fetched: whoever keeps it shall not publish it as an own one."""
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    write_synced(folder / MANIFEST, json.dumps({**manifest, "from": where}, indent=1).encode())
+
+
+def model_origin(folder: Path) -> str | None:
+    """Where a model was fetched; None for one that was made here."""
+    try:
+        origin = json.loads((folder / MANIFEST).read_bytes()).get("from")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return None if origin is None else str(origin)
 
 
 def _limit(name: str) -> int:

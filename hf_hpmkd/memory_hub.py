@@ -31,6 +31,7 @@ _STALE_TRIES = 40
 _ILL_TRIES = 4
 _MANIFEST_BYTES = 2**20
 _MOST_RECORDS = 100_000
+_MOST_NAMED = 10
 
 Answer = TypeVar("Answer")
 
@@ -101,10 +102,14 @@ class HubMemory(OptimizationMemory):
         return sorted(rows.values(), key=lambda row: (row["finished"] or "", row["id"]), reverse=True), faults + more
 
     def refresh(self) -> int:
-        """Brings new records here and returns how many; what is no record is named once and never asked for again."""
+        """Brings new records here and returns how many; what is no record is told once, the first ten by name, and
+        never asked for again."""
         gained = self._read("its records", lambda: self._pull_records(self.copy))
-        for line in [] if gained is None else gained.skipped:
+        skipped = [] if gained is None else gained.skipped
+        for line in skipped[:_MOST_NAMED]:
             self.say(f"Memory: {self.where}/{line}; skipped.")
+        if len(skipped) > _MOST_NAMED:
+            self.say(f"Memory: {self.where}: and {len(skipped) - _MOST_NAMED} more; skipped.")
         return 0 if gained is None else gained.records
 
     def pull(self, models: bool = False, outputs: bool = False) -> Gained:
@@ -127,19 +132,21 @@ class HubMemory(OptimizationMemory):
     def _pull_records(self, into: OptimizationMemory) -> Gained:
         gained = Gained()
         refused = into.root / "refused.txt"
-        known = set(refused.read_text(encoding="utf-8").split()) if refused.is_file() else set()
+        known = set(refused.read_text(encoding="utf-8").splitlines()) if refused.is_file() else set()
         known |= {*into.known_names()["records"], *self.known_names()["records"]}
-        news = []
+        news, bad = [], []
         for entry in self._listing("records")[:_MOST_RECORDS]:
             name = entry.path.removeprefix("records/")
+            if shown(name) in known:
+                continue
             if not is_record_name(name):
                 gained.skipped.append(f"records/{shown(name)}: its name is not that of a record")
-            elif name not in known and entry.size > MAX_BYTES:
+                bad.append(shown(name))
+            elif entry.size > MAX_BYTES:
                 gained.skipped.append(f"records/{name}: it is too large ({entry.size:,} bytes)")
-                known.add(name)
-            elif name not in known:
+                bad.append(name)
+            else:
                 news.append(entry)
-        bad = []
         for entry in news:
             with memory_files.staging(into.root) as folder:
                 path = self._download(entry, folder)
@@ -147,12 +154,13 @@ class HubMemory(OptimizationMemory):
                     read_row(path)
                 except BadRecordError as error:
                     gained.skipped.append(f"{entry.path}: {error}")
-                    bad.append(path.stem)
+                    bad.append(path.name)
                     continue
                 gained.records += into._add_record_file(path.read_bytes(), path.name)
         if bad:
+            refused.parent.mkdir(parents=True, exist_ok=True)
             with open(refused, "a", encoding="utf-8") as file:
-                file.write("".join(f"{stem}.parquet\n" for stem in bad))
+                file.write("".join(f"{name}\n" for name in bad))
         return gained
 
     def _pull_models(self, gained: Gained) -> None:
@@ -233,6 +241,7 @@ class HubMemory(OptimizationMemory):
                     raise DamagedModelError(f"its {name} is missing or has another size")
                 self._download(entry, place / "model")
             memory_files.check_model(place / "model")
+            memory_files.mark_origin(place / "model", self.where)
             self.make_room(memory_files.folder_bytes(place))
             self._move_model(place / "model", target)
         self.say(f"Memory: model {key[:40]} taken from {self.where}.")
@@ -302,7 +311,8 @@ class HubMemory(OptimizationMemory):
         missing. Another writer's commit in between is waited out; so is a Hub that is ill for a moment. Large files
         that were sent before a failure are not sent again.
 
-        Raises ValueError for names that this memory lacks, HubPushError without a token and for what does not pass.
+        Raises ValueError for names that this memory lacks and damaged models, HubPushError without a token and for what
+        does not pass.
         """
         files = self._files_of(names)
         words = [*(name.removesuffix(".parquet")[:16] for name in names.records), *names.models, *names.outputs]
@@ -326,7 +336,13 @@ class HubMemory(OptimizationMemory):
         for key in names.models:
             folder = self.root / "models" / key
             if folder.is_dir():
-                memory_files.check_model(folder)
+                try:
+                    memory_files.check_model(folder)
+                except DamagedModelError as error:
+                    raise DamagedModelError(
+                        f"models/{key}: {error}. Nothing was sent; name what to push, or delete it (`hpmkd memory "
+                        "verify` names all that are damaged)."
+                    ) from error
                 # The manifest last and with the others in one commit: a model is there as a whole or not at all.
                 paths = sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST)
                 files += [HubFile(f"models/{key}/{path.name}", path) for path in paths]

@@ -171,6 +171,13 @@ def row_bytes(row: Row) -> bytes:
     return buffer.getvalue()
 
 
+def read_named_row(path: Path) -> Row:
+    """As `read_row`; BadRecordError also for a file whose name no record can have."""
+    if not is_record_name(path.name):
+        raise BadRecordError("its name is not that of a record")
+    return read_row(path)
+
+
 def read_row(path: Path) -> Row:
     """The row of a file, be it from whom it may. Nothing in it is run or unpacked.
 

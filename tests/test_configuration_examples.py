@@ -151,14 +151,27 @@ def test_a_run_with_layer_hints_tells_nothing_of_the_same_without() -> None:
     assert memory_examples([memory_row(finished(recipe=hinted))]) == []
 
 
-@pytest.mark.parametrize("details", ["{}", "[]", "null", "{", '{"models": 3}', '{"models": {}, "teachers": [1]}'])
+@pytest.mark.parametrize(
+    "details",
+    [
+        "{}",
+        "[]",
+        "null",
+        "{",
+        '{"models": 3}',
+        '{"models": {}, "teachers": [1]}',
+        pytest.param("[" * 100_000, id="deep"),
+    ],
+)
 def test_records_of_another_form_stop_nobody(details: str) -> None:
     odd = {**memory_row(finished()), "details": details}
     assert [one.data for one in memory_examples([odd, memory_row(finished())])] == ["letter"]
 
 
 @pytest.mark.parametrize("place", ["configuration", "features"])
-@pytest.mark.parametrize("value", [None, "x", [], True, math.nan, math.inf])
+@pytest.mark.parametrize(
+    "value", [None, "x", [], True, math.nan, math.inf, 1e308, -1e308, pytest.param(10**400, id="huge")]
+)
 def test_records_with_odd_values_stop_nobody(place: str, value: object) -> None:
     auto = AutoRecord(
         "because", "by nothing", [], dataclasses.asdict(SOFT), {"distillation": {}, "training": {}}, {"log_rows": 2.5},
@@ -168,6 +181,13 @@ def test_records_with_odd_values_stop_nobody(place: str, value: object) -> None:
     details = json.loads(row["details"])
     details["auto"][place]["temperature" if place == "configuration" else "log_rows"] = value
     assert memory_examples([{**row, "details": json.dumps(details)}]) == []
+
+
+@pytest.mark.parametrize("accuracy", [-0.1, 1.1, 1e308, pytest.param(10**400, id="huge")])
+def test_accuracies_that_are_no_shares_show_nothing(accuracy: float) -> None:
+    row = memory_row(finished())
+    assert memory_examples([{**row, "validation_accuracy": accuracy}]) == []
+    assert memory_examples([{**row, "direct_validation_accuracy": accuracy}]) == []
 
 
 def test_runs_of_a_later_version_stop_nobody() -> None:

@@ -97,7 +97,7 @@ def test_a_run_arrives_whole_private_and_in_one_commit(client, run_dir):
     files = client.files(REPO)
     assert set(files) == {
         ".gitattributes", "README.md", "config.json", "model.safetensors", "plots/learning_curves.png",
-        "preprocessor_config.json", "run_record.json",
+        "preprocessor_config.json", "run_record.json", ".hpmkd_files.json",
     }  # fmt: skip
     for path in ("config.json", "model.safetensors", "preprocessor_config.json"):
         assert files[path] == (run_dir / "student" / path).read_bytes()
@@ -163,9 +163,38 @@ def test_what_an_earlier_run_left_is_deleted_in_the_same_commit(client, run_dir)
     push_run(run_dir, REPO)
     assert len(repo.commits) == 4
     assert sorted(repo.head.changed) == [
-        "plots/learning_curves.png", "plots/temperature.png", "preprocessor_config.json"
+        ".hpmkd_files.json", "plots/learning_curves.png", "plots/temperature.png", "preprocessor_config.json"
     ]  # fmt: skip
     assert "LICENSE" in repo.head.files
+
+
+MINE = ("handler.py", "my_evaluation.json", "chain/notes.json", "plots/mine.png")
+
+
+def test_a_second_push_deletes_nothing_of_the_users_and_says_what_it_deletes(client, run_dir):
+    push_run(run_dir, REPO)
+    repo = client.repos["models", REPO]
+    repo.add("by hand", {**repo.head.files, **{path: Blob(b"x", False) for path in MINE}}, list(MINE))
+    (run_dir / "plots" / "learning_curves.png").unlink()
+    told = []
+    push_run(run_dir, REPO, say=told.append)
+    assert set(MINE) <= set(repo.head.files) and "plots/learning_curves.png" not in repo.head.files
+    assert len(told) == 1 and told[0].startswith(f"Deleted in {REPO}") and "has none: plots/learning" in told[0]
+    push_run(run_dir, REPO, say=told.append)
+    assert len(told) == 1 and set(MINE) <= set(repo.head.files)
+
+
+@pytest.mark.parametrize("listed", [None, b"[" * 100_000, b'{"a": 1}', b"[1]"])
+def test_without_a_list_of_what_was_sent_nothing_is_deleted_and_what_remains_is_named(client, run_dir, listed):
+    push_run(run_dir, REPO)
+    files = client.repos["models", REPO].head.files
+    del files[".hpmkd_files.json"]
+    files |= {"model.safetensors.index.json": Blob(b"{}", False), "handler.py": Blob(b"", False)}
+    files |= {} if listed is None else {".hpmkd_files.json": Blob(listed, False)}
+    told = []
+    push_run(run_dir, REPO, say=told.append)
+    assert {"model.safetensors.index.json", "handler.py", ".hpmkd_files.json"} <= set(client.files(REPO))
+    assert len(told) == 1 and "model.safetensors.index.json, handler.py. Delete there" in told[0]
 
 
 def add_stage(run_dir, name, seed):
@@ -192,7 +221,9 @@ def test_the_stages_of_a_chain_load_from_their_subfolders(client, run_dir, tmp_p
         assert (tiny.weights_of(again) == tiny.weights_of(tiny.tiny_vit(seed=seed))).all()
     shutil.rmtree(run_dir / "chain" / "stage-2")
     push_run(run_dir, REPO)
-    assert sorted(repo.head.changed) == ["chain/stage-2/config.json", "chain/stage-2/model.safetensors"]
+    assert sorted(repo.head.changed) == [
+        ".hpmkd_files.json", "chain/stage-2/config.json", "chain/stage-2/model.safetensors"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", [{"status": 500}, {"cut": "before"}, {"cut": "after"}])
@@ -330,6 +361,17 @@ def test_a_public_repository_is_not_taken_for_a_private_one(client, run_dir):
     assert "is public" in refused(run_dir)
     assert len(client.repos["models", REPO].commits) == 1
     push_run(run_dir, REPO, private=False)
+
+
+def test_a_private_repository_that_was_asked_for_as_public_is_said_to_be_private(client, run_dir):
+    told = []
+    push_run(run_dir, REPO, private=False, say=told.append)
+    assert not told
+    client.repos["models", REPO].private = True
+    push_run(run_dir, REPO, private=False, say=told.append)
+    assert told == [
+        f"{REPO} existed and is still private, though --public was given. Change it in {client.url}/{REPO}/settings."
+    ]
 
 
 def test_the_command_of_a_public_push_says_so(client, run_dir):

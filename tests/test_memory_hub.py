@@ -159,6 +159,28 @@ def test_records_of_others_are_not_published_elsewhere(hub, here, there, tmp_pat
     assert here.records()[0] and not here.known_names()["records"]
 
 
+@pytest.mark.parametrize("how", ["by key", "pull", "merge"])
+def test_models_of_others_are_not_published_elsewhere_unless_named(
+    hub, here, there, model_folder, tmp_path, capsys, how
+):
+    there.keep_model("theirs", model_folder)
+    share(there)
+    here.pull(models=True) if how != "by key" else here.find_model("theirs")
+    if how == "merge":
+        here, fetched = OptimizationMemory(tmp_path / "third"), here
+        here.merge(fetched.root)
+    here.keep_model("mine", model_folder)
+    here.add_record(row(seed=1))
+    words, rest = ["memory", "push", "hf://datasets/tester/other"], ["--models", "--memory", str(here.root)]
+    assert main([*words, *rest]) == 0
+    sent = hub.files("tester/other", "datasets")
+    assert "models/mine/config.json" in sent and not [path for path in sent if path.startswith("models/theirs")]
+    assert f"Left out: models/theirs, fetched from {PLACE}. Name it to push it." in capsys.readouterr().out
+    assert main([*words, "theirs", *rest]) == 0
+    assert "models/theirs/config.json" in hub.files("tester/other", "datasets")
+    assert "Left out" not in capsys.readouterr().out and not here.faults()
+
+
 def test_pull_takes_everything_in_and_push_sends_everything(hub, here, there, model_folder):
     there.keep_model("stage-1", model_folder)
     path = outputs_file(there, 1)
@@ -185,6 +207,15 @@ def test_what_is_there_is_not_sent_again(hub, here):
 def test_names_that_the_memory_lacks_are_told(here):
     with pytest.raises(ValueError, match="has no records/nothing.parquet, models/none"):
         here.push(Names(["nothing.parquet"], ["none"]))
+
+
+def test_a_damaged_model_is_named_and_nothing_is_sent(hub, here, model_folder):
+    for key in ("stage-1", "stage-2"):
+        here.keep_model(key, model_folder)
+    (here.root / "models" / "stage-2" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"^models/stage-2: its config.json .*\. Nothing was sent"):
+        here.push(Names(models=["stage-1", "stage-2"]))
+    assert not hub.repos
 
 
 @pytest.mark.parametrize(
@@ -394,15 +425,15 @@ def test_hostile_records_are_skipped_named_and_not_asked_for_again(hub, here, th
     here.say = told.append
     assert here.refresh() == 1
     assert here.records() == ([one], [])
-    assert len(told) == hostile + len(names)
+    assert len(told) == 11 and told[-1] == f"Memory: {PLACE}: and {hostile + len(names) - 10} more; skipped."
     assert all("\x1b" not in line and len(line) < 300 for line in told)
-    assert any("too large" in line for line in told)
+    assert "too large" in "".join(HubMemory(PLACE, tmp_path / "third").pull().skipped)
     inside = [path for path in tmp_path.rglob("*outside*")]
     assert not inside
     asked = len(hub.asked("GET", "/resolve/"))
     told.clear()
     here.refresh()
-    assert len(hub.asked("GET", "/resolve/")) == asked
+    assert not told and len(hub.asked("GET", "/resolve/")) == asked
     assert not hub.asked("GET", "outside|x.py|evil")
 
 

@@ -19,7 +19,8 @@ from filelock import Timeout
 from memory_rows import row
 
 from hf_hpmkd import memory_files, memory_index, memory_records
-from hf_hpmkd.components.optimization_memory import OptimizationMemory
+from hf_hpmkd.cli import main
+from hf_hpmkd.components.optimization_memory import OptimizationMemory, default_outputs_root
 from hf_hpmkd.memory_records import SCHEMA, BadRecordError, memory_row, read_row, row_bytes, row_id
 from hf_hpmkd.run_record import RunRecord
 
@@ -80,6 +81,20 @@ def test_records_tell_no_path_and_are_small(memory):
 def test_only_completed_runs_are_remembered():
     with pytest.raises(ValueError, match="Only completed runs .* status failed"):
         row(status="failed")
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_place_on_the_hub_is_no_folder(kind, monkeypatch, capsys):
+    place = "hf://datasets/user/name"
+    with pytest.raises(ValueError, match=f"got {place}. A run uses .* `memory.path` .* `hpmkd memory pull`"):
+        OptimizationMemory(kind(place))
+    assert main(["memory", "ls", "--memory", place]) == 2 and place in capsys.readouterr().err
+    monkeypatch.setenv("HPMKD_MEMORY", place)
+    monkeypatch.delenv("HPMKD_CACHE")
+    with pytest.raises(ValueError, match=r"\$HPMKD_MEMORY must be a folder of this machine"):
+        OptimizationMemory()
+    with pytest.raises(ValueError, match=r"\$HPMKD_MEMORY must be a folder of this machine"):
+        default_outputs_root()
 
 
 def test_a_run_is_remembered_once(memory):
@@ -171,6 +186,19 @@ def test_a_strange_name_is_skipped_and_shown_escaped(memory, name):
     rows, [fault] = memory.records()
     assert len(rows) == 1
     assert "\x1b" not in fault and len(fault) < 200
+
+
+def test_a_disk_that_fails_under_records_leaves_the_others(memory, monkeypatch):
+    def failing(folder):
+        raise OSError(5, "Input/output error")
+
+    memory.add_record(row())
+    loop = memory.root / "records" / f"{1:064x}.parquet"
+    loop.symlink_to(loop)
+    rows, faults = memory.records()
+    assert rows == [row()] and len(faults) == 1 and f"records/{loop.name}: " in faults[0]
+    monkeypatch.setattr(Path, "iterdir", failing)
+    assert memory.records() == ([], ["records: [Errno 5] Input/output error"])
 
 
 def test_a_record_of_format_1_stays_readable():
@@ -451,6 +479,7 @@ def test_what_is_hostile_in_a_merged_memory_is_skipped_and_named(memory, model_f
     (other.root / "models" / "a b").mkdir()
     outputs_file(other, 1).rename(other.outputs_root / "run.sh")
     (other.outputs_root / f"{2:064x}.safetensors").symlink_to(secret)
+    (other.outputs_root / f"{3:064x}.lock").touch()
     gained = memory.merge(other.root)
     assert (gained.records, gained.models, gained.outputs) == (1, 1, 0)
     assert len(gained.skipped) == 9, gained.skipped

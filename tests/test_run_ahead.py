@@ -239,6 +239,26 @@ def test_estimates_are_corrected_by_runs_on_like_hardware():
     assert corrected(graph, rows, {"cores": 8}).jobs["student"].seconds == 10
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("ended", 99.76),  # a clock was set back
+        ("ended", 1e300),
+        pytest.param("ended", 10**400, id="ended-huge"),
+        pytest.param("estimated", 10**400, id="estimated-huge"),
+        ("estimated", -1.0),
+        ("estimated", 5e-324),
+        ("estimated", float("nan")),
+        pytest.param("kind", "[" * 100_000, id="deep"),
+    ],
+)
+def test_records_of_impossible_jobs_correct_nothing(key, value):
+    graph = Graph([Job("student", 10, kind="student a")])
+    job = {"name": "student", "started": 100.0, "ended": 140.0, "kind": "student a", "estimated": 20.0, key: value}
+    details = value if key == "kind" else json.dumps({"jobs": [job]})
+    assert corrected(graph, [{"hardware": "{}", "details": details}], {}).jobs["student"].seconds == 10
+
+
 @pytest.mark.parametrize("num_views", [0, 3])
 def test_task_names_tell_jobs_apart(num_views):
     names = [task.name for task in run_tasks(digits("chain.length=auto"), num_views)]

@@ -1,7 +1,9 @@
 """Runs and their memory, small and end to end: what the second finds, says and leaves alone."""
 
+import errno
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -211,9 +213,12 @@ def test_strange_records_are_named_and_stop_no_run(tmp_path, capsys):
     records = OptimizationMemory().root / "records"
     records.mkdir(parents=True)
     (records / "evil\x1b[2J.parquet").write_bytes(b"x")
+    (records / f"{1:064x}.parquet").symlink_to(records / f"{1:064x}.parquet")
     assert distill(tmp_path).status == "completed"
     said = capsys.readouterr().out
     assert "its name is not that of a record; skipped." in said and "\x1b" not in said
+    assert f"Memory: records/{1:064x}.parquet: [Errno" in said
+    assert main(["memory", "ls"]) == 0
 
 
 def test_a_limit_evicts_after_the_run_but_nothing_it_uses(tmp_path, capsys):
@@ -299,6 +304,34 @@ def test_outputs_from_elsewhere_are_used_once_they_are_checked(merged):
     everything = torch.arange(len(rows))
     found = outputs.lookup(everything, torch.full_like(everything, -1))[0]
     assert torch.allclose(found, one.logits(rows, everything).cpu(), atol=1e-2)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_outputs_from_elsewhere_reach_a_folder_on_another_disk(merged, tmp_path, monkeypatch, full):
+    memory, path, rows, one, said = merged
+    replace, copy = os.replace, shutil.copyfile
+
+    def on_two_disks(source, target):
+        if Path(source).parent != Path(target).parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(source, target)
+
+    def until_full(source, target):
+        copy(source, target)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", on_two_disks)
+    monkeypatch.setattr(os, "rename", on_two_disks)
+    cache = TeacherCache(tmp_path / "elsewhere", source=memory)
+    if full:
+        monkeypatch.setattr(shutil, "copyfile", until_full)
+        with pytest.warns(UserWarning, match="No space left on device. They are computed again"):
+            assert cache.outputs([one], rows, 0, progress=False).hits == 0
+        assert path.exists()
+    else:
+        assert cache.outputs([one], rows, 0, progress=False).hits == 1
+        assert not path.exists()
+    assert [file.name for file in cache.root.iterdir() if file.suffix != ".lock"] == [path.name] and not said
 
 
 def forge(path, change):

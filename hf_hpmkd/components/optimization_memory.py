@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
 
 from hf_hpmkd import memory_files, memory_index, memory_records
-from hf_hpmkd.memory_files import MANIFEST, DamagedModelError, Mark, is_key, is_output_name, tolerated
+from hf_hpmkd.memory_files import MANIFEST, DamagedModelError, Mark, is_key, is_output_name, local_folder, tolerated
 from hf_hpmkd.memory_index import Indexed
 from hf_hpmkd.memory_records import BadRecordError, Row, is_record_name
 
@@ -58,9 +58,9 @@ Format version: 1.
 
 
 def default_root() -> Path:
-    """$HPMKD_MEMORY, else the folder hpmkd/memory in the Hugging Face home."""
+    """$HPMKD_MEMORY, else the folder hpmkd/memory in the Hugging Face home. Raises ValueError if it names the Hub."""
     chosen = os.environ.get("HPMKD_MEMORY")
-    return Path(chosen).expanduser() if chosen else Path(HF_HOME) / "hpmkd" / "memory"
+    return local_folder(chosen, "$HPMKD_MEMORY") if chosen else Path(HF_HOME) / "hpmkd" / "memory"
 
 
 def default_outputs_root() -> Path:
@@ -102,6 +102,8 @@ class OptimizationMemory:
     """The memory in a folder. root: None takes `default_root`; made at the first write. limit_bytes: of outputs and
     models together, None sets none. outputs_root: None takes $HPMKD_CACHE or, for a root that was given or where that
     is unset, `teacher_outputs` in it. on_message: gets a line where something is told; None prints nothing.
+
+    Raises ValueError for a negative limit, and for a root on the Hub (`memory_hub.HubMemory` reads that).
     """
 
     def __init__(
@@ -113,7 +115,7 @@ class OptimizationMemory:
     ) -> None:
         if limit_bytes is not None and limit_bytes < 0:
             raise ValueError(f"`limit_bytes` must be 0 or more, got {limit_bytes}. None sets no limit.")
-        self.root = (default_root() if root is None else Path(root)).expanduser().absolute()
+        self.root = (default_root() if root is None else local_folder(root, "the folder of a memory")).absolute()
         default = default_outputs_root() if root is None else self.root / "teacher_outputs"
         self.outputs_root = (default if outputs_root is None else Path(outputs_root)).expanduser().absolute()
         self.limit_bytes = limit_bytes
@@ -184,14 +186,18 @@ class OptimizationMemory:
         """The records by file name, those that are not known, or changed since, read and checked; and faults."""
         found: dict[str, Indexed] = {}
         faults = []
-        for path in _files(self.root / "records"):
+        try:
+            paths = _files(self.root / "records")
+        except OSError as error:
+            return {}, [f"records: {error}"]
+        for path in paths:
             try:
                 status = path.lstat()
                 one = known.get(path.name)
                 if one is None or not one.is_of(status):
-                    one = Indexed.of(status, _read_record(path))
+                    one = Indexed.of(status, memory_records.read_named_row(path))
                 found[path.name] = one
-            except (BadRecordError, FileNotFoundError) as error:
+            except (BadRecordError, OSError) as error:
                 faults.append(f"records/{memory_files.shown(path.name)}: {error}")
         return found, faults
 
@@ -400,7 +406,7 @@ class OptimizationMemory:
         gained = Gained()
         for path in _files(other / "records"):
             try:
-                _read_record(path)
+                memory_records.read_named_row(path)
                 gained.records += self._add_record_file(path.read_bytes(), path.name)
             except (BadRecordError, OSError) as error:
                 gained.skipped.append(f"records/{memory_files.shown(path.name)}: {error}")
@@ -411,6 +417,8 @@ class OptimizationMemory:
                 gained.skipped.append(f"models/{memory_files.shown(path.name)}: {error}")
         alone = [path for path in _files(other) if is_output_name(path.name)]
         for path in [*_files(other / "teacher_outputs"), *alone]:
+            if path.suffix == ".lock":  # our own
+                continue
             if not is_output_name(path.name) or path.is_symlink():
                 gained.skipped.append(f"teacher_outputs/{memory_files.shown(path.name)}: it is no file of outputs")
             else:
@@ -452,12 +460,6 @@ class OptimizationMemory:
             "models": [path.name for path in _files(self.root / "models") if is_key(path.name)],
             "outputs": [path.name for path in _files(self.outputs_root) if is_output_name(path.name)],
         }
-
-
-def _read_record(path: Path) -> Row:
-    if not is_record_name(path.name):
-        raise BadRecordError("its name is not that of a record")
-    return memory_records.read_row(path)
 
 
 def _files(folder: Path) -> list[Path]:
