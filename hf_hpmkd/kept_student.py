@@ -44,7 +44,7 @@ def judge(direct: torch.Tensor, distilled: torch.Tensor, proof: float | None = N
     is_better, loss, error = surely_better(direct.tolist(), distilled.tolist())
     needed = None
     if proof is not None:
-        needed = proof * max(100 * error, 100 / len(direct))
+        needed = 100 * proof * error
         is_better = -100 * loss <= needed
     return KeptRecord(
         kept="direct" if is_better else "distilled",
