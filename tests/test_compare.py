@@ -16,7 +16,7 @@ import yaml
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from hf_hpmkd import classifier_training, compare, compare_jobs, quick_validation
+from hf_hpmkd import classifier_training, compare, compare_jobs, quick_validation, training_folder
 from hf_hpmkd.cli import main
 from hf_hpmkd.compare_jobs import Job, Workplace, time_left
 from hf_hpmkd.comparison_record import ComparisonRecord, Result, Score
@@ -384,7 +384,7 @@ def test_an_adaptive_student_that_was_given_up_is_judged_as_before_after_a_stop(
     monkeypatch.setattr(compare_jobs, "judge_students", listen)
     line = ["compare", write_recipe(tmp_path), "--methods", "direct,adaptive", "--seeds", "1"]
     line += ["--output", str(tmp_path / "out")]
-    for place, name in ((classifier_training, "copy_training"), (compare_jobs.Workplace, "score")):
+    for place, name in ((training_folder, "copy_training"), (compare_jobs.Workplace, "score")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, stop)
             assert main(line) == 130
