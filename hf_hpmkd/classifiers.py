@@ -154,8 +154,10 @@ class _NoValues(TorchFunctionMode):
 
 def _new_model(config: PretrainedConfig, request: _Request) -> PreTrainedModel:
     with torch.device("meta") if request.meta else nullcontext(), _NoValues() if request.meta else nullcontext():
+        of_16_bits = str(config.dtype).removeprefix("torch.") not in ("None", "float32")
+        more = {"dtype": _DTYPE} if of_16_bits else {}  # else the config would be another one
         return _AUTO_MODEL[request.rows.task].from_config(
-            config, dtype=_DTYPE, trust_remote_code=request.hub["trust_remote_code"]
+            config, trust_remote_code=request.hub["trust_remote_code"], **more
         )
 
 

@@ -15,11 +15,10 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from hf_hpmkd.cli_line import add_line, file_and_words, is_line, line_recipe, line_words
+from hf_hpmkd.cli_line import add_line, file_and_words, installed_version, is_line, line_recipe, line_words
 from hf_hpmkd.cli_measuring import add_measuring_commands
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hpmkd", description="HPM-KD: several large teachers into one small student, for Hugging Face."
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version('hf_hpmkd')}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {installed_version()}")
     parser.set_defaults(after_stop="")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 

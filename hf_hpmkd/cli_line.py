@@ -7,6 +7,7 @@ import argparse
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -94,6 +95,14 @@ def line_words(args: argparse.Namespace, words: Sequence[str]) -> str:
     options = [f"--teacher={teacher}" for teacher in args.teacher]
     student = f"--compression={args.compression:.15g}" if args.student is None else f"--student={args.student}"
     return shlex.join([*options, student, f"--dataset={args.dataset}", *words])
+
+
+def installed_version() -> str:
+    """As pip knows it; a checkout on a path has none."""
+    try:
+        return version("hf_hpmkd")
+    except PackageNotFoundError:
+        return "(not installed)"
 
 
 def file_and_words(words: Sequence[str], default: str = "recipe.yaml") -> tuple[str, list[str]]:

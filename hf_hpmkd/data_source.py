@@ -316,7 +316,7 @@ def _check_labels(split: str, rows: Dataset, column: str) -> None:
     if isinstance(feature, ClassLabel):
         odd = [value for value in values if not 0 <= value < len(feature.names)]
         if odd:
-            some = f"Remove these rows: `dataset.filter(lambda r: r[{column!r}] >= 0)`."
+            some = f"Remove these rows: `dataset.filter(lambda r: 0 <= r[{column!r}] < {len(feature.names)})`."
             raise ValueError(
                 f"Labels of split {split!r} must lie in 0..{len(feature.names) - 1}, got {sorted(set(odd))[:5]} in "
                 f"{len(odd):,} of {len(rows):,} rows. {without if len(odd) == len(rows) else some}"

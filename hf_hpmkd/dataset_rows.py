@@ -111,10 +111,11 @@ class SharedInputsFeed:
         return {"feed": "the student's inputs"}
 
 
-def parameters_of(module: nn.Module) -> list[str] | None:
-    """Names of what its `forward` takes; None where it takes whatever comes."""
+def parameters_of(module: nn.Module) -> tuple[list[str], bool]:
+    """Names of what its `forward` takes, and whether it takes whatever else comes."""
     found = inspect.signature(module.forward).parameters
-    return None if any(one.kind is one.VAR_KEYWORD for one in found.values()) else list(found)
+    named = [name for name, one in found.items() if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
+    return named, any(one.kind is one.VAR_KEYWORD for one in found.values())
 
 
 class DatasetRows(Rows):

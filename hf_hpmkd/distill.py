@@ -103,7 +103,8 @@ def _asked(what: str) -> bool:
 def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
     """Runs a recipe and returns its output folder, with `student/`, `run_record.json`, `plots/` and `README.md`.
 
-    A finished run of the same recipe and rows is left as it is and its table shown again. Raises ValueError (with the
+    A finished run of the same recipe and rows is left as it is, but for a licence that is named now, and its table
+    shown again. Raises ValueError (with the
     rule, what arrived and the way out) on anything that cannot work, before the long work starts.
     """
     folder = Path(recipe.output.dir).expanduser()
@@ -116,7 +117,12 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
     check_trackers(recipe.training.report_to)
     disable_progress_bar()  # transformers draws one for every checkpoint it writes
     with alone_in(folder) if state.is_main_process else nullcontext():
-        _distill(recipe, recipe_source, folder, state)
+        try:
+            _distill(recipe, recipe_source, folder, state)
+        except BaseException:
+            if state.is_main_process:
+                restore_replaced(folder)
+            raise
     return folder
 
 
@@ -139,13 +145,8 @@ def _distill(recipe: Recipe, recipe_source: str, folder: Path, state: PartialSta
             run.say(f"{folder} holds the finished run of {recipe_source}; `output.overwrite=true` runs it again.")
         else:
             memory.before()
-            try:
-                with run.recording(), old_garbage_left():
-                    _run(run)
-            except BaseException:
-                if state.is_main_process:
-                    restore_replaced(folder)
-                raise
+            with run.recording(), old_garbage_left():
+                _run(run)
         memory.after(record, folder / "student")
     run.say("\n" + report.result_table(record))
     run.say(f"\nThe student is in {folder / 'student'}, its card in {folder / 'README.md'}.")
@@ -190,16 +191,17 @@ def _run(run: Run) -> None:
         run_ahead(run, parts)
     with run.phase("teachers"):
         teachers = get_teachers(run, parts)
-        if run.is_main:
-            drop_replaced(run.folder)
         run.warn_if_larger_than_every_teacher(num_params, teachers)
         evaluate_teachers(run.record, teachers, parts, recipe, run.memory.cache, say=run.say, warn=run.warn)
 
     above = Stages(run, parts, teachers, run.folder).above([])
     length = recipe.chain.length
-    if uses_teachers(recipe) and not recipe.chain.models and length != "auto" and length > 0:
+    surely = uses_teachers(recipe) and recipe.auto.mode == "off" and not recipe.chain.models
+    if surely and length != "auto" and length > 0:
         Stages(run, parts, teachers, run.folder).find(length)  # where there are none, it is known now
     require_hints(recipe, WarmBuild(build_student, above, parts.train))
+    if run.is_main:
+        drop_replaced(run.folder)
     direct_folder = run.folder / "direct" if recipe.distillation.direct else None
     chosen = configure(run, parts, teachers, build_student, run.folder / "student", direct_folder)
 

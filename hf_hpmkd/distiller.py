@@ -172,7 +172,7 @@ class Distiller:
     def batch_losses(self, batch: Batch) -> BatchLosses:
         """The losses of a micro-batch, per sample."""
         args, student_logits, labels = self.args, batch.logits, batch.labels
-        features = self.reader.read(student_logits) if self.reader else student_logits[:, :1]
+        features = self.reader.read(student_logits, batch.inputs) if self.reader else student_logits[:, :1]
         teacher_features: list[torch.Tensor] = []
         if args.feature_weight > 0:
             look = self.outputs.lookup_with_features  # type: ignore[attr-defined]
@@ -308,9 +308,10 @@ class Distiller:
         self.student.eval()
         features, logits = [], []
         for part in chosen.split(_GATE_WARMUP_BATCH):
-            outputs = self.student(**self.guide.fetch(part))
+            inputs = self.guide.fetch(part)
+            outputs = self.student(**inputs)
             logits.append(outputs["logits"] if isinstance(outputs, dict) else outputs[0])
-            features.append(self.reader.read(logits[-1]).float())
+            features.append(self.reader.read(logits[-1], inputs).float())
         self.student.train(was_training)
         for module in self.student.modules():
             if isinstance(module, FSDPModule):

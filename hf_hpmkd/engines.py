@@ -279,7 +279,9 @@ def run_on_ray(
         env = {"env_vars": dict.fromkeys(_THREAD_VARIABLES, str(threads))}
         options_of: dict[str, dict[str, Any]] = {}
         for job in graph.jobs.values():
-            options: dict[str, Any] = {"num_cpus": _num_cpus(job), "max_retries": _ATTEMPTS - 1, "name": job.name}
+            # On one machine a job stands for a worker, however little of it: else more of them would share its threads.
+            room = _num_cpus(job) if cpus is None else size
+            options: dict[str, Any] = {"num_cpus": room, "max_retries": _ATTEMPTS - 1, "name": job.name}
             gpus = job.processes if has_gpus and job.device != "cpu" else 0
             options_of[job.name] = options | {"num_gpus": gpus, "memory": job.memory or None, "runtime_env": env}
             fits = any(node.get("CPU", 0) >= _num_cpus(job) and node.get("GPU", 0) >= gpus for node in nodes)

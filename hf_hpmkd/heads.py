@@ -2,7 +2,7 @@
 distillation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,11 +56,12 @@ class FeatureReader:
     def _keep(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         self._seen = args[0], output.detach()
 
-    def read(self, logits: torch.Tensor) -> torch.Tensor:
+    def read(self, logits: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
         """The features of the forward pass just made; reading forgets them.
 
-        logits: `(batch, classes)`, as the model gave them. Raises ValueError if the head has seen nothing, or several
-        vectors per sample of which none gives them.
+        logits: `(batch, classes)`, as the model gave them for these inputs. Of several tokens that give them, as in 16
+        bits some do by chance, it is the last that `attention_mask` does not hide. Raises ValueError if the head has
+        seen nothing, or several vectors per sample of which none gives them.
         """
         seen, self._seen = self._seen, None
         if seen is None:
@@ -70,8 +71,12 @@ class FeatureReader:
             return features
         if features.dim() == 3 and len(features) == len(logits):
             given = (outputs.to(logits.dtype) == logits.detach()[:, None]).all(-1)
+            mask = inputs.get("attention_mask")
+            if mask is not None and mask.shape == given.shape:
+                given = given & mask.bool()
             if bool(given.any(1).all()) or not bool(logits.isfinite().all()):
-                return features[torch.arange(len(features), device=features.device), given.float().argmax(1)]
+                last = given.shape[1] - 1 - given.flip(1).float().argmax(1)
+                return features[torch.arange(len(features), device=features.device), last]
         raise ValueError(
             "The classifier head must see one vector per sample, (batch, width), or give a sample's logits for one of "
             f"its tokens, got shape {tuple(features.shape)}. {_WAY_OUT}"

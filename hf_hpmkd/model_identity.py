@@ -47,7 +47,7 @@ def _kinds(model: nn.Module) -> list[str]:
 def _kinds_of_config(model: PreTrainedModel) -> list[str] | None:
     """As the model's class makes them of its config; None where it cannot."""
     try:
-        with torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
             return _kinds(type(model)(copy.deepcopy(model.config)))
     except Exception:  # whatever somebody's class raises: what is told then is more than is needed
         return None

@@ -127,12 +127,13 @@ class Run:
         write_card(self.record, self.folder, self.folder / "student", plots, license)
 
     def keep_hub(self, recipe: Recipe) -> None:
-        """Of a finished run: what the recipe says of publishing by now, the licence in the card too."""
-        hub = recipe_tree(recipe)["hub"]
-        if self.is_main and self.record.recipe.get("hub") != hub:
-            self.record.recipe["hub"] = hub
+        """Of a finished run: writes the card anew where the recipe names another licence by now."""
+        hub = self.record.recipe.setdefault("hub", {})
+        if self.is_main and recipe.hub.license not in (None, hub.get("license")):
+            hub["license"] = recipe.hub.license
             self.save()
             self._write_card(recipe.hub.license)
+            self.say(f"The card is written anew, with the licence {recipe.hub.license}.")
 
 
 def new_record(recipe: Recipe) -> RunRecord:

@@ -140,6 +140,7 @@ def claim(folder: Path, fingerprint: str, overwrite: bool = False) -> RunRecord 
     """
     record_file = folder / RECORD_FILE
     make_folder(folder)
+    restore_replaced(folder)  # a run that was to replace another was killed before it made anything
     if record_file.is_file() and overwrite and not _is_unfinished(record_file, fingerprint):
         _set_aside(folder)
     if not record_file.is_file():

@@ -101,6 +101,9 @@ class RunMemory:
             return
         try:
             row = memory_row(record)
+            alike = (row["recipe_fingerprint"], row["finished"])  # an earlier version may have remembered it otherwise
+            known = [one for one in self.store.records()[0] if (one["recipe_fingerprint"], one["finished"]) == alike]
+            row = known[0] if known else row
             new = self.store.add_record(row)
             self.store.keep_model(row["id"], student)
             freed = self.store.evict(self.store.limit_bytes)

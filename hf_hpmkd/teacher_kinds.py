@@ -224,7 +224,7 @@ class TorchTeacher(Teacher):
         if self._reader is None:
             self._reader = FeatureReader(find_classifier_head(self.model, len(self.class_names)))
         logits = self._forward(inputs)
-        return self._aligned(logits), self._reader.read(logits).float()
+        return self._aligned(logits), self._reader.read(logits, inputs).float()
 
     def to(self, device: torch.device | str) -> Self:
         self.model.to(device)

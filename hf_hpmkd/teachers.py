@@ -142,7 +142,9 @@ def as_teacher(teacher: str | Path | nn.Module | Teacher, rows: Rows, device: to
             "A module does not say how rows become its inputs. Pass `TorchTeacher(module, feed, name=..., "
             "data_names=rows.class_names)`, with the feed of your FedDataset if it takes the student's inputs."
         )
-    return _from_module(teacher, rows, None, None, device, None, SharedInputsFeed(parameters_of(teacher)))
+    named, takes_all = parameters_of(teacher)
+    feed = SharedInputsFeed(None if takes_all else named)
+    return _from_module(teacher, rows, None, None, device, None, feed)
 
 
 def reads_raw(teacher: Teacher) -> bool:

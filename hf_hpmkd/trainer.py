@@ -354,8 +354,9 @@ class HPMKDTrainer(Trainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             self._students_columns: list[str] = list(self._signature_columns or [])
-        modules = [one for one in self.teachers if isinstance(one, nn.Module)]
-        theirs = [name for one in modules for name in parameters_of(one) or []]
+        inputs = set(self._students_columns) - {"label", "label_ids", *self.label_names}
+        taken = [parameters_of(one)[0] for one in self.teachers if isinstance(one, nn.Module)]
+        theirs = [name for names in taken if inputs.intersection(names) for name in names]
         self._for_teachers_alone = set(theirs) - set(self._students_columns)
         columns = [*self._students_columns, *theirs, ROW_KEY, VIEW_KEY]
         self._signature_columns = [*dict.fromkeys(columns)]  # type: ignore[assignment]

@@ -334,6 +334,9 @@ def test_a_fault_of_a_run_that_was_to_replace_another_leaves_the_other(finished,
     words = ["distill", str(finished / "recipe.yaml"), f"output.dir={folder}", "--overwrite"]
     assert main([*words, "data.label_column=none"]) == 2
     assert main([*words, "teachers.0.model=" + str(finished)]) == 2  # a folder without a model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPMKD_MEMORY", "hf://me/x")
+        assert main([*words, "training.max_steps=1"]) == 2
     assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
     capsys.readouterr()
     assert main([*words, "training.max_steps=2"]) == 0
@@ -347,6 +350,9 @@ def test_the_licence_of_a_finished_run_may_be_named_later(finished, tmp_path):
     assert "No licence has been chosen" in (folder / "README.md").read_text()
     assert main(["distill", str(finished / "recipe.yaml"), f"output.dir={folder}", "hub.license=mit"]) == 0
     assert "license: mit" in (folder / "README.md").read_text()
+    (folder / "README.md").write_text("mine")
+    assert main(["distill", str(finished / "recipe.yaml"), f"output.dir={folder}"]) == 0
+    assert (folder / "README.md").read_text() == "mine"
     assert RunRecord.load(folder / "run_record.json").recipe["hub"]["license"] == "mit"
 
 

@@ -227,7 +227,7 @@ def test_ray_gets_room_for_the_processes_of_every_job_and_their_threads(tmp_path
     monkeypatch.setitem(sys.modules, "ray", ray := Ray({}))
     ended = run_on_ray(graph, length, tmp_path, num_workers=3, threads=4)
     assert [one.value for one in ended] == [{"length": 1}] * 2 and not ray.is_open
-    assert ray.cpus == 6 and {name: asked["num_cpus"] for name, asked in ray.asked.items()} == {"a": 2, "b": 1}
+    assert ray.cpus == 6 and {name: asked["num_cpus"] for name, asked in ray.asked.items()} == {"a": 2, "b": 2}
     assert {asked["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] for asked in ray.asked.values()} == {"4"}
     assert {asked["num_gpus"] for asked in ray.asked.values()} == {0}
 

@@ -794,6 +794,7 @@ def test_a_teacher_gets_the_columns_that_it_takes_and_the_student_does_not(tmp_p
     bert = BertConfig(**sizes, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     teacher = BertForSequenceClassification(bert).eval()
     teacher.bert.embeddings.token_type_embeddings.weight.data *= 50
+    teacher.classifier.weight.data *= 100
     distilbert = DistilBertConfig(**sizes, dim=16, n_layers=1, n_heads=2, hidden_dim=16)
     student = _TakesIds(DistilBertForSequenceClassification(distilbert))
     rows = {
@@ -813,7 +814,7 @@ def test_a_teacher_gets_the_columns_that_it_takes_and_the_student_does_not(tmp_p
     answers = trainer._outputs.lookup(every, torch.full_like(every, UNAUGMENTED), inputs)
     with torch.no_grad():
         torch.testing.assert_close(answers[0], teacher(**inputs).logits, atol=2e-2, rtol=0)
-    assert set(trainer.evaluate()) >= {"eval_loss"}
+    assert "eval_loss" in trainer.evaluate()
 
 
 class _TakesIds(torch.nn.Module):
