@@ -70,11 +70,12 @@ def test_the_judgement_of_the_adaptive_configuration_is_that_of_its_record():
     assert block("auto") == totals(results)
     grown, *others = (
         json.loads((folder / f"bench_{name}.json").read_text(encoding="utf-8"))["results"]
-        for name in ("growth", "long_ranked", "long_grid", "minutes")
+        for name in ("growth", "long_ranked", "long_calibrated", "long_grid", "minutes")
     )
     shown = f"{auto_summary(results)}\n\n## As the prior grows\n\n{growth(grown)}\n"
     titles = (
         "Images and a text",
+        "Images and a text, with a grid",
         "Images and a text, at smaller rates, with a grid",
         "The tables with two minutes of tries",
     )
