@@ -35,8 +35,7 @@ from hf_hpmkd.run_environment import code_commit, environment
 from hf_hpmkd.run_folder import alone_in, contents, require_same_rows
 from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.tuning import TUNING_SEED, again, num_versions, trials
-
-_NO_NETWORKS = ("sklearn", "skops", "column")
+from hf_hpmkd.vocabulary import NO_NETWORKS
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def _usable(place: Workplace, methods: Sequence[Method], say: Callable[[str], No
 
 def _require_models(method: Method, recipe: Recipe, student: Classifier, rows: Rows) -> None:
     """Raises ValueError where the teachers' names or the student show that the method lacks a model it needs."""
-    networks = [one for one in recipe.teachers if family(one.model) not in _NO_NETWORKS]
+    networks = [one for one in recipe.teachers if family(one.model) not in NO_NETWORKS]
     if method.teachers == "best-network" and all(one.folds for one in networks):
         raise ValueError(
             "It looks inside a teacher that is one network, got "

@@ -104,8 +104,8 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
     """Runs a recipe and returns its output folder, with `student/`, `run_record.json`, `plots/` and `README.md`.
 
     A finished run of the same recipe and rows is left as it is, but for a licence that is named now, and its table
-    shown again. Raises ValueError (with the
-    rule, what arrived and the way out) on anything that cannot work, before the long work starts.
+    shown again. Raises ValueError (with the rule, what arrived and the way out) on anything that cannot work, before
+    the long work starts.
     """
     folder = Path(recipe.output.dir).expanduser()
     if recipe.hub.push and recipe.hub.repo_id is not None:
@@ -117,6 +117,8 @@ def distill(recipe: Recipe, recipe_source: str = "a recipe") -> Path:
     check_trackers(recipe.training.report_to)
     disable_progress_bar()  # transformers draws one for every checkpoint it writes
     with alone_in(folder) if state.is_main_process else nullcontext():
+        if state.is_main_process and folder.is_dir():
+            restore_replaced(folder)  # a run that was to replace another was killed before it made anything
         try:
             _distill(recipe, recipe_source, folder, state)
         except BaseException:

@@ -26,7 +26,7 @@ from hf_hpmkd.model_cost import estimated_seconds, operations_per_second, traini
 from hf_hpmkd.recipe import Recipe, StudentConfig, TeacherConfig, fingerprint
 from hf_hpmkd.recipe_rules import family, is_sklearn, is_trained_here, teacher_names, uses_teachers
 from hf_hpmkd.tasks.base import json_digest
-from hf_hpmkd.vocabulary import SKLEARN_FOLDS
+from hf_hpmkd.vocabulary import NO_NETWORKS, SKLEARN_FOLDS
 
 # Of what cannot be counted: scikit-learn estimators, logits in a column, models whose config is not at hand.
 _SKLEARN_SECONDS = 5.0
@@ -184,7 +184,7 @@ class _Costs:
 
     def _count(self, model: TeacherConfig | StudentConfig) -> int | None:
         rows = self.parts.train
-        if family(model.model) in ("sklearn", "skops", "column"):
+        if family(model.model) in NO_NETWORKS:
             return None
         try:
             trusted = model.trust_remote_code

@@ -28,7 +28,7 @@ from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.tasks.images import ImageRows
 from hf_hpmkd.tasks.text import TextRows
 from hf_hpmkd.teacher_cache import estimate, readable_bytes
-from hf_hpmkd.vocabulary import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION
+from hf_hpmkd.vocabulary import IMAGE_CLASSIFICATION, NO_NETWORKS, TEXT_CLASSIFICATION
 
 _STAND_IN_SIDE = 224  # pixels; of images that are not on this disk
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -132,7 +132,7 @@ def _teacher(name: str, teacher: TeacherConfig, rows: Rows | None) -> _Model:
     kind, here = family(teacher.model), is_trained_here(teacher.model)
     if kind == "safetensors":
         return _Model(name, "teacher", _count_in_file(Path(teacher.model).expanduser()))
-    if kind in ("sklearn", "skops", "column"):
+    if kind in NO_NETWORKS:
         notes = {"sklearn": "scikit-learn, trained here", "skops": "scikit-learn", "column": "a column of the data"}
         return _Model(name, "teacher", None, note=notes[kind])
     found = _built(name, "teacher", teacher.model, rows, teacher.revision, teacher.trust_remote_code)

@@ -14,6 +14,7 @@ from hf_hpmkd.vocabulary import (
     DATA_FILES,
     IMAGE_CLASSIFICATION,
     LEGAL_SCHEDULES,
+    NO_NETWORKS,
     SKLEARN_SETS,
     TABULAR_CLASSIFICATION,
     TEXT_CLASSIFICATION,
@@ -278,7 +279,7 @@ def _distillation_rules(recipe: "Recipe") -> Iterator[Fault]:
                 f"{at}.feature_weight: with alpha 0 all that auto tries is labels alone. Raise alpha, or set auto off.",
             )
         named = zip(teacher_names(recipe), recipe.teachers, strict=True)
-        without = [name for name, one in named if family(one.model) in ("sklearn", "skops", "column") or one.folds]
+        without = [name for name, one in named if family(one.model) in NO_NETWORKS or one.folds]
         if without:
             yield (
                 (f"{at}.feature_weight", "teachers"),

@@ -135,12 +135,11 @@ def claim(folder: Path, fingerprint: str, overwrite: bool = False) -> RunRecord 
     Returns the record of an interrupted or finished run of the same recipe, or None where the run starts anew.
     overwrite: a run that lies in the folder is set aside, to be dropped or restored when it is known whether the new
     one can be trained; but an unfinished one of the same recipe goes on: the command that began it says so whether it
-    overwrites or not. Raises RunFolderError if the folder holds
-    another run, something that is no run, or cannot be written.
+    overwrites or not. Raises RunFolderError if the folder holds another run, something that is no run, or cannot be
+    written.
     """
     record_file = folder / RECORD_FILE
     make_folder(folder)
-    restore_replaced(folder)  # a run that was to replace another was killed before it made anything
     if record_file.is_file() and overwrite and not _is_unfinished(record_file, fingerprint):
         _set_aside(folder)
     if not record_file.is_file():

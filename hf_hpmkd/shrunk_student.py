@@ -7,6 +7,7 @@ from hf_hpmkd.model_names import split_variant
 from hf_hpmkd.recipe import Recipe
 from hf_hpmkd.recipe_parts import recipe_parts
 from hf_hpmkd.recipe_rules import family
+from hf_hpmkd.vocabulary import NO_NETWORKS
 
 
 def shrunk_student(recipe: Recipe, times: float) -> tuple[dict[str, Any], str]:
@@ -16,7 +17,7 @@ def shrunk_student(recipe: Recipe, times: float) -> tuple[dict[str, Any], str]:
     The same recipe gives the same student. Raises ValueError where there is none of that size, or a teacher cannot be
     built, and what `recipe_parts` raises.
     """
-    networks = [one for one in recipe.teachers if family(one.model) not in ("sklearn", "skops", "column")]
+    networks = [one for one in recipe.teachers if family(one.model) not in NO_NETWORKS]
     origins = [{"revision": one.revision, "trust_remote_code": one.trust_remote_code} for one in networks]
     names = [one.model for one in networks]
     found, index = find_smaller(list(zip(names, origins, strict=True)), recipe_parts(recipe).train, times)

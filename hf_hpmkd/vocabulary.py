@@ -8,6 +8,7 @@ TASKS = (IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, TABULAR_CLASSIFICATION)
 SKLEARN_SETS = ("digits", "iris", "wine", "breast_cancer")  # those that come with scikit-learn; nothing is fetched
 DATA_FILES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")  # a data set that is a file ends so
 
+NO_NETWORKS = ("sklearn", "skops", "column")  # families of teachers without layers
 SKLEARN_FOLDS = 5  # of scikit-learn teachers, so that none answers a row that it has learned
 
 KD_KINDS = ("forward_kl", "standardized_kl", "dkd", "dist", "js")

@@ -102,6 +102,8 @@ def test_a_run_that_is_replaced_goes_when_the_new_one_can_be_trained_and_not_bef
     begun(tmp_path, "completed")
     assert claim(tmp_path, "b", overwrite=True) is None
     RunRecord(recipe_fingerprint="b").save(tmp_path / RECORD_FILE)
+    other = claim(tmp_path, "b")  # as a run's other processes do
+    assert other is not None and other.recipe_fingerprint == "b"
     if made:
         (tmp_path / "teachers").mkdir()
     restore_replaced(tmp_path)  # as after a fault
