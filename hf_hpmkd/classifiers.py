@@ -199,7 +199,8 @@ def _bert(request: _Request) -> tuple[PreTrainedModel, Feed]:
     longest = request.rows.max_length or MAX_TEXT_LENGTH
     tokenizer = request.processor
     if tokenizer is None:
-        tokenizer = train_tokenizer(request.rows.raw(torch.arange(len(request.rows)))["text"])
+        raw = request.rows.raw(torch.arange(len(request.rows)))
+        tokenizer = train_tokenizer([*raw["text"], *raw.get("text_pair", [])])
     config = BertConfig(
         vocab_size=len(tokenizer),
         num_hidden_layers=layers,

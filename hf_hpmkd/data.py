@@ -89,8 +89,9 @@ def load_parts(
     splits, class_names = with_classes(splits, config.label_column)
     if task == TEXT_CLASSIFICATION:
         for split, rows in splits.items():  # in a part, which is drawn, nobody would find the row
-            if rows.data.column(columns[0]).null_count:
-                require_texts(column_values(rows, columns[0]), f" of split {split!r}")
+            for column in columns:
+                if rows.data.column(column).null_count:
+                    require_texts(column_values(rows, column), f" of split {split!r}")
     if config.max_length is not None and task != TEXT_CLASSIFICATION:
         raise ValueError(f"`data.max_length` is for texts, and this is {task}. Leave it out.")
     augmentation = _choose_augmentation(config, task, splits[chosen["train"]], columns)
@@ -206,8 +207,9 @@ def _make_rows(
         return ImageRows.from_dataset(rows, columns[0], config.label_column, class_names, augmentation)
     if task == TEXT_CLASSIFICATION:
         assert not isinstance(augmentation, Augmentation)
+        text, *second = columns
         return TextRows.from_dataset(
-            rows, columns[0], config.label_column, class_names, augmentation, config.max_length
+            rows, text, config.label_column, class_names, augmentation, config.max_length, *second
         )
     return TableRows.from_dataset(rows, columns, config.label_column, class_names)
 

@@ -9,7 +9,7 @@ from datasets import Dataset, Image, Value
 from hf_hpmkd.data_source import mostly_different, suggest
 from hf_hpmkd.tasks.base import column_values
 from hf_hpmkd.tasks.tables import is_table_feature
-from hf_hpmkd.tasks.text import TEXT_COLUMNS
+from hf_hpmkd.tasks.text import PAIR_COLUMNS, TEXT_COLUMNS, usual_pair
 from hf_hpmkd.vocabulary import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TEXT_CLASSIFICATION
 
 Columns = str | list[str] | None
@@ -60,27 +60,50 @@ def choose_input(
     images = [name for name, feature in candidates.items() if isinstance(feature, Image)]
     texts = [name for name, feature in candidates.items() if _is_string(feature)]
     usual = [name for name in TEXT_COLUMNS if name in texts and named is None]
+    pair = _pair(texts, named, task, rows)
     if task == "auto":
-        text = usual or (texts and not isinstance(input_column, list) and len(candidates) == 1)
+        text = usual or pair or (texts and not isinstance(input_column, list) and len(candidates) == 1)
         task = IMAGE_CLASSIFICATION if images else TEXT_CLASSIFICATION if text else TABULAR_CLASSIFICATION
     if task == TABULAR_CLASSIFICATION:
         return task, *_table_columns(candidates, rows, chosen=named is not None)
-    found = images if task == IMAGE_CLASSIFICATION else usual[:1] or texts
-    if len(found) != 1:
+    found = images if task == IMAGE_CLASSIFICATION else pair or usual[:1] or texts
+    if len(found) != (2 if found is pair else 1):
         listed = ", ".join(f"{name} ({feature})" for name, feature in candidates.items()) or "no column"
-        kind = "image" if task == IMAGE_CLASSIFICATION else "string"
-        raise ValueError(f"{task} needs exactly one {kind} column, got {listed}. Name it with `data.input_column`.")
+        kind = "image column" if task == IMAGE_CLASSIFICATION else "string column, or two that make a pair"
+        raise ValueError(
+            f"{task} needs exactly one {kind}, got {listed}. Name it with `data.input_column`"
+            f"{'' if task == IMAGE_CLASSIFICATION else ', or both: data.input_column=[A,B]'}."
+        )
     left_out = [name for name in texts if task == TEXT_CLASSIFICATION and name not in found]
     if not left_out:
         return task, found, []
+    if found is pair:
+        told, meant = f"{found[0]} and {found[1]} are read, as a pair,", f"[{','.join(found)}]"
+    else:
+        told, meant = f"{found[0]} alone is read,", found[0]
     return (
         task,
         found,
         [
-            f"Of the columns of texts {found[0]} alone is read, and not {', '.join(left_out)}. If a row's text is made "
-            f"of several, join them into one column first; else data.input_column={found[0]} says that this is meant."
+            f"Of the columns of texts {told} and not {', '.join(left_out)}. If a row's text is made of two, name both: "
+            f"data.input_column=[A,B]; of more, join them first. data.input_column={meant} says that this is meant."
         ],
     )
+
+
+def _pair(texts: list[str], named: list[str] | None, task: str, rows: Dataset) -> list[str]:
+    """The two columns, if there are such, that make a pair of texts: the usual ones, or two that are named, unless they
+    may be two of a table, whose words come again. texts: those of strings, of the named ones where there are some.
+    """
+    if named is None:
+        return usual_pair(texts)
+    if len(named) != 2 or set(texts) != set(named):
+        return []
+    if task == "auto" and tuple(named) not in PAIR_COLUMNS:
+        different = [len(set(column_values(rows, name))) for name in named]
+        if not all(mostly_different(count, len(rows)) for count in different):
+            return []
+    return list(named)
 
 
 def _is_string(feature: Any) -> bool:
@@ -100,7 +123,7 @@ def _table_columns(candidates: dict[str, Any], rows: Dataset, chosen: bool) -> t
         if named:
             notes.append(
                 "Columns left out of the table, because most rows have a value of their own there: "
-                f"{', '.join(named)}. {keep}; if one holds the texts to classify, name it alone."
+                f"{', '.join(named)}. {keep}; if one holds the texts to classify, name it alone; two that make a pair: name these two."
             )
         if counting:
             notes.append(
@@ -113,7 +136,8 @@ def _table_columns(candidates: dict[str, Any], rows: Dataset, chosen: bool) -> t
         odd = ", ".join(f"{name} ({candidates[name]})" for name in left_out) or "no column"
         raise ValueError(
             f"A table needs feature columns of numbers, truth values or words that come again, got {odd}. If one holds "
-            "texts to classify, name it: data.input_column=COLUMN; texts of several columns have to be joined into one."
+            "texts to classify, name it: data.input_column=COLUMN; two that make a pair: data.input_column=[A,B] "
+            "task.type=text-classification."
         )
     return usable, notes
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from hf_hpmkd.tasks.base import UNAUGMENTED, FedDataset, Rows
 from hf_hpmkd.tasks.images import image_to_tensor
-from hf_hpmkd.tasks.text import TEXT_COLUMNS
+from hf_hpmkd.tasks.text import TEXT_COLUMNS, usual_pair
 from hf_hpmkd.vocabulary import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION
 
 ROW_KEY, VIEW_KEY = "hpmkd_row", "hpmkd_view"
@@ -139,7 +139,7 @@ class DatasetRows(Rows):
         self.collate = RowIdCollator(collate)
         # Columns that a transform reads, an image or a text, are still in the dataset behind it.
         columns = dataset.with_format(None) if isinstance(dataset, datasets.Dataset) else None
-        self.task, self.raw_column = _raw_column(columns)
+        self.task, self.raw_columns = _raw_columns(columns)
         fingerprint, labels = self._read()
         class_names = _label_names(columns) or class_names
         if class_names is None:
@@ -156,13 +156,15 @@ class DatasetRows(Rows):
 
     def _raw(self, positions: torch.Tensor, views: torch.Tensor | None) -> dict[str, Any]:
         raw: dict[str, Any] = {"inputs": student_inputs(self.batch(positions))}
-        if self.raw_column is not None:
-            values = self.dataset[positions.tolist()][self.raw_column]
+        if self.raw_columns:
+            rows = self.dataset[positions.tolist()]
+            values, *second = (rows[column] for column in self.raw_columns)
             if self.task == IMAGE_CLASSIFICATION:
                 numbered = zip(positions.tolist(), values, strict=True)
                 raw["image"] = [image_to_tensor(image, f"The image of row {row}") for row, image in numbered]
             else:
                 raw["text"] = list(values)
+                raw |= {"text_pair": list(pairs) for pairs in second}
         return raw
 
     def _hash_inputs(self, digest: Any) -> None:
@@ -170,21 +172,23 @@ class DatasetRows(Rows):
 
     def will_be_read_raw(self) -> None:
         """To be called before a teacher reads the raw image or text: takes it into the fingerprint, because the student
-        may be shown the same where it differs. Warns where the text is one of several columns.
+        may be shown the same where it differs. Warns where the text is one, or a pair, of several columns.
         """
         columns = self.dataset
-        if self.raw_column is None or not isinstance(columns, datasets.Dataset):
+        if not self.raw_columns or not isinstance(columns, datasets.Dataset):
             return
         digest = hashlib.sha256(self.fingerprint.encode())
-        for value in _raw_values(columns, self.raw_column):
-            digest.update(len(value).to_bytes(8, "little") + value)
+        for column in self.raw_columns:
+            for value in _raw_values(columns, column):
+                digest.update(len(value).to_bytes(8, "little") + value)
         self.fingerprint = digest.hexdigest()
         texts = [name for name, one in columns.features.items() if _is_text(one) and not _ID.search(name)]
-        others = [name for name in texts if name != self.raw_column]
+        others = [name for name in texts if name not in self.raw_columns]
         if self.task == TEXT_CLASSIFICATION and others:
             warnings.warn(
-                f"Teachers that read texts themselves are given the column {self.raw_column!r} and not "
-                f"{', '.join(map(repr, others))}. Where a text is made of several columns, join them in one.",
+                f"Teachers that read texts themselves are given {' and '.join(map(repr, self.raw_columns))} and not "
+                f"{', '.join(map(repr, others))}. Where a text is made of several columns, join them in one; a pair of "
+                "texts is known by its names (premise and hypothesis, sentence1 and sentence2 and the like).",
                 stacklevel=2,
             )
 
@@ -265,18 +269,20 @@ def _raw_values(columns: datasets.Dataset, name: str) -> Iterator[bytes]:
                 yield file.read()
 
 
-def _raw_column(dataset: datasets.Dataset | None) -> tuple[str, str | None]:
-    """The task a dataset's raw columns speak of, and the column that holds the image or text."""
+def _raw_columns(dataset: datasets.Dataset | None) -> tuple[str, list[str]]:
+    """The task a dataset's raw columns speak of, and the columns that hold the image, the text or a pair of texts."""
     features = dataset.features if dataset is not None else {}
     for name, feature in features.items():
         if isinstance(feature, datasets.Image):
-            return IMAGE_CLASSIFICATION, name
+            return IMAGE_CLASSIFICATION, [name]
     texts = [name for name, feature in features.items() if _is_text(feature)]
+    # Of several texts (an id beside it, two sentences) only well-known names tell which ones are meant.
+    if pair := usual_pair(texts):
+        return TEXT_CLASSIFICATION, pair
     named = [name for name in texts if name in TEXT_COLUMNS]
-    # Of several texts (an id beside it, a pair of sentences) only a well-known name tells which one is meant.
     if len(named) == 1 or len(texts) == 1:
-        return TEXT_CLASSIFICATION, (named or texts)[0]
-    return "", None
+        return TEXT_CLASSIFICATION, (named or texts)[:1]
+    return "", []
 
 
 def _is_text(feature: Any) -> bool:

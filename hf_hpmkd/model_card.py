@@ -301,11 +301,15 @@ def usage(record: RunRecord, config: dict[str, Any], where: str) -> str:
             "model.predict(table)  # class names; predict_proba gives probabilities",
         ]
     else:
-        text = kind == "text-classification"
+        example = '"image.png"'
+        if kind == "text-classification":
+            example = '"A text to classify.", truncation=True'
+            if len(columns := record.parts.get("input_columns") or []) == 2:
+                example = '{"text": "The ' + columns[0] + '.", "text_pair": "The ' + columns[1] + '."}, truncation=True'
         lines.insert(0, "from transformers import pipeline")
         lines += [
             f'classify = pipeline("{kind or "image-classification"}", model=student)',
-            'classify("A text to classify.", truncation=True)' if text else 'classify("image.png")',
+            f"classify({example})",
         ]
     if model_type == "timm_wrapper":
         note = "It is a timm network: `AutoModelForImageClassification.from_pretrained(student).timm_model` is it bare."

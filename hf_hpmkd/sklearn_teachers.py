@@ -65,8 +65,8 @@ trust the trees, because scikit-learn follows the indices stored in them without
 
 def sklearn_inputs(raw: Mapping[str, Any]) -> Any:
     """What an estimator sees of a raw batch: pixels `(batch, channels * height * width)` float32 in 0..1, list of
-    strings, or DataFrame (truth values as numbers, other values as strings). Raises ValueError for images of unequal
-    size."""
+    strings (of a pair both, with a space between), or DataFrame (truth values as numbers, other values as strings).
+    Raises ValueError for images of unequal size."""
     if "image" in raw:
         images = raw["image"]
         if not isinstance(images, Tensor) and len({image.shape for image in images}) > 1:
@@ -76,6 +76,8 @@ def sklearn_inputs(raw: Mapping[str, Any]) -> Any:
             )
         stacked = images if isinstance(images, Tensor) else torch.stack(images)
         return stacked.flatten(1).numpy().astype(np.float32) / 255
+    if "text_pair" in raw:
+        return [f"{first} {second}" for first, second in zip(raw["text"], raw["text_pair"], strict=True)]
     if "text" in raw:
         return list(raw["text"])
     if "table" not in raw:

@@ -30,7 +30,7 @@ from hf_hpmkd.run_memory import RunMemory
 from hf_hpmkd.run_steps import train
 from hf_hpmkd.stopped_training import AveragesAt, put_average
 from hf_hpmkd.tasks.base import Rows
-from hf_hpmkd.tasks.text import TEXT_COLUMNS
+from hf_hpmkd.tasks.text import TEXT_COLUMNS, usual_pair
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
 from hf_hpmkd.teacher_training import fit_sklearn
 from hf_hpmkd.training_folder import remove_training
@@ -228,12 +228,12 @@ def table_folders(data: Path) -> list[Path]:
 
 def kind_of(folder: Path) -> Literal["image", "text", "table"]:
     """What a folder's Parquet files hold, told by their columns: `datasets` stores images as structs; a column with one
-    of the usual names of a text makes texts.
+    of the usual names of a text, or a usual pair, makes texts.
     """
     schema = pq.read_schema(next(folder.glob("*.parquet")))
     if any(pa.types.is_struct(column.type) for column in schema):
         return "image"
-    return "text" if set(TEXT_COLUMNS) & set(schema.names) else "table"
+    return "text" if set(TEXT_COLUMNS) & set(schema.names) or usual_pair(schema.names) else "table"
 
 
 def num_rows(folder: Path, split: str = "train") -> int:

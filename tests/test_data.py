@@ -350,10 +350,40 @@ def test_text_columns_are_found_by_name_or_alone(tmp_path):
     assert load_parts(DataConfig(path=alone), teachers_saw_train=False).task == "text-classification"
     two = saved(tmp_path / "c", train=base.rename_column("text", "question").add_column("answer", ["x"] * 30))
     assert load_parts(DataConfig(path=two), teachers_saw_train=False).task == "tabular-classification"
-    with pytest.raises(ValueError, match="exactly one string column, got question .*Name it with `data.input_column`"):
+    with pytest.raises(ValueError, match="one string column, or two that make a pair, got question .*Name it with `data.inp"):
         load_parts(DataConfig(path=two), task="text-classification")
     named = load_parts(DataConfig(path=two, input_column="question"), teachers_saw_train=False)
-    assert named.train.texts[0].startswith("row")
+    assert named.train.texts[0].startswith("row") and named.train.pairs is None
+
+
+def test_pairs_of_texts_are_found_by_name_or_named(tmp_path):
+    """Two columns that a list names may be of a table: theirs come again, a text does not."""
+
+    def columns_of(task="auto", **columns):
+        data = texts(60).remove_columns("text")
+        for name, values in columns.items():
+            data = data.add_column(name, values)
+        path = saved(tmp_path / str(len(list(tmp_path.iterdir()))), train=data)
+        parts = load_parts(DataConfig(path=path, input_column=named), task=task, teachers_saw_train=False)
+        return parts, parts.task, parts.provenance["input_columns"]
+
+    first, second = [f"one {row}" for row in range(60)], [f"two {row}" for row in range(60)]
+    named, kinds = None, ["a", "b", "c"] * 20
+    parts, *found = columns_of(hypothesis=second, idx=list(range(60)), premise=first)
+    assert found == ["text-classification", ["premise", "hypothesis"]] and not parts.provenance["warnings"][1:]
+    for part in (parts.train, parts.guide, parts.validation, parts.test):
+        assert part.texts == [text.replace("two", "one") for text in part.pairs]
+    warned = columns_of(question=first, sentence=second, text=kinds)[0].provenance["warnings"][0]
+    assert "question and sentence are read, as a pair, and not text" in warned
+    assert "data.input_column=[question,sentence] says that this is meant" in warned
+    named = ["b", "a"]
+    assert columns_of(a=first, b=second)[1:] == ("text-classification", named)
+    assert columns_of(a=first, b=kinds)[1:] == ("tabular-classification", named)
+    assert columns_of("text-classification", a=first, b=kinds)[1:] == ("text-classification", named)
+    named = ["sentence1", "sentence2"]
+    assert columns_of(sentence1=kinds, sentence2=kinds)[1:] == ("text-classification", named)
+    with pytest.raises(ValueError, match=r"1 of 60 rows of split 'train' have none \(first: row 7"):
+        columns_of(sentence1=kinds, sentence2=[*kinds[:7], None, *kinds[8:]])
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------
@@ -753,14 +783,12 @@ def test_without_the_hub_a_cached_copy_has_no_commit(monkeypatch, error):
     assert hub.loaded == ("user/set", None, "v1") and source.commit is None and source.license is None
 
 
-def test_the_other_half_of_a_pair_is_told_where_it_is_left_out(tmp_path):
-    columns = {"question": ["who?", "when?"] * 30, "sentence": ["he", "now"] * 30, "label": [0, 1] * 30}
-    features = Features(
-        {"question": Value("string"), "sentence": Value("string"), "label": ClassLabel(names=["n", "y"])}
-    )
+def test_another_column_of_texts_is_told_where_it_is_left_out(tmp_path):
+    columns = {"topic": ["who?", "when?"] * 30, "sentence": ["he", "now"] * 30, "label": [0, 1] * 30}
+    features = Features({"topic": Value("string"), "sentence": Value("string"), "label": ClassLabel(names=["n", "y"])})
     path = saved(tmp_path / "pairs", train=Dataset.from_dict(columns, features=features))
     warned = " ".join(load_parts(DataConfig(path)).provenance["warnings"])
-    assert "sentence alone is read, and not question" in warned and "data.input_column=sentence" in warned
+    assert "sentence alone is read, and not topic" in warned and "data.input_column=sentence" in warned
     assert "alone is read" not in str(load_parts(DataConfig(path, input_column="sentence")).provenance["warnings"])
 
 

@@ -295,11 +295,15 @@ def fresh_predictions(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fresh")
     rows = [{"text": f"{word} number {i}", "label": word} for i in range(20) for word in ("cat", "dog")]
     pd.DataFrame(rows).to_csv(folder / "texts.csv", index=False)
-    recipe = {"data": {"path": str(folder / "texts.csv")}, "student": {"model": "bert-1x16"}}
-    (folder / "text.yaml").write_text(yaml.safe_dump({**recipe, "teachers": [{"model": "bert-1x32"}]}))
+    pairs = [{"premise": f"number {i}", "hypothesis": word, "label": word} for i in range(20) for word in ("cat", "dog")]
+    pd.DataFrame(pairs).to_csv(folder / "pairs.csv", index=False)
+    for kind in ("text", "pair"):
+        recipe = {"data": {"path": str(folder / f"{kind}s.csv")}, "student": {"model": "bert-1x16"}}
+        (folder / f"{kind}.yaml").write_text(yaml.safe_dump({**recipe, "teachers": [{"model": "bert-1x32"}]}))
     words = {
         "image": ["quickstart", "data.max_train_rows=100", "student.model=cifar-resnet-8x4"],
         "text": [str(folder / "text.yaml")],
+        "pair": [str(folder / "pair.yaml")],
     }
     more = ["teachers=[{model: sklearn:LogisticRegression, folds: 2}]", "training.epochs=1"]
     for task, start in words.items():
@@ -309,19 +313,26 @@ def fresh_predictions(tmp_path_factory):
         "import sys, json, hf_hpmkd, PIL.Image\n"
         "from transformers import pipeline\n"
         "raw = {'image': PIL.Image.new('RGB', (40, 30)), 'text': 'a dog and a cat'}\n"
-        "found = {task: pipeline(f'{task}-classification', model=f'{sys.argv[1]}/{task}/student')(raw[task])"
+        "raw['pair'] = {'text': 'The premise.', 'text_pair': 'The hypothesis.'}\n"
+        "kinds = {'image': 'image', 'text': 'text', 'pair': 'text'}\n"
+        "found = {task: pipeline(f'{kinds[task]}-classification', model=f'{sys.argv[1]}/{task}/student')(raw[task])"
         " for task in raw}\n"
+        "found['pair'] = [found['pair']]\n"
         "print(json.dumps({task: [one['label'] for one in answers] for task, answers in found.items()}))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
+    call = 'classify({"text": "The premise.", "text_pair": "The hypothesis."}, truncation=True)'
+    assert call in (folder / "pair" / "README.md").read_text(encoding="utf-8")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize(
-    ("task", "names"), [("image", {str(digit) for digit in range(10)}), ("text", {"cat", "dog"})], ids=["image", "text"]
+    ("task", "names"),
+    [("image", {str(digit) for digit in range(10)}), ("text", {"cat", "dog"}), ("pair", {"cat", "dog"})],
+    ids=["image", "text", "pair"],
 )
 def test_the_student_predicts_names_from_raw_input_in_a_fresh_process(fresh_predictions, task, names):
     assert fresh_predictions[task] and set(fresh_predictions[task]) <= names

@@ -132,6 +132,15 @@ def test_pixels_are_flattened_channels_first_in_0_to_1():
         answers(teacher, ragged)
 
 
+def test_both_texts_of_a_pair_are_read():
+    labels = torch.tensor([0, 1, 2] * 10)
+    texts = [f"house {i}" for i in range(30)]
+    pairs = [f"the {NAMES[y]}" for y in labels]
+    rows = TextRows(Dataset.from_dict({"t": texts}), texts, labels, NAMES, pairs=pairs)
+    teacher, _ = train_sklearn("LogisticRegression", {"C": 100.0}, rows)
+    assert torch.equal(teacher.logits(rows, torch.arange(30)).argmax(-1), labels)
+
+
 def test_text_pipeline_is_tfidf_of_one_and_two_words():
     rows = text_rows()
     teacher, _ = train_sklearn("LogisticRegression", {"C": 3.0}, rows, folds=0)

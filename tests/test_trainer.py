@@ -476,6 +476,39 @@ def test_a_teacher_with_its_own_tokenizer_reads_the_raw_text_or_says_that_it_is_
         train_on(data.remove_columns("text"))
 
 
+def test_a_teacher_that_reads_text_itself_reads_both_of_a_pair(tmp_path):
+    """The student sees the first text alone; what the teacher says depends on the second."""
+    from hf_hpmkd.dataset_rows import DatasetRows
+    from hf_hpmkd.tasks.text import train_tokenizer
+
+    premises, hypotheses = ["a cat sat", "the dog ran far"] * 4, ["cat", "a dog", "the mat", "no cat"] * 2
+    tokenizer = train_tokenizer(premises + hypotheses, vocab_size=100)
+    tiny_bert(16, len(tokenizer)).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    features = {name: datasets.Value("string") for name in ("premise", "hypothesis")}
+    features["label"] = datasets.ClassLabel(names=["cat", "dog"])
+    columns = {"premise": premises, "hypothesis": hypotheses, "label": [0, 1] * 4}
+    data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    seen = data.map(lambda row: tokenizer(row["premise"]))
+    trainer = HPMKDTrainer(
+        tiny_bert(8, len(tokenizer)), str(tmp_path / "teacher"), tiny.arguments(tmp_path),
+        train_dataset=seen, guide_dataset=seen, processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    own = tiny_bert(16, len(tokenizer)).from_pretrained(tmp_path / "teacher").eval()
+    with torch.no_grad():
+        expected = own(**tokenizer(premises, hypotheses, padding=True, return_tensors="pt")).logits
+    found = trainer._outputs.lookup(torch.arange(8), torch.full((8,), -1))[0]
+    torch.testing.assert_close(found, expected.cpu(), atol=2e-3, rtol=0)  # they are kept as float16
+
+    def raw(rows):
+        known = DatasetRows(rows, lambda samples: {"labels": torch.tensor([one["label"] for one in samples])}, None)
+        known.will_be_read_raw()
+        return known.fingerprint
+
+    assert raw(data) == raw(data) != raw(data.map(lambda row: {"hypothesis": row["hypothesis"] + "!"}))
+
+
 def test_a_plain_module_can_be_the_student(tmp_path, teachers):
     class Student(torch.nn.Module):
         def __init__(self):
@@ -714,7 +747,7 @@ def test_a_teacher_of_texts_that_gets_one_of_two_columns_is_warned_of(tmp_path):
             guide_dataset=rows, processing_class=tokenizer,
         ).train()  # fmt: skip
 
-    with pytest.warns(UserWarning, match="given the column 'text' and not 'question'"):
+    with pytest.warns(UserWarning, match="given 'text' and not 'question'. Where a text"):
         train_on(str(tmp_path / "teacher"), question=["which"] * 12, row_id=["x"] * 12)
     train_on(str(tmp_path / "teacher"), row_id=["x"] * 12)  # (warnings are errors)
     train_on(tiny_bert(16, len(tokenizer)), question=["which"] * 12)  # it takes the student's inputs

@@ -1,6 +1,7 @@
-"""Texts: rows of strings, a feed that tokenises a part once, and a small tokenizer trained on the spot.
+"""Texts: rows of strings or of pairs of them, a feed that tokenises a part once, and a small tokenizer trained on the
+spot.
 
-A raw batch is `{"text": list of strings}`.
+A raw batch is `{"text": list of strings}`; of pairs it has the second ones as "text_pair".
 """
 
 import json
@@ -29,6 +30,17 @@ MAX_TEXT_LENGTH = 128
 TEXT_COLUMNS = ("text", "sentence")
 """What a column of texts is usually called."""
 
+PAIR_COLUMNS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("text1", "text2"),
+    ("text", "text_pair"),
+)
+"""What two columns are usually called that hold a pair of texts."""
+
 
 NO_TOKENIZER = "{} has no tokenizer. Save the one it was trained with beside the model: `tokenizer.save_pretrained`."
 
@@ -36,6 +48,12 @@ _MARKS = 3  # tokens, beside the special ones, that a tokenizer without words ma
 
 # Position numbers of these start behind the padding index, so that many positions are never used.
 _POSITIONS_AFTER_PADDING = ("roberta", "camembert", "longformer", "mpnet")
+
+
+def usual_pair(columns: Iterable[str]) -> list[str]:
+    """Of columns of strings the two that PAIR_COLUMNS says are a pair; [] for none."""
+    there = set(columns)
+    return next((list(pair) for pair in PAIR_COLUMNS if there.issuperset(pair)), [])
 
 
 def require_texts(texts: Sequence[Any], where: str) -> None:
@@ -57,7 +75,9 @@ def require_words(tokenizer: Any, source: str) -> None:
 
 
 class TextRows(Rows):
-    """Rows with one text each. Build with `from_dataset`. augmentation: None has no views. max_length: see `Rows`."""
+    """Rows with one text each, or a pair. Build with `from_dataset`. augmentation: None has no views. max_length: see
+    `Rows`. pairs: the second text of each row, None for single ones.
+    """
 
     task = TEXT_CLASSIFICATION
 
@@ -69,6 +89,7 @@ class TextRows(Rows):
         class_names: Sequence[str],
         augmentation: WordDropout | None = None,
         max_length: int | None = None,
+        pairs: Sequence[str] | None = None,
     ) -> None:
         super().__init__(dataset, labels, class_names)
         self.max_length = max_length
@@ -76,7 +97,9 @@ class TextRows(Rows):
         self.supports_views = augmentation is not None
         self.keeps_labels = augmentation is None
         self.texts = list(texts)
-        require_texts(self.texts, " of this part")
+        self.pairs = None if pairs is None else list(pairs)
+        for column in (self.texts, self.pairs or []):
+            require_texts(column, " of this part")
 
     @classmethod
     def from_dataset(
@@ -87,10 +110,14 @@ class TextRows(Rows):
         class_names: Sequence[str],
         augmentation: WordDropout | None = None,
         max_length: int | None = None,
+        pair_column: str | None = None,
     ) -> "TextRows":
-        """Raises ValueError for a row without a text. An empty text is a text."""
+        """Raises ValueError for a row without a text, or without the second one where there is a pair_column. An empty
+        text is a text.
+        """
         texts, labels = column_values(dataset, text_column), column_values(dataset, label_column)
-        return cls(dataset, texts, labels, class_names, augmentation, max_length)
+        pairs = None if pair_column is None else column_values(dataset, pair_column)
+        return cls(dataset, texts, labels, class_names, augmentation, max_length, pairs)
 
     @property
     def read_length(self) -> int:
@@ -99,26 +126,38 @@ class TextRows(Rows):
 
     @cached_property
     def share_too_long(self) -> float:
-        """Share of the texts that have more words than that, and so more tokens for sure."""
-        return sum(len(text.split()) > self.read_length for text in self.texts) / max(1, len(self))
+        """Share of the texts, or pairs, that have more words than that, and so more tokens for sure."""
+        words = np.array([len(text.split()) for text in self.texts])
+        if self.pairs is not None:
+            words += np.array([len(text.split()) for text in self.pairs])
+        return float((words > self.read_length).sum()) / max(1, len(self))
 
     def _raw(self, positions: Tensor, views: Tensor | None) -> dict[str, Any]:
-        texts = [self.texts[position] for position in positions.tolist()]
-        if views is not None and self.augmentation is not None:
-            texts = drop_words(texts, positions, views, self.augmentation)
-        return {"text": texts}
+        raw = {}
+        for key, column in (("text", self.texts), ("text_pair", self.pairs)):
+            if column is None:
+                continue
+            raw[key] = [column[position] for position in positions.tolist()]
+            if views is not None and self.augmentation is not None:
+                raw[key] = drop_words(raw[key], positions, views, self.augmentation, second=key == "text_pair")
+        return raw
 
     def _hash_inputs(self, digest: Any) -> None:
-        encoded = [text.encode("utf-8", "surrogatepass") for text in self.texts]
-        digest.update(np.asarray([len(text) for text in encoded], dtype="<i8").tobytes())
-        for text in encoded:
-            digest.update(text)
+        for column in (self.texts, self.pairs):
+            if column is None:
+                continue
+            encoded = [text.encode("utf-8", "surrogatepass") for text in column]
+            digest.update(np.asarray([len(text) for text in encoded], dtype="<i8").tobytes())
+            for text in encoded:
+                digest.update(text)
 
     def subset(self, indices: Sequence[int] | Tensor) -> "TextRows":
         positions = torch.as_tensor(indices, dtype=torch.long)
         picked = positions.tolist()
         dataset, texts = self.dataset.select(picked), [self.texts[position] for position in picked]
-        return TextRows(dataset, texts, self.labels[positions], self.class_names, self.augmentation, self.max_length)
+        pairs = None if self.pairs is None else [self.pairs[position] for position in picked]
+        about = (self.class_names, self.augmentation, self.max_length, pairs)
+        return TextRows(dataset, texts, self.labels[positions], *about)
 
     def view_key(self) -> dict[str, Any]:
         return {} if self.augmentation is None else self.augmentation.describe()
@@ -159,8 +198,8 @@ class TextFeed:
     """Tokenises: `{"input_ids", "attention_mask"}` of `(batch, longest)`, and `token_type_ids` where the model takes
     them.
 
-    max_length: tokens kept of a text, special tokens included, at least 2. Padding goes to the longest text of the
-    batch, on the tokenizer's side. Raises ValueError if the tokenizer has no padding token.
+    max_length: tokens kept of a text or pair, special tokens included, at least 2; of a pair that is longer, the longer
+    text loses its last ones. Padding goes to the longest row of the batch, on the tokenizer's side. Raises ValueError if the tokenizer has no padding token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
@@ -173,8 +212,8 @@ class TextFeed:
         self.processor = tokenizer
         self.max_length = max_length
 
-    def _tokenise(self, texts: list[str]) -> dict[str, list[list[int]]]:
-        encoded = self.processor(texts, truncation=True, max_length=self.max_length, padding=False)
+    def _tokenise(self, texts: list[str], pairs: list[str] | None) -> dict[str, list[list[int]]]:
+        encoded = self.processor(texts, pairs, truncation=True, max_length=self.max_length, padding=False)
         return {key: encoded[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in encoded}
 
     def encode(self, raw: dict[str, Any]) -> EncodedTexts:
@@ -183,7 +222,7 @@ class TextFeed:
             "attention_mask": 0,
             "token_type_ids": int(self.processor.pad_token_type_id),
         }
-        return EncodedTexts(self._tokenise(raw["text"]), pad_values, self.processor.padding_side)
+        return EncodedTexts(self._tokenise(raw["text"], raw.get("text_pair")), pad_values, self.processor.padding_side)
 
     def __call__(self, raw: dict[str, Any]) -> dict[str, Tensor]:
         return self.encode(raw).take(torch.arange(len(raw["text"])))

@@ -9,6 +9,7 @@ from torch import Tensor
 from hf_hpmkd.tasks.draws import Draws
 
 _AT_ONCE = 256  # rows, as a number is drawn for every word of the longest
+_MOST_WORDS = 2**32  # of a first text; the draws for the second one begin there
 
 REVISION = 1  # enters the cache key: raise it when the text of a view changes
 
@@ -36,16 +37,20 @@ class WordDropout:
         return {"policy": "word_dropout", "rate": self.rate, "seed": self.seed, "revision": REVISION}
 
 
-def drop_words(texts: Sequence[str], rows: Tensor, views: Tensor, how: WordDropout) -> list[str]:
+def drop_words(
+    texts: Sequence[str], rows: Tensor, views: Tensor, how: WordDropout, second: bool = False
+) -> list[str]:
     """The given view of each text, its words joined by single spaces. rows, views: `(batch,)`; a view of -1
-    (UNAUGMENTED) passes the text unchanged, and so is one passed of which no word would be left.
+    (UNAUGMENTED) passes the text unchanged, and so is one passed of which no word would be left. second: these are the
+    second texts of pairs, for which other words are drawn.
     """
+    first_draw = _MOST_WORDS if second else 0
     results: list[str] = []
     for first in range(0, len(texts), _AT_ONCE):
         part = slice(first, first + _AT_ONCE)
         draw = Draws(how.seed, rows[part], views[part])
         split = [text.split() for text in texts[part]]
-        kept = draw.uniforms(0, max(map(len, split))) >= how.rate
+        kept = draw.uniforms(first_draw, max(map(len, split))) >= how.rate
         for text, words, keep, active in zip(texts[part], split, kept, draw.active, strict=True):
             left = [word for word, stays in zip(words, keep, strict=False) if stays] if active else []
             results.append(" ".join(left) if left else text)

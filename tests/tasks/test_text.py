@@ -17,12 +17,14 @@ TEXTS = [
     "fine fine fine",
     "far too long a film",
 ]
+PAIRS = ["fine", "too bad", "a film", "", "by far the worst film I have seen", "so fine"]
 
 
-def rows_of(texts):
-    features = Features({"text": Value("string"), "label": ClassLabel(names=NAMES)})
-    dataset = Dataset.from_dict({"text": texts, "label": [i % 2 for i in range(len(texts))]}, features=features)
-    return TextRows.from_dataset(dataset, "text", "label", NAMES)
+def rows_of(texts, pairs=None):
+    features = Features({"text": Value("string"), "pair": Value("string"), "label": ClassLabel(names=NAMES)})
+    columns = {"text": texts, "pair": pairs or texts, "label": [i % 2 for i in range(len(texts))]}
+    dataset = Dataset.from_dict(columns, features=features)
+    return TextRows.from_dataset(dataset, "text", "label", NAMES, pair_column="pair" if pairs else None)
 
 
 @pytest.fixture
@@ -46,6 +48,18 @@ def test_batches_equal_the_tokenizers_own(tokenizer, side, max_length):
         for key in direct:
             assert torch.equal(batch[key], expected[key]) and torch.equal(direct[key], expected[key])
             assert batch[key].dtype == torch.long
+
+
+@pytest.mark.parametrize("max_length", [7, 64])
+def test_pairs_equal_the_tokenizers_own(tokenizer, max_length):
+    rows, feed = rows_of(TEXTS, PAIRS), TextFeed(tokenizer, max_length)
+    indices = [3, 2, 0]
+    own = ([texts[i] for i in indices] for texts in (TEXTS, PAIRS))
+    expected = tokenizer(*own, padding="longest", truncation=True, max_length=max_length, return_tensors="pt")
+    batch, direct = FedDataset(rows, feed).__getitems__(indices), feed(rows.raw(indices))
+    for key in ("input_ids", "attention_mask", "token_type_ids"):
+        assert torch.equal(batch[key], expected[key]) and torch.equal(direct[key], expected[key])
+    assert batch["token_type_ids"].amax(1).tolist() == [1, 1, 1]  # each has both
 
 
 def test_token_types_only_where_the_model_takes_them(tokenizer):
@@ -134,6 +148,8 @@ def test_the_fingerprint_is_of_texts_and_their_order():
     assert base == rows_of(["ab", "c", ""]).fingerprint
     others = [["a", "bc", ""], ["ab", "", "c"], ["c", "ab", ""], ["ab", "c"], ["abc", "", ""], ["Ab", "c", ""]]
     assert len({rows_of(texts).fingerprint for texts in others} | {base}) == 7
+    pairs = [(["a", "b"], ["c", "d"]), (["a", "b"], ["d", "c"]), (["c", "d"], ["a", "b"]), (["a", "b"], ["a", "b"])]
+    assert len({rows_of(*pair).fingerprint for pair in pairs} | {rows_of(["a", "b"]).fingerprint}) == 5
 
 
 def test_a_subset_counts_from_zero():
@@ -143,3 +159,11 @@ def test_a_subset_counts_from_zero():
     assert part.dataset["text"][:] == part.texts
     picked = TextRows.from_dataset(rows.dataset.select([5, 0]), "text", "label", NAMES)
     assert part.fingerprint == picked.fingerprint != rows.fingerprint
+    pairs = rows_of(TEXTS, PAIRS).subset([5, 0])
+    assert pairs.raw([1, 0]) == {"text": [TEXTS[0], TEXTS[5]], "text_pair": [PAIRS[0], PAIRS[5]]}
+
+
+def test_words_of_both_texts_count_for_their_length():
+    rows = rows_of(["a b c", "a", "a b"], ["d", "b c d", "c"])
+    rows.max_length = 3
+    assert rows.share_too_long == pytest.approx(2 / 3)

@@ -48,6 +48,16 @@ def test_long_batches_are_drawn_piece_by_piece_to_the_same_end() -> None:
     assert alone == [views_of(texts, 0, WordDropout())[400]]
 
 
+def test_other_words_are_left_out_of_the_second_text_of_a_pair() -> None:
+    data = Dataset.from_dict({"first": LONG, "second": LONG, "label": [0, 1] * 125})
+    rows = TextRows.from_dataset(data, "first", "label", ["a", "b"], WordDropout(0.5), pair_column="second")
+    seen = rows.raw(torch.arange(250), torch.zeros(250, dtype=torch.long))
+    assert seen["text"] == views_of(LONG, 0, WordDropout(0.5))
+    pairs = [(set(one.split()), set(other.split())) for one, other in zip(seen["text"], seen["text_pair"], strict=True)]
+    share = sum(len(one & other) for one, other in pairs) / 10_000
+    assert abs(share - 0.25) < 4 * (0.25 * 0.75 / 10_000) ** 0.5  # as two draws that know nothing of each other
+
+
 def test_no_text_is_emptied_and_unaugmented_ones_are_untouched() -> None:
     texts = ["one", "", "  two   words ", "one"]
     views = torch.tensor([0, 0, -1, 1])
