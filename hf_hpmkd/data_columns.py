@@ -123,7 +123,8 @@ def _table_columns(candidates: dict[str, Any], rows: Dataset, chosen: bool) -> t
         if named:
             notes.append(
                 "Columns left out of the table, because most rows have a value of their own there: "
-                f"{', '.join(named)}. {keep}; if one holds the texts to classify, name it alone; two that make a pair: name these two."
+                f"{', '.join(named)}. {keep}; if one holds the texts to classify, name it alone, and of a pair "
+                "of texts these two."
             )
         if counting:
             notes.append(

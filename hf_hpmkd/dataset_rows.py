@@ -164,7 +164,8 @@ class DatasetRows(Rows):
                 raw["image"] = [image_to_tensor(image, f"The image of row {row}") for row, image in numbered]
             else:
                 raw["text"] = list(values)
-                raw |= {"text_pair": list(pairs) for pairs in second}
+                if second:
+                    raw["text_pair"] = list(second[0])
         return raw
 
     def _hash_inputs(self, digest: Any) -> None:

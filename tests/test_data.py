@@ -350,7 +350,7 @@ def test_text_columns_are_found_by_name_or_alone(tmp_path):
     assert load_parts(DataConfig(path=alone), teachers_saw_train=False).task == "text-classification"
     two = saved(tmp_path / "c", train=base.rename_column("text", "question").add_column("answer", ["x"] * 30))
     assert load_parts(DataConfig(path=two), teachers_saw_train=False).task == "tabular-classification"
-    with pytest.raises(ValueError, match="one string column, or two that make a pair, got question .*Name it with `data.inp"):
+    with pytest.raises(ValueError, match="column, or two that make a pair, got question .*Name it with `data.inp"):
         load_parts(DataConfig(path=two), task="text-classification")
     named = load_parts(DataConfig(path=two, input_column="question"), teachers_saw_train=False)
     assert named.train.texts[0].startswith("row") and named.train.pairs is None

@@ -295,7 +295,7 @@ def fresh_predictions(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fresh")
     rows = [{"text": f"{word} number {i}", "label": word} for i in range(20) for word in ("cat", "dog")]
     pd.DataFrame(rows).to_csv(folder / "texts.csv", index=False)
-    pairs = [{"premise": f"number {i}", "hypothesis": word, "label": word} for i in range(20) for word in ("cat", "dog")]
+    pairs = [{"premise": row["text"], "hypothesis": row["label"], "label": row["label"]} for row in rows]
     pd.DataFrame(pairs).to_csv(folder / "pairs.csv", index=False)
     for kind in ("text", "pair"):
         recipe = {"data": {"path": str(folder / f"{kind}s.csv")}, "student": {"model": "bert-1x16"}}

@@ -199,7 +199,8 @@ class TextFeed:
     them.
 
     max_length: tokens kept of a text or pair, special tokens included, at least 2; of a pair that is longer, the longer
-    text loses its last ones. Padding goes to the longest row of the batch, on the tokenizer's side. Raises ValueError if the tokenizer has no padding token.
+    text loses its last ones. Padding goes to the longest row of the batch, on the tokenizer's side. Raises ValueError
+    if the tokenizer has no padding token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:

@@ -37,9 +37,7 @@ class WordDropout:
         return {"policy": "word_dropout", "rate": self.rate, "seed": self.seed, "revision": REVISION}
 
 
-def drop_words(
-    texts: Sequence[str], rows: Tensor, views: Tensor, how: WordDropout, second: bool = False
-) -> list[str]:
+def drop_words(texts: Sequence[str], rows: Tensor, views: Tensor, how: WordDropout, second: bool = False) -> list[str]:
     """The given view of each text, its words joined by single spaces. rows, views: `(batch,)`; a view of -1
     (UNAUGMENTED) passes the text unchanged, and so is one passed of which no word would be left. second: these are the
     second texts of pairs, for which other words are drawn.
