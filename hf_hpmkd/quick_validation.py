@@ -51,7 +51,8 @@ from hf_hpmkd.recipe import Recipe
 from hf_hpmkd.recipe_rules import uses_teachers, usual_learning_rate
 from hf_hpmkd.run_context import Run
 from hf_hpmkd.run_record import AutoRecord, TrialRecord
-from hf_hpmkd.search_budget import budget_steps, halving, most_candidates
+from hf_hpmkd.search_budget import at_once, budget_steps, halving, most_candidates
+from hf_hpmkd.stacked_tries import answers_at_once, can_stand, can_try_at_once
 from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
 from hf_hpmkd.training_folder import done_file, move_training, write_json
@@ -244,6 +245,11 @@ class _Search:
         # Direct training that the run does anyway costs nothing; else the landmark is paid for.
         spare = self.budget if direct is not None else self.budget - round(LANDMARK * self.total)
         self.rungs = halving(self.total, max(spare, 0), most_candidates(mode))
+        self.most, self.seeds = self.rungs[0].candidates if self.rungs else 0, 0
+        if can_try_at_once(self.recipe, parts, self.blueprint.model) and self._own_can_stand:
+            most, seeds = at_once(mode, self.total, max(spare, 0), operations)
+            if seeds:
+                self.rungs, self.most, self.seeds = [], most, seeds
         self.direct = _Trial("direct", DIRECT)
         self.tried: list[_Trial] = []
         self.curve: list[dict[str, float]] = []
@@ -258,6 +264,9 @@ class _Search:
         trials = self._candidates(features, knowledge, examples)
         judged: list[tuple[_Trial, Judged, TrialRecord]] = []
         records: list[TrialRecord] = []
+        if self.seeds:
+            judged = self._judge_at_once(trials, leads)
+            records = [record for _, _, record in judged]
         for rung in self.rungs:
             if judged:
                 judged.sort(key=lambda one: one[1].rank, reverse=True)
@@ -269,7 +278,8 @@ class _Search:
         proven_later = self.direct_folder is not None and self.recipe.distillation.keep == "better"
         decided = choose([one for _, one, _ in judged], HOPE if proven_later else MARGIN, fallback)
         everyone = [self.direct, *self.tried]
-        going_on = self._hand_over([one for one in everyone if one.configuration == decided.configuration])
+        there = [self.direct] if self.seeds else everyone  # of a stack, none goes on
+        going_on = self._hand_over([one for one in there if one.configuration == decided.configuration])
         seconds = sum(trial.seconds for trial in everyone)
         return self._record(decided, features, knowledge, examples, records, going_on, seconds, started)
 
@@ -278,6 +288,7 @@ class _Search:
         because they cannot go on.
         """
         file, rungs = self.folder / "rungs.json", ["mean", *([rung.step, rung.candidates] for rung in self.rungs)]
+        rungs += [["at once", self.most, self.seeds]] if self.seeds else []
         if self.run.is_main:
             if self.folder.exists() and not (file.is_file() and json.loads(file.read_text(encoding="utf-8")) == rungs):
                 shutil.rmtree(self.folder)
@@ -289,7 +300,7 @@ class _Search:
         self, decided: Choice, features: dict[str, float], knowledge: Predictor, examples: Sequence[Example],
         records: list[TrialRecord], going_on: list[_Trial], seconds: float, started: float,
     ) -> AutoRecord:  # fmt: skip
-        spent = self.direct.steps + sum(trial.steps for trial in self.tried)
+        spent = self.direct.steps + sum(trial.steps for trial in self.tried) + (self.total if self.seeds else 0)
         return AutoRecord(
             reason=decided.reason,
             knowledge=knowledge.words() + _candidates_from(examples),
@@ -303,6 +314,7 @@ class _Search:
             extra_steps=spent - sum(trial.steps for trial in going_on),
             seconds=seconds,
             extra_seconds=seconds - sum(trial.seconds for trial in going_on),
+            at_once=(len(self.tried) + 1) * self.seeds,
             deciding_seconds=max(time.perf_counter() - started - seconds, 0.0),
         )
 
@@ -359,10 +371,11 @@ class _Search:
         # What is not left at its default, the recipe's author has thought about.
         careful = not set(_TAUGHT) <= set(_left_at_default(self.recipe))
         found = [one for one in dict.fromkeys([*possible, own] if careful else possible) if self._can_train(one)]
+        if self.seeds:
+            found = [one for one in found if can_stand(one)]
         place = found.index(own) if careful and own in found else None
         prediction = knowledge.predict(features, found)
-        most = self.rungs[0].candidates if self.rungs else 0
-        chosen = propose(prediction, found, most, place, portfolio(features, examples, found))
+        chosen = propose(prediction, found, self.most, place, portfolio(features, examples, found))
         expected = list(zip(prediction.gain.tolist(), prediction.spread.tolist(), strict=True))
         return [{"configuration": dataclasses.asdict(found[one]), "expected": expected[one]} for one in chosen]
 
@@ -390,6 +403,43 @@ class _Search:
         except ValueError:
             return False
         return True
+
+    @property
+    def _own_can_stand(self) -> bool:
+        """Whether the recipe's own configuration, where it is a candidate, can be tried in a stack."""
+        return set(_TAUGHT) <= set(_left_at_default(self.recipe)) or can_stand(configuration_of(self.recipe))
+
+    def _judge_at_once(self, trials: Sequence[_Trial], leads: Leads) -> list[tuple[_Trial, Judged, TrialRecord]]:
+        """All candidates, at the end of their training. What was measured is kept, for a search that is gone on with."""
+        file = self.folder / "at-once.json"
+        if not file.is_file():
+            started = time.perf_counter()
+            tried = [DIRECT, *(trial.configuration for trial in trials)]
+            about = (self.parts, self.teachers, self.build_student, self._above(), tried, self.seeds)
+            direct, *others = answers_at_once(self.run, *about)
+            gains = [estimate_gain(answers, direct) for answers in others]
+            # As in `_judge`: equal answers prove nothing.
+            least = 100.0 / direct.shape[-1]
+            measured = [(gain.gain, max(gain.standard_error, least)) for gain in gains]
+            found = {"measured": measured, "seconds": time.perf_counter() - started}
+            if self.run.is_main:
+                write_json(file, found)
+            PartialState().wait_for_everyone()
+        found = json.loads(file.read_text(encoding="utf-8"))
+        judged = []
+        for trial, measured in zip(trials, found["measured"], strict=True):
+            trial.seconds = found["seconds"] / len(trials)
+            one = judge(trial.configuration, trial.expected, tuple(measured), 1.0, leads)
+            record = TrialRecord(str(trial.configuration), self.total, *measured, trial.expected, trial.seconds)
+            judged.append((trial, one, record))
+        best = max(judged, key=lambda one: one[1].rank, default=None)
+        if best is not None:
+            gain, error = best[1].measured
+            self.run.say(
+                f"Tried {len(trials)} ways at once, each {self.seeds} times, to the end; the best: {best[2].name}, "
+                f"{gain:+.2f} ± {error:.2f} points."
+            )
+        return judged
 
     def _judge(self, trial: _Trial, step: int, leads: Leads) -> tuple[Judged, TrialRecord]:
         answers, direct = self._answers(trial, step), self._answers(self.direct, step)

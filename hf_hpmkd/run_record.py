@@ -174,7 +174,8 @@ class AutoRecord:
     `adaptive_configuration.Configuration`. overrides: section -> key -> value, how the recipe was changed. total_steps:
     of one training; budget_steps: that the tries might add, extra_steps: that they added. seconds: of the tries;
     extra_seconds: of those that no training goes on from, None in a record from before this was told.
-    deciding_seconds: of all the rest.
+    deciding_seconds: of all the rest. at_once: students that were trained in one stack, whose common steps count once;
+    0 where tries were trained one by one.
     """
 
     __pydantic_config__ = _STRICT
@@ -192,6 +193,7 @@ class AutoRecord:
     seconds: Number
     deciding_seconds: Number
     extra_seconds: Number | None = None
+    at_once: int = 0
 
 
 @dataclass
