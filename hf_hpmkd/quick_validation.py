@@ -8,7 +8,6 @@ figures, and keeps them in the run's folder `auto/`, so that an interrupted sear
 
 import dataclasses
 import json
-import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -25,7 +24,6 @@ from accelerate.utils import broadcast_object_list
 from hf_hpmkd.chain_probes import StudentBuilder
 from hf_hpmkd.chain_stages import Stages, WarmBuild
 from hf_hpmkd.classifier_training import student_schedule, total_steps, train_or_load
-from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.components.adaptive_configuration import (
     DIRECT,
     SPACE,
@@ -45,7 +43,7 @@ from hf_hpmkd.data import DataParts
 from hf_hpmkd.evaluation import student_logits, teacher_logits
 from hf_hpmkd.expected_gain import Predictor, contended, most_alike, portfolio, predictor
 from hf_hpmkd.heads import find_classifier_head
-from hf_hpmkd.meta_features import LANDMARK, data_features, landmark_features, size_features, teacher_features
+from hf_hpmkd.meta_features import LANDMARK, landmark_features
 from hf_hpmkd.model_cost import training_flops
 from hf_hpmkd.recipe import Recipe
 from hf_hpmkd.recipe_rules import uses_teachers, usual_learning_rate
@@ -53,7 +51,7 @@ from hf_hpmkd.run_context import Run
 from hf_hpmkd.run_record import AutoRecord, TrialRecord
 from hf_hpmkd.search_budget import at_once, budget_steps, halving, most_candidates
 from hf_hpmkd.stacked_tries import answers_at_once, can_stand, can_try_at_once
-from hf_hpmkd.tasks.base import Rows
+from hf_hpmkd.student_features import accuracy_at, features_before, landmark_loss
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
 from hf_hpmkd.training_folder import done_file, move_training, write_json
 
@@ -69,7 +67,6 @@ PROOF = 1.5
 """Standard errors by which its student must then be better than the directly trained one. With one, more runs lose,
 some by over half a point; two give up more gain than they spare loss (on rows of the training splits of 33 tables)."""
 
-_FEATURE_ROWS, _FEATURE_VALUES = 2_000, 20_000_000  # at most; their moments take nine times the bytes of the values
 _FACTORS = ("learning_rate", "weight_decay")
 _SECTION = {name: "training" if name in _FACTORS else "distillation" for name in SPACE} | {"warm_start": "chain"}
 _TAUGHT = tuple(name for name, section in _SECTION.items() if section == "distillation")
@@ -154,57 +151,6 @@ def _candidates_from(examples: Sequence[Example]) -> str:
     """Ends a sentence on where expectations come from."""
     sets = len({next(iter(of.values())).data for of in contended(examples)})
     return f"; candidates from a portfolio learned on {sets} data sets of it" if sets else ""
-
-
-# ---- meta-features ---------------------------------------------------------------------------------------------------
-
-
-def features_before(
-    parts: DataParts, student: Classifier, guide_logits: torch.Tensor, teachers: Sequence[Teacher],
-    train_accuracy: float | None, steps: int, learning_rate: float, warm_start: bool,
-) -> dict[str, float]:  # fmt: skip
-    """The meta-features that no training of the student is needed for. guide_logits: `(teachers, rows, classes)`.
-    train_accuracy: of the teachers on the rows that teach, mean; None where unknown. learning_rate: the recipe's.
-    warm_start: whether a student that hears them begins with the weights of one.
-    """
-    return {
-        "log_learning_rate": math.log10(learning_rate),
-        "warm_start": float(warm_start),
-        **data_features(parts.train.labels, len(parts.class_names), _inputs(student, parts.train)),
-        **size_features([one.num_params for one in teachers], student.num_params, steps),
-        **teacher_features(guide_logits, parts.guide.labels, train_accuracy),
-    }
-
-
-def _inputs(student: Classifier, rows: Rows) -> np.ndarray | None:
-    """Evenly spaced rows as quantities that the student sees, `(rows, columns)`; None where it sees none (tokens)."""
-
-    def fed(indices: torch.Tensor) -> torch.Tensor:
-        seen = student.feed(rows.raw(indices)).values()
-        quantities = [value.flatten(1) for value in seen if value.is_floating_point()]
-        return torch.cat(quantities, dim=1) if quantities else torch.empty(len(indices), 0)
-
-    columns = fed(torch.zeros(1, dtype=torch.long)).shape[1]
-    if not columns:
-        return None
-    count = min(len(rows), _FEATURE_ROWS, max(2, _FEATURE_VALUES // columns))
-    return fed(torch.linspace(0, len(rows) - 1, count).long()).numpy()
-
-
-def accuracy_at(curve: Sequence[dict[str, float]], step: int) -> float:
-    """On validation rows, as a training measured it, of the weights that it had then. Raises ValueError where it did
-    not measure then.
-    """
-    for row in curve:
-        if row["step"] == step and "eval_accuracy" in row:
-            return row["eval_accuracy"]
-    raise ValueError(f"The training must have measured its accuracy after step {step}, it did not.")
-
-
-def landmark_loss(curve: Sequence[dict[str, float]], step: int) -> float:
-    """Mean training loss of the last three log lines up to a step."""
-    losses = [row["loss"] for row in curve if "loss" in row and row["step"] <= step]
-    return float(np.mean(losses[-3:])) if losses else math.nan
 
 
 # ---- the search ------------------------------------------------------------------------------------------------------
@@ -410,7 +356,7 @@ class _Search:
         return set(_TAUGHT) <= set(_left_at_default(self.recipe)) or can_stand(configuration_of(self.recipe))
 
     def _judge_at_once(self, trials: Sequence[_Trial], leads: Leads) -> list[tuple[_Trial, Judged, TrialRecord]]:
-        """All candidates, at the end of their training. What was measured is kept, for a search that is gone on with."""
+        """All candidates, at the end of their training. What was measured is kept for an interrupted search."""
         file = self.folder / "at-once.json"
         if not file.is_file():
             started = time.perf_counter()
@@ -429,8 +375,9 @@ class _Search:
         judged = []
         for trial, measured in zip(trials, found["measured"], strict=True):
             trial.seconds = found["seconds"] / len(trials)
-            one = judge(trial.configuration, trial.expected, tuple(measured), 1.0, leads)
-            record = TrialRecord(str(trial.configuration), self.total, *measured, trial.expected, trial.seconds)
+            gain, error = measured
+            one = judge(trial.configuration, trial.expected, (gain, error), 1.0, leads)
+            record = TrialRecord(str(trial.configuration), self.total, gain, error, trial.expected, trial.seconds)
             judged.append((trial, one, record))
         best = max(judged, key=lambda one: one[1].rank, default=None)
         if best is not None:

@@ -83,9 +83,7 @@ def train_stack(
         known = labels[rows]
         loss = F.cross_entropy(logits.flatten(0, 1), known.flatten(), reduction="none").view(rows.shape)
         if groups:
-            taught = [
-                _kd(one, logits[part], targets[one.target][rows[part]], known[part]) for one, part in groups
-            ]
+            taught = [_kd(one, logits[part], targets[one.target][rows[part]], known[part]) for one, part in groups]
             heard = torch.cat([loss.new_zeros(len(stack) - sum(map(len, taught)), rows.shape[1]), *taught])
             loss = alpha * heard + (1 - alpha) * loss
         gradients = list(torch.autograd.grad(loss.mean(1).sum(), tensors))
