@@ -147,8 +147,8 @@ def _kd(one: StackedStudent, logits: Tensor, target: Tensor, labels: Tensor) -> 
     if one.kd_kind == "dist":  # it compares the rows of a batch
         several = zip(logits, target, labels, strict=True)
         return torch.stack([kd_loss(one.kd_kind, z, said, known, one.temperature) for z, said, known in several])
-    flat = (part.flatten(0, 1) for part in (logits, target))
-    return kd_loss(one.kd_kind, *flat, labels.flatten(), one.temperature).view(labels.shape)
+    flat = kd_loss(one.kd_kind, logits.flatten(0, 1), target.flatten(0, 1), labels.flatten(), one.temperature)
+    return flat.view(labels.shape)
 
 
 def _groups(stack: Sequence[StackedStudent]) -> list[tuple[StackedStudent, slice]]:

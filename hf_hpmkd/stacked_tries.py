@@ -175,10 +175,8 @@ class _Targets:
             if recipe.distillation.calibrate_teachers:
                 ensemble.calibrate(of_guide, guide.labels)
             if ensemble.is_trained_on_guide:
-                calibrated = ensemble.calibrated(of_guide)
-                ensemble.warm_up(
-                    _no_features(guide), calibrated, guide.labels, asked.gate_warmup_steps, GATE_WARMUP_BATCH
-                )
+                updates = (asked.gate_warmup_steps, GATE_WARMUP_BATCH)
+                ensemble.warm_up(_no_features(guide), ensemble.calibrated(of_guide), guide.labels, *updates)
             calibrated = ensemble.calibrated(logits)
             weights = ensemble.weights(_no_features(self.parts.train), calibrated, self.parts.train.labels)
             self._mixtures[gate] = ensemble.taught(calibrated), weights
