@@ -49,7 +49,7 @@ from hf_hpmkd.recipe import Recipe
 from hf_hpmkd.recipe_rules import uses_teachers, usual_learning_rate
 from hf_hpmkd.run_context import Run
 from hf_hpmkd.run_record import AutoRecord, TrialRecord
-from hf_hpmkd.search_budget import at_once, budget_steps, halving, most_candidates
+from hf_hpmkd.search_budget import at_once, budget_steps, halving, most_candidates, stacked_steps
 from hf_hpmkd.stacked_tries import answers_at_once, can_stand, can_try_at_once
 from hf_hpmkd.student_features import accuracy_at, features_before, landmark_loss
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
@@ -185,15 +185,15 @@ class _Search:
         self.total = total_steps(self.recipe, student_schedule(self.recipe), len(parts.train))
         self.blueprint = build_student(meta=True)
         rows_per_step = self.recipe.training.batch_size * self.recipe.training.gradient_accumulation_steps
-        operations = training_flops(self.blueprint, parts.train) * rows_per_step
+        self.operations = training_flops(self.blueprint, parts.train) * rows_per_step
         mode = self.recipe.auto.mode
-        self.budget = budget_steps(mode, self.total, operations)
+        self.budget = budget_steps(mode, self.total, self.operations)
         # Direct training that the run does anyway costs nothing; else the landmark is paid for.
         spare = self.budget if direct is not None else self.budget - round(LANDMARK * self.total)
         self.rungs = halving(self.total, max(spare, 0), most_candidates(mode))
         self.most, self.seeds = self.rungs[0].candidates if self.rungs else 0, 0
         if can_try_at_once(self.recipe, parts, self.blueprint.model) and self._own_can_stand:
-            most, seeds = at_once(mode, self.total, max(spare, 0), operations)
+            most, seeds = at_once(mode, self.total, max(spare, 0), self.operations)
             if seeds:
                 self.rungs, self.most, self.seeds = [], most, seeds
         self.direct = _Trial("direct", DIRECT)
@@ -246,7 +246,9 @@ class _Search:
         self, decided: Choice, features: dict[str, float], knowledge: Predictor, examples: Sequence[Example],
         records: list[TrialRecord], going_on: list[_Trial], seconds: float, started: float,
     ) -> AutoRecord:  # fmt: skip
-        spent = self.direct.steps + sum(trial.steps for trial in self.tried) + (self.total if self.seeds else 0)
+        students = (len(self.tried) + 1) * self.seeds
+        spent = self.direct.steps + sum(trial.steps for trial in self.tried)
+        spent += stacked_steps(self.total, students, self.operations) if students else 0
         return AutoRecord(
             reason=decided.reason,
             knowledge=knowledge.words() + _candidates_from(examples),
@@ -260,7 +262,7 @@ class _Search:
             extra_steps=spent - sum(trial.steps for trial in going_on),
             seconds=seconds,
             extra_seconds=seconds - sum(trial.seconds for trial in going_on),
-            at_once=(len(self.tried) + 1) * self.seeds,
+            at_once=students,
             deciding_seconds=max(time.perf_counter() - started - seconds, 0.0),
         )
 

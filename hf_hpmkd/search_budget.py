@@ -90,17 +90,26 @@ def budget_steps(mode: str | float, total_steps: int, operations_per_step: float
 
 def at_once(mode: str | float, total_steps: int, budget: int, operations_per_step: float) -> tuple[int, int]:
     """How many candidates are tried to their end at once, beside direct training, and how often each, where a student
-    can be stacked: (candidates, seeds), as many as the same seconds allow. (0, 0) where too few would be.
+    can be stacked: (candidates, seeds), as many as fit into the budget. (0, 0) where too few would.
 
-    budget, operations_per_step: as of `budget_steps`, steps of one student alone.
+    budget, operations_per_step: as of `budget_steps`, of one student alone.
     """
-    arithmetic = operations_per_step / _OPERATIONS_PER_SECOND
-    seconds = budget * (_SECONDS_PER_STEP + arithmetic)
-    fit = int((seconds / total_steps - _SECONDS_PER_STACKED_STEP) / (_SECONDS_PER_STACKED + arithmetic))
+    fit = 0
+    while stacked_steps(total_steps, fit + 1, operations_per_step) <= budget and fit < _MOST_SEEDS * (
+        _MANY_AT_ONCE + 1
+    ):
+        fit += 1
     candidates = min(_FEW_AT_ONCE if mode == "fast" else _MANY_AT_ONCE, fit - 1)
     if candidates < _LEAST_AT_ONCE:
         return 0, 0
     return candidates, min(fit // (candidates + 1), _MOST_SEEDS)
+
+
+def stacked_steps(total_steps: int, students: int, operations_per_step: float) -> int:
+    """Steps of one student alone that take as long as so many students trained at once, to the end of total_steps."""
+    arithmetic = operations_per_step / _OPERATIONS_PER_SECOND
+    of_all = _SECONDS_PER_STACKED_STEP + students * (_SECONDS_PER_STACKED + arithmetic)
+    return math.ceil(total_steps * of_all / (_SECONDS_PER_STEP + arithmetic))
 
 
 @dataclasses.dataclass(frozen=True)
