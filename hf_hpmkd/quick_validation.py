@@ -129,6 +129,11 @@ def _left_at_default(recipe: Recipe) -> list[str]:
     return [name for name in SPACE if getattr(sections[_SECTION[name]], name) == defaults[_SECTION[name]][name]]
 
 
+def own_can_stand(recipe: Recipe) -> bool:
+    """Whether the recipe's own configuration, where it is a candidate, can be tried in a stack."""
+    return set(_TAUGHT) <= set(_left_at_default(recipe)) or can_stand(configuration_of(recipe))
+
+
 def configuration_of(recipe: Recipe) -> Configuration:
     """The recipe's own way to train the student."""
     return Configuration(**{name: getattr(recipe.distillation, name) for name in _TAUGHT})
@@ -192,7 +197,7 @@ class _Search:
         spare = self.budget if direct is not None else self.budget - round(LANDMARK * self.total)
         self.rungs = halving(self.total, max(spare, 0), most_candidates(mode))
         self.most, self.seeds = self.rungs[0].candidates if self.rungs else 0, 0
-        if can_try_at_once(self.recipe, parts, self.blueprint.model) and self._own_can_stand:
+        if can_try_at_once(self.recipe, parts, self.blueprint.model) and own_can_stand(self.recipe):
             most, seeds = at_once(mode, self.total, max(spare, 0), self.operations)
             if seeds:
                 self.rungs, self.most, self.seeds = [], most, seeds
@@ -352,11 +357,6 @@ class _Search:
             return False
         return True
 
-    @property
-    def _own_can_stand(self) -> bool:
-        """Whether the recipe's own configuration, where it is a candidate, can be tried in a stack."""
-        return set(_TAUGHT) <= set(_left_at_default(self.recipe)) or can_stand(configuration_of(self.recipe))
-
     def _judge_at_once(self, trials: Sequence[_Trial], leads: Leads) -> list[tuple[_Trial, Judged, TrialRecord]]:
         """All candidates, at the end of their training. What was measured is kept for an interrupted search."""
         file = self.folder / "at-once.json"
@@ -364,7 +364,7 @@ class _Search:
             started = time.perf_counter()
             tried = [DIRECT, *(trial.configuration for trial in trials)]
             about = (self.parts, self.teachers, self.build_student, self._above(), tried, self.seeds)
-            direct, *others = answers_at_once(self.run, *about)
+            direct, *others = answers_at_once(self.run, *about, [self.parts.validation])[0]
             gains = [estimate_gain(answers, direct) for answers in others]
             # As in `_judge`: equal answers prove nothing.
             least = 100.0 / direct.shape[-1]

@@ -69,9 +69,10 @@ def answers_at_once(
     above: Sequence[TorchTeacher],
     configurations: Sequence[Configuration],
     seeds: int,
-) -> Tensor:
-    """Which validation rows the fully trained student of each configuration answers right, bool `(configurations,
-    seeds, rows)`. above: what students that hear the teachers, and those with a `warm_start`, may start from where the
+    judged: Sequence[Rows],
+) -> list[Tensor]:
+    """Which rows the fully trained student of each configuration answers right, for each of the parts that are to be
+    judged by: bool `(configurations, seeds, rows)`. above: what students that hear the teachers, and those with a `warm_start`, may start from where the
     recipe says so. Students of the same seed see the same rows at the same time.
     """
     recipe, training = run.recipe, run.recipe.training
@@ -112,9 +113,8 @@ def answers_at_once(
             max_grad_norm=training.max_grad_norm,
             tell=bar.update,
         )
-    said = stack_answers(weights, fed(parts.validation)).cpu()
-    right = said == parts.validation.labels
-    return right.view(seeds, len(configurations), -1).transpose(0, 1)
+    right = [stack_answers(weights, fed(rows)).cpu() == rows.labels for rows in judged]
+    return [one.view(seeds, len(configurations), -1).transpose(0, 1) for one in right]
 
 
 def _start(build: StudentBuilder, above: Sequence[TorchTeacher], rows: Rows, seed: int) -> dict[str, Tensor]:

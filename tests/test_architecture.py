@@ -29,9 +29,10 @@ LEVELS = (
     (
         "recipe_faults", "recipe_rules", "search_budget", "recipe", "recipe_text", "recipe_parts", "shrunk_student",
         "run_memory",
-        "classifier_training", "job_graph", "plan", "plan_schedule", "evaluation", "kept_classifiers",
+        "classifier_training", "job_graph", "evaluation", "kept_classifiers",
         "teacher_training", "run_context", "chain_stages", "chain_probes", "chain", "kept_student", "run_steps",
         "run_ahead", "launched_job", "student_features", "stacked_tries", "quick_validation",
+        "plan", "plan_schedule",
         "distill", "table_runs", "prior_build", "auto_bench",
         "methods", "ablation", "tuning", "compare_jobs", "compare", "bench", "bench_pipeline",
     ),

@@ -65,9 +65,13 @@ def test_a_stack_answers_as_the_runs_own_students_do(small: SimpleNamespace) -> 
     """Another order of the rows and a gate that sees less make it no other training: mean over four seeds each."""
     ways = [DIRECT, Configuration(alpha=0.9, temperature=1.0), Configuration(warm_start=True, learning_rate=0.5)]
     above = small.runs._above([0, 1])
-    found = answers_at_once(small.run, small.parts, small.teachers, small.build, above, ways, 4)
+    found = answers_at_once(
+        small.run, small.parts, small.teachers, small.build, above, ways, 4, [small.parts.validation]
+    )[0]
     assert found.shape == (3, 4, 40) and found.dtype == torch.bool
-    again = answers_at_once(small.run, small.parts, small.teachers, small.build, above, ways[::-1], 4)
+    again = answers_at_once(
+        small.run, small.parts, small.teachers, small.build, above, ways[::-1], 4, [small.parts.validation]
+    )[0]
     assert torch.equal(found, again.flip(0))  # who else is in the stack does not matter
     for way, right in zip(ways, found.float().mean((1, 2)), strict=True):
         own = []
