@@ -244,7 +244,6 @@ def _auto(settings: Settings, runs: TableRuns, prior: Path, direct: dict[str, An
             "trials": [asdict(one) for one in auto.trials],
             "trial_seconds": auto.seconds,
             "deciding_seconds": auto.deciding_seconds,
-            "at_once": auto.at_once,
             "extra_steps": auto.extra_steps,
             "total_steps": auto.total_steps,
         }

@@ -155,9 +155,8 @@ def auto_section(record: RunRecord) -> str:
         ]
         header = ("tried", "steps", "expected gain, points", "gain so far, points")
         lines.append(markdown(header, cells, left=1))
-    stacked = f", {auto.at_once} students trained at once," if auto.at_once else ""
     lines.append(
-        f"Gains are over direct training, on the same validation rows at the same step. The tries{stacked} added "
+        "Gains are over direct training, on the same validation rows at the same step. The tries added "
         f"{auto.extra_steps:,} steps of {auto.budget_steps:,} allowed and took {auto.seconds:.1f} s, deciding "
         f"{auto.deciding_seconds:.1f} s."
     )

@@ -174,8 +174,7 @@ class AutoRecord:
     `adaptive_configuration.Configuration`. overrides: section -> key -> value, how the recipe was changed. total_steps:
     of one training; budget_steps: that the tries might add, extra_steps: that they added. seconds: of the tries;
     extra_seconds: of those that no training goes on from, None in a record from before this was told.
-    deciding_seconds: of all the rest. at_once: students that were trained in one stack, which count as the steps of
-    one student that take as long; 0 where tries were trained one by one.
+    deciding_seconds: of all the rest.
     """
 
     __pydantic_config__ = _STRICT
@@ -193,7 +192,6 @@ class AutoRecord:
     seconds: Number
     deciding_seconds: Number
     extra_seconds: Number | None = None
-    at_once: int = 0
 
 
 @dataclass
