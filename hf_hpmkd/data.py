@@ -86,12 +86,14 @@ def load_parts(
             raise ValueError(f"Split {split!r} of {config.path!r} is empty.")
         require_columns(config.path, config.label_column, config.input_column, split, rows)
     task, columns, notes = choose_input(config.label_column, config.input_column, task, splits[chosen["train"]])
+    for split, rows in splits.items():
+        require_columns(config.path, config.label_column, columns, split, rows)
     splits, class_names = with_classes(splits, config.label_column)
     if task == TEXT_CLASSIFICATION:
         for split, rows in splits.items():  # in a part, which is drawn, nobody would find the row
             for column in columns:
                 if rows.data.column(column).null_count:
-                    require_texts(column_values(rows, column), f" of split {split!r}")
+                    require_texts(column_values(rows, column), f" of split {split!r} (column {column})")
     if config.max_length is not None and task != TEXT_CLASSIFICATION:
         raise ValueError(f"`data.max_length` is for texts, and this is {task}. Leave it out.")
     augmentation = _choose_augmentation(config, task, splits[chosen["train"]], columns)
@@ -365,5 +367,5 @@ def _long_texts(rows: Rows) -> list[str]:
         return []
     return [
         f"{rows.share_too_long:.0%} of the training texts have more than {rows.read_length} words, and students read "
-        f"the first {rows.read_length} tokens alone. `data.max_length` lets them read more, in more time."
+        f"{rows.read_length} tokens of one alone. `data.max_length` lets them read more, in more time."
     ]

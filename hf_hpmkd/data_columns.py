@@ -72,38 +72,42 @@ def choose_input(
         kind = "image column" if task == IMAGE_CLASSIFICATION else "string column, or two that make a pair"
         raise ValueError(
             f"{task} needs exactly one {kind}, got {listed}. Name it with `data.input_column`"
-            f"{'' if task == IMAGE_CLASSIFICATION else ', or both: data.input_column=[A,B]'}."
+            f"{'' if task == IMAGE_CLASSIFICATION else ', or both: data.input_column=[A,B]; join more of them'}."
         )
+    if named is not None and set(found) != set(named):
+        odd = ", ".join(f"{name} ({feature})" for name, feature in candidates.items() if name not in found)
+        raise ValueError(f"{task} cannot read {odd}, which `data.input_column` names. Leave it out, or convert it.")
     left_out = [name for name in texts if task == TEXT_CLASSIFICATION and name not in found]
     if not left_out:
         return task, found, []
     if found is pair:
-        told, meant = f"{found[0]} and {found[1]} are read, as a pair,", f"[{','.join(found)}]"
+        told, meant, more = f"{found[0]} and {found[1]} are read, as a pair,", f"[{','.join(found)}]", ""
     else:
-        told, meant = f"{found[0]} alone is read,", found[0]
+        told, meant, more = f"{found[0]} alone is read,", found[0], "two, name both: data.input_column=[A,B]; of "
     return (
         task,
         found,
         [
-            f"Of the columns of texts {told} and not {', '.join(left_out)}. If a row's text is made of two, name both: "
-            f"data.input_column=[A,B]; of more, join them first. data.input_column={meant} says that this is meant."
+            f"Of the columns of texts {told} and not {', '.join(left_out)}. If a row's text is made of {more}more, "
+            f"join them first. data.input_column={meant} says that this is meant."
         ],
     )
 
 
 def _pair(texts: list[str], named: list[str] | None, task: str, rows: Dataset) -> list[str]:
-    """The two columns, if there are such, that make a pair of texts: the usual ones, or two that are named, unless they
-    may be two of a table, whose words come again. texts: those of strings, of the named ones where there are some.
+    """The two columns, if there are such, that make a pair of texts: two that are named, or the usual ones. Words that
+    come again are of a table, unless the names or the task say otherwise: in both of the usual ones, or in one of two
+    others (the other may be a name of each row). texts: the columns of strings, of the named ones where there are some.
     """
-    if named is None:
-        return usual_pair(texts)
-    if len(named) != 2 or set(texts) != set(named):
+    found = usual_pair(texts) if named is None else named
+    if len(found) != 2 or not set(found) <= set(texts):
         return []
-    if task == "auto" and tuple(named) not in PAIR_COLUMNS:
-        different = [len(set(column_values(rows, name))) for name in named]
-        if not all(mostly_different(count, len(rows)) for count in different):
+    meant = named is not None and any(set(named) == set(pair) for pair in PAIR_COLUMNS)
+    if task == "auto" and not meant:
+        differ = [mostly_different(len(set(column_values(rows, name))), len(rows)) for name in found]
+        if not any(differ) or (named is not None and not all(differ)):
             return []
-    return list(named)
+    return list(found)
 
 
 def _is_string(feature: Any) -> bool:

@@ -13,9 +13,9 @@ from datasets.utils.file_utils import xopen
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
-from hf_hpmkd.tasks.base import UNAUGMENTED, FedDataset, Rows
+from hf_hpmkd.tasks.base import UNAUGMENTED, FedDataset, Rows, column_values
 from hf_hpmkd.tasks.images import image_to_tensor
-from hf_hpmkd.tasks.text import TEXT_COLUMNS, usual_pair
+from hf_hpmkd.tasks.text import TEXT_COLUMNS, require_texts, usual_pair
 from hf_hpmkd.vocabulary import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION
 
 ROW_KEY, VIEW_KEY = "hpmkd_row", "hpmkd_view"
@@ -180,6 +180,8 @@ class DatasetRows(Rows):
             return
         digest = hashlib.sha256(self.fingerprint.encode())
         for column in self.raw_columns:
+            if self.task == TEXT_CLASSIFICATION:
+                require_texts(column_values(columns, column), f" of column {column!r}")
             for value in _raw_values(columns, column):
                 digest.update(len(value).to_bytes(8, "little") + value)
         self.fingerprint = digest.hexdigest()
@@ -188,8 +190,8 @@ class DatasetRows(Rows):
         if self.task == TEXT_CLASSIFICATION and others:
             warnings.warn(
                 f"Teachers that read texts themselves are given {' and '.join(map(repr, self.raw_columns))} and not "
-                f"{', '.join(map(repr, others))}. Where a text is made of several columns, join them in one; a pair of "
-                "texts is known by its names (premise and hypothesis, sentence1 and sentence2 and the like).",
+                f"{', '.join(map(repr, others))}. Where a text is made of several columns, join them in one called "
+                "text; a pair is known by its names (premise and hypothesis, sentence1 and sentence2 and the like).",
                 stacklevel=2,
             )
 

@@ -31,7 +31,8 @@ _VARIANT_FORM = (
 # bert needs the number, because of bert-base-cased.
 _BUILT_HERE = re.compile(r"(cifar-resnet|mlp)(?![a-z])|(bert)-(?=\d)")
 TAKEN_FOR_A_TABLE = (
-    "The data was taken for a table; if it is texts or images, name their column with data.input_column=COLUMN."
+    "The data was taken for a table; if it is texts or images, name their column with data.input_column=COLUMN, of "
+    "pairs of texts data.input_column=[A,B] task.type=text-classification."
 )
 TASK_OF = {"cifar-resnet": IMAGE_CLASSIFICATION, "bert": TEXT_CLASSIFICATION, "mlp": TABULAR_CLASSIFICATION}
 

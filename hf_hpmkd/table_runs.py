@@ -233,7 +233,8 @@ def kind_of(folder: Path) -> Literal["image", "text", "table"]:
     schema = pq.read_schema(next(folder.glob("*.parquet")))
     if any(pa.types.is_struct(column.type) for column in schema):
         return "image"
-    return "text" if set(TEXT_COLUMNS) & set(schema.names) or usual_pair(schema.names) else "table"
+    strings = [one.name for one in schema if pa.types.is_string(one.type) or pa.types.is_large_string(one.type)]
+    return "text" if set(TEXT_COLUMNS) & set(schema.names) or usual_pair(strings) else "table"
 
 
 def num_rows(folder: Path, split: str = "train") -> int:

@@ -307,7 +307,9 @@ def test_a_missing_text_is_told_by_its_place_in_the_file(tmp_path):
     texts = [f"text {i}" for i in range(60)]
     texts[37] = None
     pd.DataFrame({"text": texts, "label": [0, 1] * 30}).to_csv(tmp_path / "t.csv", index=False)
-    with pytest.raises(ValueError, match=r"1 of 60 rows of split 'train' have none \(first: row 37, counted from 0"):
+    with pytest.raises(
+        ValueError, match=r"1 of 60 rows of split 'train' .column text. have none \(first: row 37, counted from 0"
+    ):
         load_parts(DataConfig(path=str(tmp_path / "t.csv")), teachers_saw_train=False)
 
 
@@ -373,16 +375,22 @@ def test_pairs_of_texts_are_found_by_name_or_named(tmp_path):
     assert found == ["text-classification", ["premise", "hypothesis"]] and not parts.provenance["warnings"][1:]
     for part in (parts.train, parts.guide, parts.validation, parts.test):
         assert part.texts == [text.replace("two", "one") for text in part.pairs]
-    warned = columns_of(question=first, sentence=second, text=kinds)[0].provenance["warnings"][0]
-    assert "question and sentence are read, as a pair, and not text" in warned
+    warned = columns_of(question=first, sentence=second, topic=kinds)[0].provenance["warnings"][0]
+    assert "question and sentence are read, as a pair, and not topic" in warned and "of two" not in warned
+    joined = columns_of(question=first, passage=second, text=[f"{row} both" for row in first])
+    assert joined[1:] == ("text-classification", ["text"])  # somebody has joined them
+    assert columns_of(question1=kinds, question2=kinds, age=list(range(60)))[1] == "tabular-classification"
+    assert columns_of(premise=kinds, hypothesis=second)[1] == "text-classification"  # one premise, several hypotheses
     assert "data.input_column=[question,sentence] says that this is meant" in warned
     named = ["b", "a"]
     assert columns_of(a=first, b=second)[1:] == ("text-classification", named)
     assert columns_of(a=first, b=kinds)[1:] == ("tabular-classification", named)
     assert columns_of("text-classification", a=first, b=kinds)[1:] == ("text-classification", named)
-    named = ["sentence1", "sentence2"]
+    with pytest.raises(ValueError, match="text-classification cannot read a .*int64.*which `data.input_column` names"):
+        columns_of("text-classification", a=list(range(60)), b=first)
+    named = ["sentence2", "sentence1"]
     assert columns_of(sentence1=kinds, sentence2=kinds)[1:] == ("text-classification", named)
-    with pytest.raises(ValueError, match=r"1 of 60 rows of split 'train' have none \(first: row 7"):
+    with pytest.raises(ValueError, match=r"1 of 60 rows of split 'train' .column sentence2. have none \(first: row 7"):
         columns_of(sentence1=kinds, sentence2=[*kinds[:7], None, *kinds[8:]])
 
 
@@ -781,6 +789,13 @@ def test_without_the_hub_a_cached_copy_has_no_commit(monkeypatch, error):
     hub = Hub(monkeypatch, error)
     source = open_source("user/set", None, "v1")
     assert hub.loaded == ("user/set", None, "v1") and source.commit is None and source.license is None
+
+
+def test_a_split_without_the_second_text_is_told(tmp_path):
+    both = texts(30).rename_column("text", "premise").add_column("hypothesis", [f"two {row}" for row in range(30)])
+    path = saved(tmp_path / "pairs", train=both, test=both.remove_columns("hypothesis"))
+    with pytest.raises(ValueError, match="split 'test' has .*premise.*; got 'hypothesis'"):
+        load_parts(DataConfig(path))
 
 
 def test_another_column_of_texts_is_told_where_it_is_left_out(tmp_path):

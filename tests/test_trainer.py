@@ -483,7 +483,11 @@ def test_a_teacher_that_reads_text_itself_reads_both_of_a_pair(tmp_path):
 
     premises, hypotheses = ["a cat sat", "the dog ran far"] * 4, ["cat", "a dog", "the mat", "no cat"] * 2
     tokenizer = train_tokenizer(premises + hypotheses, vocab_size=100)
-    tiny_bert(16, len(tokenizer)).save_pretrained(tmp_path / "teacher")
+    teacher = tiny_bert(16, len(tokenizer)).eval()
+    with torch.no_grad():
+        for weight in teacher.parameters():  # or it says nearly the same of everything
+            weight.mul_(10 if weight.dim() == 2 else 1)
+    teacher.save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
     features = {name: datasets.Value("string") for name in ("premise", "hypothesis")}
     features["label"] = datasets.ClassLabel(names=["cat", "dog"])
@@ -495,11 +499,12 @@ def test_a_teacher_that_reads_text_itself_reads_both_of_a_pair(tmp_path):
         train_dataset=seen, guide_dataset=seen, processing_class=tokenizer,
     )  # fmt: skip
     trainer.train()
-    own = tiny_bert(16, len(tokenizer)).from_pretrained(tmp_path / "teacher").eval()
     with torch.no_grad():
-        expected = own(**tokenizer(premises, hypotheses, padding=True, return_tensors="pt")).logits
+        both = teacher(**tokenizer(premises, hypotheses, padding=True, return_tensors="pt")).logits
+        first = teacher(**tokenizer(premises, padding=True, return_tensors="pt")).logits
     found = trainer._outputs.lookup(torch.arange(8), torch.full((8,), -1))[0]
-    torch.testing.assert_close(found, expected.cpu(), atol=2e-3, rtol=0)  # they are kept as float16
+    torch.testing.assert_close(found, both, atol=1e-3, rtol=1e-3)  # they are kept as float16
+    assert (both - first).abs().amax(1).min() > 0.01
 
     def raw(rows):
         known = DatasetRows(rows, lambda samples: {"labels": torch.tensor([one["label"] for one in samples])}, None)
@@ -507,6 +512,8 @@ def test_a_teacher_that_reads_text_itself_reads_both_of_a_pair(tmp_path):
         return known.fingerprint
 
     assert raw(data) == raw(data) != raw(data.map(lambda row: {"hypothesis": row["hypothesis"] + "!"}))
+    with pytest.raises(ValueError, match="1 of 8 rows of column 'hypothesis' have none"):
+        raw(data.map(lambda row, place: {"hypothesis": None if place == 3 else "cat"}, with_indices=True))
 
 
 def test_a_plain_module_can_be_the_student(tmp_path, teachers):

@@ -51,9 +51,12 @@ _POSITIONS_AFTER_PADDING = ("roberta", "camembert", "longformer", "mpnet")
 
 
 def usual_pair(columns: Iterable[str]) -> list[str]:
-    """Of columns of strings the two that PAIR_COLUMNS says are a pair; [] for none."""
+    """Of columns of strings the two that PAIR_COLUMNS says are a pair; [] for none, and beside a `text` of which they
+    are no part: it may be both, joined.
+    """
     there = set(columns)
-    return next((list(pair) for pair in PAIR_COLUMNS if there.issuperset(pair)), [])
+    found = [list(pair) for pair in PAIR_COLUMNS if there.issuperset(pair)]
+    return next((pair for pair in found if "text" in pair or "text" not in there), [])
 
 
 def require_texts(texts: Sequence[Any], where: str) -> None:
@@ -198,9 +201,9 @@ class TextFeed:
     """Tokenises: `{"input_ids", "attention_mask"}` of `(batch, longest)`, and `token_type_ids` where the model takes
     them.
 
-    max_length: tokens kept of a text or pair, special tokens included, at least 2; of a pair that is longer, the longer
-    text loses its last ones. Padding goes to the longest row of the batch, on the tokenizer's side. Raises ValueError
-    if the tokenizer has no padding token.
+    max_length: tokens kept of a text or pair, special tokens included, at least 2, and more than a pair has of these;
+    of a pair that is longer, the longer text is cut first, then both. Padding goes to the longest row of the batch, on
+    the tokenizer's side. Raises ValueError if the tokenizer has no padding token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
