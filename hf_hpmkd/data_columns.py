@@ -104,8 +104,10 @@ def _pair(texts: list[str], named: list[str] | None, task: str, rows: Dataset) -
         return []
     meant = named is not None and any(set(named) == set(pair) for pair in PAIR_COLUMNS)
     if task == "auto" and not meant:
-        differ = [mostly_different(len(set(column_values(rows, name))), len(rows)) for name in found]
-        if not any(differ) or (named is not None and not all(differ)):
+        counts = [len(set(column_values(rows, name))) for name in found]
+        if named is None and max(counts) <= len(rows) / 2:
+            return []
+        if named is not None and not all(mostly_different(count, len(rows)) for count in counts):
             return []
     return list(found)
 
