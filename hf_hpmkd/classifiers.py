@@ -37,7 +37,14 @@ from hf_hpmkd.models import (
 from hf_hpmkd.tasks.base import Feed, Rows
 from hf_hpmkd.tasks.images import ImageFeed, ProcessorFeed
 from hf_hpmkd.tasks.tables import TableFeed
-from hf_hpmkd.tasks.text import MAX_TEXT_LENGTH, TextFeed, most_positions, require_words, train_tokenizer
+from hf_hpmkd.tasks.text import (
+    MAX_TEXT_LENGTH,
+    TextFeed,
+    most_positions,
+    require_words,
+    train_tokenizer,
+    without_unknown_inputs,
+)
 from hf_hpmkd.vocabulary import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TEXT_CLASSIFICATION
 
 _AUTO_MODEL = {
@@ -381,6 +388,7 @@ def _own_feed(request: _Request, source: str, config: PretrainedConfig) -> Feed:
         return ProcessorFeed(request.processor or AutoImageProcessor.from_pretrained(source, **request.hub))
     tokenizer = request.processor or AutoTokenizer.from_pretrained(source, **request.hub)
     require_words(tokenizer, source)
+    without_unknown_inputs(tokenizer, config)
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token  # decoders have none, and the mask hides what is padded
     if config.pad_token_id is None:

@@ -49,6 +49,13 @@ class DataParts:
     num_views: int = 0
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def kind(self) -> str:
+        """The task in words: of pairs of texts also the columns that they are read from."""
+        columns = self.provenance.get("input_columns", [])
+        is_pair = self.task == TEXT_CLASSIFICATION and len(columns) == 2
+        return f"{self.task} of pairs ({', '.join(columns)})" if is_pair else self.task
+
     def fingerprints(self, unread: Collection[str] = (), parts: Sequence[str] = PARTS) -> dict[str, str]:
         """Part -> fingerprint (hex) of its rows and labels; of those in `unread`, whose rows are many and are not read
         before they are needed, of the labels alone.
@@ -93,7 +100,9 @@ def load_parts(
         for split, rows in splits.items():  # in a part, which is drawn, nobody would find the row
             for column in columns:
                 if rows.data.column(column).null_count:
-                    require_texts(column_values(rows, column), f" of split {split!r} (column {column})")
+                    told = config.input_column is None and len(columns) == 2
+                    alone = f" data.input_column={columns[0]} reads that text alone." if told else ""
+                    require_texts(column_values(rows, column), f" of split {split!r} (column {column})", alone)
     if config.max_length is not None and task != TEXT_CLASSIFICATION:
         raise ValueError(f"`data.max_length` is for texts, and this is {task}. Leave it out.")
     augmentation = _choose_augmentation(config, task, splits[chosen["train"]], columns)

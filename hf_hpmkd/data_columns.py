@@ -13,6 +13,7 @@ from hf_hpmkd.tasks.text import PAIR_COLUMNS, TEXT_COLUMNS, usual_pair
 from hf_hpmkd.vocabulary import IMAGE_CLASSIFICATION, TABULAR_CLASSIFICATION, TEXT_CLASSIFICATION
 
 Columns = str | list[str] | None
+_TWO = "data.input_column=[A,B] task.type=text-classification"
 _INDEX_NAMES = ("Unnamed: 0", "__index_level_0__")  # pandas' for an index that was written along
 _FEW_ROWS = 20  # whose numbers may count them by chance, and of whose words nothing can be said
 _FEW_ODD = 0.1  # of the different values of a column
@@ -61,6 +62,9 @@ def choose_input(
     texts = [name for name, feature in candidates.items() if _is_string(feature)]
     usual = [name for name in TEXT_COLUMNS if name in texts and named is None]
     pair = _pair(texts, named, task, rows)
+    notes = []
+    if task == "auto" and pair and named is not None:
+        notes = ["The two columns are read as a pair of texts; task.type=tabular-classification makes a table of them."]
     if task == "auto":
         text = usual or pair or (texts and not isinstance(input_column, list) and len(candidates) == 1)
         task = IMAGE_CLASSIFICATION if images else TEXT_CLASSIFICATION if text else TABULAR_CLASSIFICATION
@@ -79,11 +83,11 @@ def choose_input(
         raise ValueError(f"{task} cannot read {odd}, which `data.input_column` names. Leave it out, or convert it.")
     left_out = [name for name in texts if task == TEXT_CLASSIFICATION and name not in found]
     if not left_out:
-        return task, found, []
+        return task, found, notes
     if found is pair:
         told, meant, more = f"{found[0]} and {found[1]} are read, as a pair,", f"[{','.join(found)}]", ""
     else:
-        told, meant, more = f"{found[0]} alone is read,", found[0], "two, name both: data.input_column=[A,B]; of "
+        told, meant, more = f"{found[0]} alone is read,", found[0], f"two, name both ({_TWO}); of "
     return (
         task,
         found,
@@ -96,18 +100,19 @@ def choose_input(
 
 def _pair(texts: list[str], named: list[str] | None, task: str, rows: Dataset) -> list[str]:
     """The two columns, if there are such, that make a pair of texts: two that are named, or the usual ones. Words that
-    come again are of a table, unless the names or the task say otherwise: in both of the usual ones, or in one of two
-    others (the other may be a name of each row). texts: the columns of strings, of the named ones where there are some.
+    come again are of a table, unless the names or the task say otherwise: where most rows have the same two of the
+    usual ones as others have, or where one of two others is not different in most rows (the other may be a name of each
+    row). texts: the columns of strings, of the named ones where there are some.
     """
     found = usual_pair(texts) if named is None else named
-    if len(found) != 2 or not set(found) <= set(texts):
+    if len(set(found)) != 2 or not set(found) <= set(texts):
         return []
     meant = named is not None and any(set(named) == set(pair) for pair in PAIR_COLUMNS)
     if task == "auto" and not meant:
-        counts = [len(set(column_values(rows, name))) for name in found]
-        if named is None and max(counts) <= len(rows) / 2:
+        values = [column_values(rows, name) for name in found]
+        if named is None and len(set(zip(*values, strict=True))) <= len(rows) / 2:
             return []
-        if named is not None and not all(mostly_different(count, len(rows)) for count in counts):
+        if named is not None and not all(mostly_different(len(set(one)), len(rows)) for one in values):
             return []
     return list(found)
 
@@ -143,8 +148,7 @@ def _table_columns(candidates: dict[str, Any], rows: Dataset, chosen: bool) -> t
         odd = ", ".join(f"{name} ({candidates[name]})" for name in left_out) or "no column"
         raise ValueError(
             f"A table needs feature columns of numbers, truth values or words that come again, got {odd}. If one holds "
-            "texts to classify, name it: data.input_column=COLUMN; two that make a pair: data.input_column=[A,B] "
-            "task.type=text-classification."
+            f"texts to classify, name it: data.input_column=COLUMN; two that make a pair: {_TWO}."
         )
     return usable, notes
 

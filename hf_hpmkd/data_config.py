@@ -26,7 +26,7 @@ class DataConfig:
         default=None,
         description="Column of the images or texts, the two of pairs of texts, or the list of a table's feature "
         "columns. Default: the image column; else `premise` and `hypothesis`, `sentence1` and `sentence2` or another "
-        "usual pair; else `text` or `sentence`; else all but the label.",
+        "usual pair, unless there is a `text` beside them; else `text` or `sentence`; else all but the label.",
     )
     label_column: str = Field(default="label", description="Column of the classes.", min_length=1)
     train_split: str = Field(default="train", description="Split to train on.", min_length=1)

@@ -219,6 +219,22 @@ class DatasetRows(Rows):
         return digest.hexdigest(), torch.cat(labels)
 
 
+def will_be_read_raw(rows: Rows, guide: Rows | None) -> None:
+    """`DatasetRows.will_be_read_raw` of training and guide rows. Raises ValueError where a teacher would read other
+    columns of the one than of the other: it would be trusted by answers to something else.
+    """
+    parts = [part for part in (rows, guide) if isinstance(part, DatasetRows)]
+    read = [part.raw_columns for part in parts]
+    if len(read) == 2 and read[0] != read[1]:
+        told = " and of the guide rows ".join(", ".join(columns) or "none" for columns in read)
+        raise ValueError(
+            f"Teachers that read texts or images themselves must read the same columns of both data sets; they would "
+            f"read {told}. Keep the same columns in both."
+        )
+    for part in parts:
+        part.will_be_read_raw()
+
+
 def student_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """A batch without labels and row ids."""
     return {key: value for key, value in batch.items() if key not in ("labels", ROW_KEY, VIEW_KEY)}

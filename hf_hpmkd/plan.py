@@ -114,9 +114,7 @@ def _data_lines(recipe: Recipe, parts: DataParts | None, rows: Rows | None) -> l
             f"Data     {classes}; not on this disk, so not opened",
             f"         train: {f'at most {limit:,} rows' if limit else 'unknown until the data is loaded'}",
         ]
-    columns = parts.provenance.get("input_columns", [])
-    pairs = f" of pairs ({', '.join(columns)})" if parts.task == TEXT_CLASSIFICATION and len(columns) == 2 else ""
-    lines = [f"Data     {parts.task}{pairs}, {len(parts.class_names)} classes"]
+    lines = [f"Data     {parts.kind}, {len(parts.class_names)} classes"]
     for part in PARTS:
         lines.append(
             f"         {part:11}{len(getattr(parts, part)):>9,} rows   {parts.provenance['parts'][part]['how']}"

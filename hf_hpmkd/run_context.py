@@ -17,7 +17,6 @@ from hf_hpmkd.run_environment import environment
 from hf_hpmkd.run_memory import RunMemory
 from hf_hpmkd.run_record import RECORD_FILE, JobRecord, RunRecord, Status, TeacherRecord
 from hf_hpmkd.teacher_kinds import Teacher
-from hf_hpmkd.vocabulary import TEXT_CLASSIFICATION
 
 
 class Run:
@@ -70,9 +69,7 @@ class Run:
 
     def describe_data(self, parts: DataParts) -> None:
         sizes = ", ".join(f"{name} {len(getattr(parts, name))}" for name in ("train", "guide", "validation", "test"))
-        columns = parts.provenance.get("input_columns", [])
-        pairs = f" of pairs ({', '.join(columns)})" if parts.task == TEXT_CLASSIFICATION and len(columns) == 2 else ""
-        self.say(f"{parts.task}{pairs}, {len(parts.class_names)} classes; rows: {sizes}.")
+        self.say(f"{parts.kind}, {len(parts.class_names)} classes; rows: {sizes}.")
         for warning in parts.provenance.get("warnings", []):
             self.warn(warning)
 

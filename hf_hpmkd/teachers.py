@@ -32,7 +32,7 @@ from hf_hpmkd.sklearn_teachers import SAVED_TYPES, SklearnTeacher, load_skops, t
 from hf_hpmkd.tasks.base import Feed, Rows
 from hf_hpmkd.tasks.images import ImageFeed, ProcessorFeed
 from hf_hpmkd.tasks.tables import TableFeed
-from hf_hpmkd.tasks.text import NO_TOKENIZER, TextFeed, most_positions, require_words
+from hf_hpmkd.tasks.text import NO_TOKENIZER, TextFeed, most_positions, require_words, without_unknown_inputs
 from hf_hpmkd.teacher_kinds import (
     ColumnTeacher,
     FoldedTeacher,
@@ -317,6 +317,7 @@ def _text_feed(source: str, config: PretrainedConfig, kwargs: dict[str, Any]) ->
     except OSError as error:
         raise FileNotFoundError(NO_TOKENIZER.format(source)) from error
     require_words(tokenizer, source)
+    without_unknown_inputs(tokenizer, config)
     return TextFeed(tokenizer, min(_MOST_TOKENS, tokenizer.model_max_length, most_positions(config) or _MOST_TOKENS))
 
 

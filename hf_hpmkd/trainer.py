@@ -22,13 +22,13 @@ from hf_hpmkd.class_names import are_generic, require_same_classes
 from hf_hpmkd.dataset_rows import (
     ROW_KEY,
     VIEW_KEY,
-    DatasetRows,
     RowIdCollator,
     RowIdDataset,
     as_rows,
     fetcher,
     parameters_of,
     student_inputs,
+    will_be_read_raw,
 )
 from hf_hpmkd.distiller import Batch, Distiller, GuideRows, TeacherOutputs, check_guide
 from hf_hpmkd.heads import require_outputs
@@ -263,9 +263,7 @@ class HPMKDTrainer(Trainer):
             require_same_classes("The guide rows", guide.class_names, rows.class_names)
         teachers = [as_teacher(teacher, rows, device=self.args.device) for teacher in self.teachers]
         if any(reads_raw(one) for one in teachers):
-            for part in (rows, guide):
-                if isinstance(part, DatasetRows):
-                    part.will_be_read_raw()
+            will_be_read_raw(rows, guide)
         name_apart(teachers)
         cache = self.teacher_cache or TeacherCache(self.args.teacher_cache_dir)
         capture: dict[str, Any] = {

@@ -380,10 +380,18 @@ def test_pairs_of_texts_are_found_by_name_or_named(tmp_path):
     joined = columns_of(question=first, passage=second, text=[f"{row} both" for row in first])
     assert joined[1:] == ("text-classification", ["text"])  # somebody has joined them
     assert columns_of(question1=kinds, question2=kinds, age=list(range(60)))[1] == "tabular-classification"
+    crossed = {"premise": first[:10] * 6, "hypothesis": [text for text in second[:6] for _ in range(10)]}
+    assert columns_of(**crossed)[1] == "text-classification"  # each with each
+    with pytest.raises(
+        ValueError, match=r"column hypothesis\) have none .* data.input_column=premise reads that text alone"
+    ):
+        columns_of(premise=first, hypothesis=[None, *second[1:]])
     assert columns_of(premise=kinds, hypothesis=second)[1] == "text-classification"  # one premise, several hypotheses
     assert "data.input_column=[question,sentence] says that this is meant" in warned
     named = ["b", "a"]
-    assert columns_of(a=first, b=second)[1:] == ("text-classification", named)
+    parts, *found = columns_of(a=first, b=second)
+    assert found == ["text-classification", named] and parts.kind == "text-classification of pairs (b, a)"
+    assert "task.type=tabular-classification makes a table of them" in parts.provenance["warnings"][0]
     assert columns_of(a=first, b=kinds)[1:] == ("tabular-classification", named)
     assert columns_of("text-classification", a=first, b=kinds)[1:] == ("text-classification", named)
     with pytest.raises(ValueError, match="text-classification cannot read a .*int64.*which `data.input_column` names"):

@@ -295,7 +295,9 @@ def fresh_predictions(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fresh")
     rows = [{"text": f"{word} number {i}", "label": word} for i in range(20) for word in ("cat", "dog")]
     pd.DataFrame(rows).to_csv(folder / "texts.csv", index=False)
-    pairs = [{"premise": row["text"], "hypothesis": row["label"], "label": row["label"]} for row in rows]
+    pairs = [
+        {"premise": f"number {i}", "hypothesis": row["label"], "label": row["label"]} for i, row in enumerate(rows)
+    ]
     pd.DataFrame(pairs).to_csv(folder / "pairs.csv", index=False)
     for kind in ("text", "pair"):
         recipe = {"data": {"path": str(folder / f"{kind}s.csv")}, "student": {"model": "bert-1x16"}}
@@ -313,11 +315,11 @@ def fresh_predictions(tmp_path_factory):
         "import sys, json, hf_hpmkd, PIL.Image\n"
         "from transformers import pipeline\n"
         "raw = {'image': PIL.Image.new('RGB', (40, 30)), 'text': 'a dog and a cat'}\n"
-        "raw['pair'] = {'text': 'The premise.', 'text_pair': 'The hypothesis.'}\n"
+        "raw['pair'] = [{'text': 'number 3', 'text_pair': word} for word in ('cat', 'dog')]\n"
         "kinds = {'image': 'image', 'text': 'text', 'pair': 'text'}\n"
         "found = {task: pipeline(f'{kinds[task]}-classification', model=f'{sys.argv[1]}/{task}/student')(raw[task])"
         " for task in raw}\n"
-        "found['pair'] = [found['pair']]\n"
+        "assert found['pair'][0] != found['pair'][1]  # the second text is read\n"
         "print(json.dumps({task: [one['label'] for one in answers] for task, answers in found.items()}))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

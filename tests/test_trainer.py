@@ -506,6 +506,12 @@ def test_a_teacher_that_reads_text_itself_reads_both_of_a_pair(tmp_path):
     torch.testing.assert_close(found, both, atol=1e-3, rtol=1e-3)  # they are kept as float16
     assert (both - first).abs().amax(1).min() > 0.01
 
+    with pytest.raises(ValueError, match="read premise, hypothesis and of the guide rows premise. Keep the same"):
+        HPMKDTrainer(
+            tiny_bert(8, len(tokenizer)), str(tmp_path / "teacher"), tiny.arguments(tmp_path), train_dataset=seen,
+            guide_dataset=seen.remove_columns("hypothesis"), processing_class=tokenizer,
+        ).train()  # fmt: skip
+
     def raw(rows):
         known = DatasetRows(rows, lambda samples: {"labels": torch.tensor([one["label"] for one in samples])}, None)
         known.will_be_read_raw()

@@ -59,14 +59,22 @@ def usual_pair(columns: Iterable[str]) -> list[str]:
     return next((pair for pair in found if "text" in pair or "text" not in there), [])
 
 
-def require_texts(texts: Sequence[Any], where: str) -> None:
-    """Raises ValueError where a row has none. where: words behind "rows", for the message."""
+def require_texts(texts: Sequence[Any], where: str, way_out: str = "") -> None:
+    """Raises ValueError where a row has none. where, way_out: words behind "rows" and at the end, for the message."""
     wrong = [row for row, text in enumerate(texts) if not isinstance(text, str)]
     if wrong:
         raise ValueError(
             f"Every row needs a text; {len(wrong):,} of {len(texts):,} rows{where} have none (first: row {wrong[0]}, "
-            f"counted from 0, {texts[wrong[0]]!r}). Remove them, or write an empty text."
+            f"counted from 0, {texts[wrong[0]]!r}). Remove them, or write an empty text.{way_out}"
         )
+
+
+def without_unknown_inputs(tokenizer: Any, config: PretrainedConfig) -> None:
+    """Takes token types from a tokenizer, in place, whose model knows one alone (RoBERTa's kind): those of a pair's
+    second text are another, for which it has no embedding. A tokenizer of one's own gives them unless told otherwise.
+    """
+    if getattr(config, "type_vocab_size", None) == 1:
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
 
 
 def require_words(tokenizer: Any, source: str) -> None:
@@ -198,8 +206,8 @@ class EncodedTexts:
 
 
 class TextFeed:
-    """Tokenises: `{"input_ids", "attention_mask"}` of `(batch, longest)`, and `token_type_ids` where the model takes
-    them.
+    """Tokenises: `{"input_ids", "attention_mask"}` of `(batch, longest)`, and `token_type_ids` where the
+    tokenizer gives them.
 
     max_length: tokens kept of a text or pair, special tokens included, at least 2, and more than a pair has of these;
     of a pair that is longer, the longer text is cut first, then both. Padding goes to the longest row of the batch, on

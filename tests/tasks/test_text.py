@@ -3,10 +3,10 @@
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerFast, RobertaConfig, T5Config
+from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerFast, RobertaConfig, RobertaModel, T5Config
 
 from hf_hpmkd.tasks import FedDataset, TextFeed, TextRows, train_tokenizer
-from hf_hpmkd.tasks.text import most_positions
+from hf_hpmkd.tasks.text import most_positions, without_unknown_inputs
 
 NAMES = ["bad", "good"]
 TEXTS = [
@@ -65,6 +65,18 @@ def test_pairs_equal_the_tokenizers_own(tokenizer, max_length):
 def test_token_types_only_where_the_model_takes_them(tokenizer):
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     assert set(TextFeed(tokenizer, 8)({"text": TEXTS})) == {"input_ids", "attention_mask"}
+
+
+def test_a_model_of_one_token_type_gets_none(tokenizer):
+    """RoBERTa's kind has no embedding for the type of a pair's second text, and a tokenizer of one's own gives it."""
+    without_unknown_inputs(tokenizer, BertConfig())
+    assert "token_type_ids" in TextFeed(tokenizer, 8)({"text": TEXTS, "text_pair": PAIRS})
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+    config = RobertaConfig(vocab_size=len(tokenizer), type_vocab_size=1, **sizes)
+    without_unknown_inputs(tokenizer, config)
+    seen = TextFeed(tokenizer, 16)({"text": TEXTS, "text_pair": PAIRS})
+    assert set(seen) == {"input_ids", "attention_mask"}
+    assert RobertaModel(config).eval()(**seen).last_hidden_state.isfinite().all()
 
 
 def test_padding_uses_the_tokenizers_values(tokenizer):
