@@ -244,6 +244,7 @@ def _auto(settings: Settings, runs: TableRuns, prior: Path, direct: dict[str, An
             "trials": [asdict(one) for one in auto.trials],
             "trial_seconds": auto.seconds,
             "deciding_seconds": auto.deciding_seconds,
+            "seeds": auto.seeds,
             "extra_steps": auto.extra_steps,
             "total_steps": auto.total_steps,
         }
@@ -262,7 +263,7 @@ def _auto(settings: Settings, runs: TableRuns, prior: Path, direct: dict[str, An
             teachers=teachers,
             guide=runs.parts.guide if teachers else None,
         )
-        size, needed = run.recipe.training.eval_batch_size, proof_needed(run.recipe)
+        size, needed = run.recipe.training.eval_batch_size, proof_needed(run.recipe, auto)
         proof = judge_students(plain.classifier, trained.classifier, runs.parts, size, needed)
         unproven = float(runs.right(trained, runs.parts.test).float().mean())
         about |= {"lead": proof.gain, "lead_error": proof.standard_error, "lead_needed": proof.needed}

@@ -249,7 +249,7 @@ class Workplace:
         result.seconds = trained.seconds
         if direct is not None and plain is not None and not is_direct(asked, recipe):
             result.seconds += plain.seconds
-            size, proof = recipe.training.eval_batch_size, proof_needed(asked)
+            size, proof = recipe.training.eval_batch_size, proof_needed(asked, run.record.auto)
             run.record.kept = judge_students(plain.classifier, trained.classifier, self.parts, size, proof)
             if run.record.kept.kept == "direct":
                 give_way(job.student, direct, given_up)

@@ -243,7 +243,7 @@ def _run(run: Run) -> None:
     run.keep_start(build_warm.share, build_warm.origin)
     run.keep_weights(trained["student"], guides)
     if recipe.distillation.keep == "better" and "direct" in trained and not is_direct(recipe, chosen):
-        keep_better(run, parts, trained, proof_needed(recipe))
+        keep_better(run, parts, trained, proof_needed(recipe, record.auto))
 
     with run.phase("report"):
         classifiers = {name: one.classifier for name, one in trained.items()}

@@ -21,7 +21,8 @@ from hf_hpmkd.heads import FeatureReader, find_classifier_head
 from hf_hpmkd.losses import entropy, feature_loss, kd_loss, log_mixture
 from hf_hpmkd.training_args import HPMKDTrainingArguments
 
-_GATE_WARMUP_BATCH = 256
+GATE_WARMUP_BATCH = 256
+"""Guide rows of an update of the gate before the first step."""
 _STATE_FORMAT = 1
 
 
@@ -162,7 +163,7 @@ class Distiller:
                 self.ensemble.calibrated(self.guide.teacher_logits),
                 self.guide.labels,
                 self.args.gate_warmup_steps,
-                _GATE_WARMUP_BATCH,
+                GATE_WARMUP_BATCH,
             )
         if self.ensemble.gate is not None:
             _broadcast(self.ensemble.gate)
@@ -307,7 +308,7 @@ class Distiller:
         was_training = self.student.training
         self.student.eval()
         features, logits = [], []
-        for part in chosen.split(_GATE_WARMUP_BATCH):
+        for part in chosen.split(GATE_WARMUP_BATCH):
             inputs = self.guide.fetch(part)
             outputs = self.student(**inputs)
             logits.append(outputs["logits"] if isinstance(outputs, dict) else outputs[0])

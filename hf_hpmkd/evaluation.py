@@ -117,6 +117,15 @@ def teacher_logits(
     return stored.lookup(everything, torch.full_like(everything, UNAUGMENTED))
 
 
+def taught_logits(
+    teachers: Sequence[Teacher], rows: Rows, recipe: Recipe, cache: TeacherCache, say: Callable[[str], None]
+) -> torch.Tensor:
+    """The same of training rows without views, as a student hears them: in the recipe's mode."""
+    everything = torch.arange(len(rows))
+    stored = _outputs(teachers, rows, recipe, cache, say, recipe.distillation.teacher_outputs, 0)
+    return stored.lookup(everything, torch.full_like(everything, UNAUGMENTED))
+
+
 def capture(
     teacher: Teacher, part: str, view: int | None, parts: DataParts, recipe: Recipe, cache: TeacherCache
 ) -> None:

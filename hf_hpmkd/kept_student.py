@@ -3,8 +3,8 @@
 Soft targets can hurt, most of all students that cannot even fit the labels. The direct training is there to compare
 with, so its student may take the place of the other; validation rows decide, and test rows stay closed. Where the
 adaptive configuration has chosen, the burden of proof is the other way round, because the best of several tries looks
-better than it is on the rows that chose it; so the guide rows are asked too, by which no try was judged: they only
-weigh and calibrate the teachers.
+better than it is on the rows that chose it; so the guide rows, which weigh and calibrate the teachers, are asked too.
+Tries that were whole trainings are evidence as well: other pairs of students, trained in the same two ways.
 """
 
 import dataclasses
@@ -26,25 +26,47 @@ from hf_hpmkd.training_folder import done_file, give_way
 DISTILLED = "distilled"
 
 
-def rows_right(classifier: Classifier, parts: DataParts, batch_size: int, proof: float | None = None) -> torch.Tensor:
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """What a distilled student has to show to be kept. errors: standard errors by which it must be better than the
+    directly trained one. pairs: whole trainings in both ways that tries have compared before, on the same rows; gain,
+    standard_error: what they showed, in points.
+    """
+
+    errors: float
+    pairs: int = 0
+    gain: float = 0.0
+    standard_error: float = 0.0
+
+    def needed(self, error: float) -> float:
+        """The gain, in points, that the student must exceed. error: the standard error of its own.
+
+        Gain and error are means over all pairs. As the rows are the same, the error of the mean is taken to be the mean
+        of the errors, its upper bound. However much tries have shown, no student is kept that looks no better itself.
+        """
+        together = self.errors * (self.pairs * self.standard_error + error) - self.pairs * self.gain
+        return max(together, 0.0) if self.pairs else together
+
+
+def rows_right(classifier: Classifier, parts: DataParts, batch_size: int, proof: Proof | None = None) -> torch.Tensor:
     """Which of the rows that decide it answers right, bool `(rows,)`: the validation rows, and where a proof is asked
-    for the guide rows after them, by which no try was judged.
+    for the guide rows after them.
     """
     asked = [parts.validation] if proof is None else [parts.validation, parts.guide]
     return torch.cat([answers_right(classifier, rows, batch_size) for rows in asked])
 
 
-def judge(direct: torch.Tensor, distilled: torch.Tensor, proof: float | None = None) -> KeptRecord:
+def judge(direct: torch.Tensor, distilled: torch.Tensor, proof: Proof | None = None) -> KeptRecord:
     """Which of two to keep, by the rows that each answered right, bool `(rows,)`, at least one.
 
     The direct one only where it is better by more than a standard error of the paired difference; with `proof`, unless
-    the distilled one is better by so many standard errors. The error is that of these two models, which are there to be
-    chosen from: how other trainings might have ended is no matter.
+    the distilled one shows what that asks for. The error is that of these two models, which are there to be chosen
+    from: how other trainings might have ended is no matter.
     """
     is_better, loss, error = surely_better(direct.tolist(), distilled.tolist())
     needed = None
     if proof is not None:
-        needed = 100 * proof * error
+        needed = proof.needed(100 * error)
         is_better = -100 * loss <= needed
     return KeptRecord(
         kept="direct" if is_better else "distilled",
@@ -61,7 +83,7 @@ def distilled_folder(folder: Path) -> Path:
     return moved if done_file(moved).is_file() else folder / "student"
 
 
-def keep_better(run: Run, parts: DataParts, trained: dict[str, Trained], proof: float | None = None) -> None:
+def keep_better(run: Run, parts: DataParts, trained: dict[str, Trained], proof: Proof | None = None) -> None:
     """Keeps the better of `direct` and `student`, as `judge` says; where it is the first, the second becomes
     `distilled`.
     """
@@ -80,7 +102,7 @@ def keep_better(run: Run, parts: DataParts, trained: dict[str, Trained], proof: 
 
 
 def judge_students(
-    direct: Classifier, distilled: Classifier, parts: DataParts, batch_size: int, proof: float | None = None
+    direct: Classifier, distilled: Classifier, parts: DataParts, batch_size: int, proof: Proof | None = None
 ) -> KeptRecord:
     """`judge` by the rows that decide it."""
     right, other = (rows_right(one, parts, batch_size, proof) for one in (direct, distilled))

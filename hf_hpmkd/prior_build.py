@@ -25,11 +25,11 @@ from hf_hpmkd.components.adaptive_configuration import CONTENDERS, DIRECT, EARLY
 from hf_hpmkd.components.progressive_chain import estimate_gain
 from hf_hpmkd.configuration_examples import SCHEMA, prior_row, write_prior
 from hf_hpmkd.meta_features import LANDMARK, landmark_features
-from hf_hpmkd.quick_validation import landmark_loss
 from hf_hpmkd.recipe import MIN_STEPS, Recipe, read_recipe, recipe_tree
 from hf_hpmkd.recipe_rules import usual_learning_rate
 from hf_hpmkd.run_environment import code_commit, environment
 from hf_hpmkd.run_record import write_whole
+from hf_hpmkd.student_features import landmark_loss
 from hf_hpmkd.table_runs import TableRuns, kind_of, num_rows, spare_time, table_folders
 from hf_hpmkd.vocabulary import LEGAL_SCHEDULES
 

@@ -8,7 +8,6 @@ figures, and keeps them in the run's folder `auto/`, so that an interrupted sear
 
 import dataclasses
 import json
-import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -25,7 +24,6 @@ from accelerate.utils import broadcast_object_list
 from hf_hpmkd.chain_probes import StudentBuilder
 from hf_hpmkd.chain_stages import Stages, WarmBuild
 from hf_hpmkd.classifier_training import student_schedule, total_steps, train_or_load
-from hf_hpmkd.classifiers import Classifier
 from hf_hpmkd.components.adaptive_configuration import (
     DIRECT,
     SPACE,
@@ -45,14 +43,16 @@ from hf_hpmkd.data import DataParts
 from hf_hpmkd.evaluation import student_logits, teacher_logits
 from hf_hpmkd.expected_gain import Predictor, contended, most_alike, portfolio, predictor
 from hf_hpmkd.heads import find_classifier_head
-from hf_hpmkd.meta_features import LANDMARK, data_features, landmark_features, size_features, teacher_features
+from hf_hpmkd.kept_student import Proof
+from hf_hpmkd.meta_features import LANDMARK, landmark_features
 from hf_hpmkd.model_cost import training_flops
 from hf_hpmkd.recipe import Recipe
 from hf_hpmkd.recipe_rules import uses_teachers, usual_learning_rate
 from hf_hpmkd.run_context import Run
 from hf_hpmkd.run_record import AutoRecord, TrialRecord
-from hf_hpmkd.search_budget import budget_steps, halving, most_candidates
-from hf_hpmkd.tasks.base import Rows
+from hf_hpmkd.search_budget import at_once, budget_steps, halving, most_candidates, stacked_steps
+from hf_hpmkd.stacked_tries import answers_at_once, can_stand, can_try_at_once
+from hf_hpmkd.student_features import accuracy_at, features_before, landmark_loss
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
 from hf_hpmkd.training_folder import done_file, move_training, write_json
 
@@ -68,7 +68,6 @@ PROOF = 1.5
 """Standard errors by which its student must then be better than the directly trained one. With one, more runs lose,
 some by over half a point; two give up more gain than they spare loss (on rows of the training splits of 33 tables)."""
 
-_FEATURE_ROWS, _FEATURE_VALUES = 2_000, 20_000_000  # at most; their moments take nine times the bytes of the values
 _FACTORS = ("learning_rate", "weight_decay")
 _SECTION = {name: "training" if name in _FACTORS else "distillation" for name in SPACE} | {"warm_start": "chain"}
 _TAUGHT = tuple(name for name, section in _SECTION.items() if section == "distillation")
@@ -105,11 +104,15 @@ def is_direct(recipe: Recipe, chosen: Recipe) -> bool:
     return recipe.auto.mode != "off" and plain and chosen.training == recipe.training
 
 
-def proof_needed(recipe: Recipe) -> float | None:
-    """Standard errors by which the student must be better than the directly trained one, to be kept. None where the
-    recipe itself asks to distil: then it is kept unless it is surely worse.
+def proof_needed(recipe: Recipe, auto: AutoRecord | None) -> Proof | None:
+    """What the student has to show beside the directly trained one, to be kept. None where the recipe itself asks to
+    distil: then it is kept unless it is surely worse. auto: how it was chosen.
     """
-    return PROOF if recipe.auto.mode != "off" and "alpha" in free_fields(recipe) else None
+    if auto is None or recipe.auto.mode == "off" or "alpha" not in free_fields(recipe):
+        return None
+    chosen = str(Configuration(**auto.configuration))
+    tried = [one for one in auto.trials if one.name == chosen] if auto.seeds else []
+    return Proof(PROOF, auto.seeds, tried[0].gain, tried[0].standard_error) if tried else Proof(PROOF)
 
 
 def with_values(recipe: Recipe, overrides: dict[str, dict[str, Any]]) -> Recipe:
@@ -129,6 +132,11 @@ def _left_at_default(recipe: Recipe) -> list[str]:
     usual = usual_learning_rate(recipe.student.model, recipe.student.pretrained)
     defaults["training"] = {**defaults["training"], "learning_rate": usual}
     return [name for name in SPACE if getattr(sections[_SECTION[name]], name) == defaults[_SECTION[name]][name]]
+
+
+def own_can_stand(recipe: Recipe) -> bool:
+    """Whether the recipe's own configuration, where it is a candidate, can be tried in a stack."""
+    return set(_TAUGHT) <= set(_left_at_default(recipe)) or can_stand(configuration_of(recipe))
 
 
 def configuration_of(recipe: Recipe) -> Configuration:
@@ -153,57 +161,6 @@ def _candidates_from(examples: Sequence[Example]) -> str:
     """Ends a sentence on where expectations come from."""
     sets = len({next(iter(of.values())).data for of in contended(examples)})
     return f"; candidates from a portfolio learned on {sets} data sets of it" if sets else ""
-
-
-# ---- meta-features ---------------------------------------------------------------------------------------------------
-
-
-def features_before(
-    parts: DataParts, student: Classifier, guide_logits: torch.Tensor, teachers: Sequence[Teacher],
-    train_accuracy: float | None, steps: int, learning_rate: float, warm_start: bool,
-) -> dict[str, float]:  # fmt: skip
-    """The meta-features that no training of the student is needed for. guide_logits: `(teachers, rows, classes)`.
-    train_accuracy: of the teachers on the rows that teach, mean; None where unknown. learning_rate: the recipe's.
-    warm_start: whether a student that hears them begins with the weights of one.
-    """
-    return {
-        "log_learning_rate": math.log10(learning_rate),
-        "warm_start": float(warm_start),
-        **data_features(parts.train.labels, len(parts.class_names), _inputs(student, parts.train)),
-        **size_features([one.num_params for one in teachers], student.num_params, steps),
-        **teacher_features(guide_logits, parts.guide.labels, train_accuracy),
-    }
-
-
-def _inputs(student: Classifier, rows: Rows) -> np.ndarray | None:
-    """Evenly spaced rows as quantities that the student sees, `(rows, columns)`; None where it sees none (tokens)."""
-
-    def fed(indices: torch.Tensor) -> torch.Tensor:
-        seen = student.feed(rows.raw(indices)).values()
-        quantities = [value.flatten(1) for value in seen if value.is_floating_point()]
-        return torch.cat(quantities, dim=1) if quantities else torch.empty(len(indices), 0)
-
-    columns = fed(torch.zeros(1, dtype=torch.long)).shape[1]
-    if not columns:
-        return None
-    count = min(len(rows), _FEATURE_ROWS, max(2, _FEATURE_VALUES // columns))
-    return fed(torch.linspace(0, len(rows) - 1, count).long()).numpy()
-
-
-def accuracy_at(curve: Sequence[dict[str, float]], step: int) -> float:
-    """On validation rows, as a training measured it, of the weights that it had then. Raises ValueError where it did
-    not measure then.
-    """
-    for row in curve:
-        if row["step"] == step and "eval_accuracy" in row:
-            return row["eval_accuracy"]
-    raise ValueError(f"The training must have measured its accuracy after step {step}, it did not.")
-
-
-def landmark_loss(curve: Sequence[dict[str, float]], step: int) -> float:
-    """Mean training loss of the last three log lines up to a step."""
-    losses = [row["loss"] for row in curve if "loss" in row and row["step"] <= step]
-    return float(np.mean(losses[-3:])) if losses else math.nan
 
 
 # ---- the search ------------------------------------------------------------------------------------------------------
@@ -238,12 +195,17 @@ class _Search:
         self.total = total_steps(self.recipe, student_schedule(self.recipe), len(parts.train))
         self.blueprint = build_student(meta=True)
         rows_per_step = self.recipe.training.batch_size * self.recipe.training.gradient_accumulation_steps
-        operations = training_flops(self.blueprint, parts.train) * rows_per_step
+        self.operations = training_flops(self.blueprint, parts.train) * rows_per_step
         mode = self.recipe.auto.mode
-        self.budget = budget_steps(mode, self.total, operations)
+        self.budget = budget_steps(mode, self.total, self.operations)
         # Direct training that the run does anyway costs nothing; else the landmark is paid for.
         spare = self.budget if direct is not None else self.budget - round(LANDMARK * self.total)
         self.rungs = halving(self.total, max(spare, 0), most_candidates(mode))
+        self.most, self.seeds = self.rungs[0].candidates if self.rungs else 0, 0
+        if can_try_at_once(self.recipe, parts, self.blueprint.model) and own_can_stand(self.recipe):
+            most, seeds = at_once(mode, self.total, max(spare, 0), self.operations)
+            if seeds:
+                self.rungs, self.most, self.seeds = [], most, seeds
         self.direct = _Trial("direct", DIRECT)
         self.tried: list[_Trial] = []
         self.curve: list[dict[str, float]] = []
@@ -258,6 +220,9 @@ class _Search:
         trials = self._candidates(features, knowledge, examples)
         judged: list[tuple[_Trial, Judged, TrialRecord]] = []
         records: list[TrialRecord] = []
+        if self.seeds:
+            judged = self._judge_at_once(trials, leads)
+            records = [record for _, _, record in judged]
         for rung in self.rungs:
             if judged:
                 judged.sort(key=lambda one: one[1].rank, reverse=True)
@@ -267,9 +232,11 @@ class _Search:
         kept = configuration_of(self.recipe)
         fallback = DIRECT if "alpha" in free_fields(self.recipe) else kept
         proven_later = self.direct_folder is not None and self.recipe.distillation.keep == "better"
-        decided = choose([one for _, one, _ in judged], HOPE if proven_later else MARGIN, fallback)
+        rows = "validation and guide rows" if self.seeds else "validation rows"
+        decided = choose([one for _, one, _ in judged], HOPE if proven_later else MARGIN, fallback, rows)
         everyone = [self.direct, *self.tried]
-        going_on = self._hand_over([one for one in everyone if one.configuration == decided.configuration])
+        there = [self.direct] if self.seeds else everyone  # of a stack, none goes on
+        going_on = self._hand_over([one for one in there if one.configuration == decided.configuration])
         seconds = sum(trial.seconds for trial in everyone)
         return self._record(decided, features, knowledge, examples, records, going_on, seconds, started)
 
@@ -278,6 +245,7 @@ class _Search:
         because they cannot go on.
         """
         file, rungs = self.folder / "rungs.json", ["mean", *([rung.step, rung.candidates] for rung in self.rungs)]
+        rungs += [["at once", self.most, self.seeds]] if self.seeds else []
         if self.run.is_main:
             if self.folder.exists() and not (file.is_file() and json.loads(file.read_text(encoding="utf-8")) == rungs):
                 shutil.rmtree(self.folder)
@@ -289,7 +257,9 @@ class _Search:
         self, decided: Choice, features: dict[str, float], knowledge: Predictor, examples: Sequence[Example],
         records: list[TrialRecord], going_on: list[_Trial], seconds: float, started: float,
     ) -> AutoRecord:  # fmt: skip
+        students = (len(self.tried) + 1) * self.seeds
         spent = self.direct.steps + sum(trial.steps for trial in self.tried)
+        spent += stacked_steps(self.total, students, self.operations) if students else 0
         return AutoRecord(
             reason=decided.reason,
             knowledge=knowledge.words() + _candidates_from(examples),
@@ -303,6 +273,7 @@ class _Search:
             extra_steps=spent - sum(trial.steps for trial in going_on),
             seconds=seconds,
             extra_seconds=seconds - sum(trial.seconds for trial in going_on),
+            seeds=self.seeds,
             deciding_seconds=max(time.perf_counter() - started - seconds, 0.0),
         )
 
@@ -359,10 +330,11 @@ class _Search:
         # What is not left at its default, the recipe's author has thought about.
         careful = not set(_TAUGHT) <= set(_left_at_default(self.recipe))
         found = [one for one in dict.fromkeys([*possible, own] if careful else possible) if self._can_train(one)]
+        if self.seeds:
+            found = [one for one in found if can_stand(one)]
         place = found.index(own) if careful and own in found else None
         prediction = knowledge.predict(features, found)
-        most = self.rungs[0].candidates if self.rungs else 0
-        chosen = propose(prediction, found, most, place, portfolio(features, examples, found))
+        chosen = propose(prediction, found, self.most, place, portfolio(features, examples, found))
         expected = list(zip(prediction.gain.tolist(), prediction.spread.tolist(), strict=True))
         return [{"configuration": dataclasses.asdict(found[one]), "expected": expected[one]} for one in chosen]
 
@@ -390,6 +362,43 @@ class _Search:
         except ValueError:
             return False
         return True
+
+    def _judge_at_once(self, trials: Sequence[_Trial], leads: Leads) -> list[tuple[_Trial, Judged, TrialRecord]]:
+        """All candidates, at the end of their training, by the rows that also prove in the end what was chosen: to choose
+        by all rows gains more than to keep some for the proof alone (on rows set aside of 33 tables). What was measured
+        is kept for an interrupted search.
+        """
+        file = self.folder / "at-once.json"
+        if not file.is_file():
+            started = time.perf_counter()
+            tried = [DIRECT, *(trial.configuration for trial in trials)]
+            about = (self.parts, self.teachers, self.build_student, self._above(), tried, self.seeds)
+            right = answers_at_once(self.run, *about, [self.parts.validation, self.parts.guide])
+            direct, *others = torch.cat(right, dim=-1)
+            gains = [estimate_gain(answers, direct) for answers in others]
+            # As in `_judge`: equal answers prove nothing.
+            least = 100.0 / direct.shape[-1]
+            measured = [(gain.gain, max(gain.standard_error, least)) for gain in gains]
+            found = {"measured": measured, "seconds": time.perf_counter() - started}
+            if self.run.is_main:
+                write_json(file, found)
+            PartialState().wait_for_everyone()
+        found = json.loads(file.read_text(encoding="utf-8"))
+        judged = []
+        for trial, measured in zip(trials, found["measured"], strict=True):
+            trial.seconds = found["seconds"] / len(trials)
+            gain, error = measured
+            one = judge(trial.configuration, trial.expected, (gain, error), 1.0, leads)
+            record = TrialRecord(str(trial.configuration), self.total, gain, error, trial.expected, trial.seconds)
+            judged.append((trial, one, record))
+        best = max(judged, key=lambda one: one[1].rank, default=None)
+        if best is not None:
+            gain, error = best[1].measured
+            self.run.say(
+                f"Tried {len(trials)} ways at once, each {self.seeds} times, to the end; the best: {best[2].name}, "
+                f"{gain:+.2f} ± {error:.2f} points."
+            )
+        return judged
 
     def _judge(self, trial: _Trial, step: int, leads: Leads) -> tuple[Judged, TrialRecord]:
         answers, direct = self._answers(trial, step), self._answers(self.direct, step)

@@ -155,8 +155,9 @@ def auto_section(record: RunRecord) -> str:
         ]
         header = ("tried", "steps", "expected gain, points", "gain so far, points")
         lines.append(markdown(header, cells, left=1))
+    rows, how = ("validation and guide", f", {auto.seeds} of each at once,") if auto.seeds else ("validation", "")
     lines.append(
-        "Gains are over direct training, on the same validation rows at the same step. The tries added "
+        f"Gains are over direct training, on the same {rows} rows at the same step. The tries{how} added "
         f"{auto.extra_steps:,} steps of {auto.budget_steps:,} allowed and took {auto.seconds:.1f} s, deciding "
         f"{auto.deciding_seconds:.1f} s."
     )

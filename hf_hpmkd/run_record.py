@@ -153,8 +153,9 @@ class JobRecord:
 
 @dataclass
 class TrialRecord:
-    """One configuration that was tried shortly. name: it in words. steps: of its training. gain, standard_error: points
-    of validation accuracy over direct training at the same step. expected: (gain, spread) in points, before the try.
+    """One configuration that was tried. name: it in words. steps: of its training. gain, standard_error: points over
+    direct training at the same step, by validation rows, and guide rows too where AutoRecord has seeds. expected:
+    (gain, spread) in points, before the try.
     """
 
     __pydantic_config__ = _STRICT
@@ -174,7 +175,8 @@ class AutoRecord:
     `adaptive_configuration.Configuration`. overrides: section -> key -> value, how the recipe was changed. total_steps:
     of one training; budget_steps: that the tries might add, extra_steps: that they added. seconds: of the tries;
     extra_seconds: of those that no training goes on from, None in a record from before this was told.
-    deciding_seconds: of all the rest.
+    deciding_seconds: of all the rest. seeds: how often each was tried, where all were trained at once and to their end
+    (they count as the steps of one student that take as long); 0 where one by one.
     """
 
     __pydantic_config__ = _STRICT
@@ -192,6 +194,7 @@ class AutoRecord:
     seconds: Number
     deciding_seconds: Number
     extra_seconds: Number | None = None
+    seeds: int = 0
 
 
 @dataclass

@@ -21,7 +21,7 @@ from hf_hpmkd.components.adaptive_configuration import Configuration
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.distill import student_builder
 from hf_hpmkd.evaluation import evaluate_teachers, teacher_logits
-from hf_hpmkd.quick_validation import accuracy_at, features_before, overrides_of, with_values
+from hf_hpmkd.quick_validation import overrides_of, with_values
 from hf_hpmkd.recipe import Recipe, TeacherConfig, read_recipe
 from hf_hpmkd.recipe_parts import recipe_parts
 from hf_hpmkd.recipe_rules import is_sklearn, teacher_names
@@ -29,6 +29,7 @@ from hf_hpmkd.run_context import Run, new_record
 from hf_hpmkd.run_memory import RunMemory
 from hf_hpmkd.run_steps import train
 from hf_hpmkd.stopped_training import AveragesAt, put_average
+from hf_hpmkd.student_features import accuracy_at, features_before
 from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.tasks.text import TEXT_COLUMNS, usual_pair
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher

@@ -24,13 +24,16 @@ LEVELS = (
         "comparison_report", "auto_bench_report", "model_card", "stage_card", "run_folder", "hub_store", "memory_hub",
         "memory_commands",
     ),
-    ("control_teachers", "distiller", "layer_hints", "trainer", "baselines", "stopped_training", "training_folder"),
+    ("control_teachers", "distiller", "layer_hints", "trainer", "baselines", "stopped_training", "training_folder",
+     "stacked_students"),
     (
         "recipe_faults", "recipe_rules", "search_budget", "recipe", "recipe_text", "recipe_parts", "shrunk_student",
         "run_memory",
-        "classifier_training", "job_graph", "plan", "plan_schedule", "evaluation", "kept_classifiers",
+        "classifier_training", "job_graph", "evaluation", "kept_classifiers",
         "teacher_training", "run_context", "chain_stages", "chain_probes", "chain", "kept_student", "run_steps",
-        "run_ahead", "launched_job", "quick_validation", "distill", "table_runs", "prior_build", "auto_bench",
+        "run_ahead", "launched_job", "student_features", "stacked_tries", "quick_validation",
+        "plan", "plan_schedule",
+        "distill", "table_runs", "prior_build", "auto_bench",
         "methods", "ablation", "tuning", "compare_jobs", "compare", "bench", "bench_pipeline",
     ),
     ("cli_line", "cli_measuring", "cli", "__main__"),
@@ -83,6 +86,7 @@ ONLY = {
     "recipe_faults": set(),
     "recipe_rules": {"vocabulary", "sklearn_estimators", "model_names", "recipe_faults"},
     "search_budget": set(),
+    "stacked_students": {"losses", "models"},
     "__main__": {"cli"},
 }
 

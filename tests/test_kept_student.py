@@ -14,7 +14,7 @@ from sklearn.datasets import load_wine
 
 from hf_hpmkd.cli import main
 from hf_hpmkd.configuration_examples import memory_examples
-from hf_hpmkd.kept_student import judge
+from hf_hpmkd.kept_student import Proof, judge
 from hf_hpmkd.memory_records import memory_row
 from hf_hpmkd.run_record import RunRecord
 from hf_hpmkd.run_summary import summary
@@ -40,11 +40,25 @@ def test_the_direct_student_is_kept_only_beyond_a_standard_error():
 
 def test_where_it_was_chosen_the_distilled_student_has_to_prove_itself():
     direct, ahead = bits(*[1] * 60, *[0] * 40), bits(*[1] * 56, *[0] * 4, *[1] * 12, *[0] * 28)  # 12 against 4
-    found = judge(direct, ahead, 1.5)
+    found = judge(direct, ahead, Proof(1.5))
     error = 100 * np.array([1] * 12 + [-1] * 4 + [0] * 84).std() / 10
     assert found.gain == 8 and found.needed == pytest.approx(1.5 * error, abs=1e-3)
-    assert found.kept == "distilled" and judge(direct, ahead, 2.5).kept == "direct"
-    assert judge(direct, direct, 0.5).kept == "direct"  # equal is not better
+    assert found.kept == "distilled" and judge(direct, ahead, Proof(2.5)).kept == "direct"
+    assert judge(direct, direct, Proof(0.5)).kept == "direct"  # equal is not better
+
+
+def test_pairs_of_the_tries_count_as_much_as_the_last_one():
+    error = 100 * np.array([1] * 12 + [-1] * 4 + [0] * 84).std() / 10
+    direct, ahead = bits(*[1] * 60, *[0] * 40), bits(*[1] * 56, *[0] * 4, *[1] * 12, *[0] * 28)  # 12 against 4
+    # Three pairs that gained as much, as surely: the mean of four has to exceed 2.5 of their mean error, as one had.
+    assert judge(direct, ahead, Proof(2.5, 3, 8.0, error)).kept == "direct"
+    # Surer ones: 8 points against 2.5 times a mean of (error + 3 * 2) / 4.
+    found = judge(direct, ahead, Proof(2.5, 3, 8.0, 2.0))
+    assert found.kept == "distilled" and found.gain == 8
+    assert found.needed == pytest.approx(2.5 * (error + 6) - 24, abs=1e-3)
+    # Other pairs that lost count against it, and none of the others helps one that looks no better itself.
+    assert judge(direct, ahead, Proof(0.5, 3, -4.0, 2.0)).kept == "direct"
+    assert judge(direct, direct, Proof(1.5, 3, 40.0, 2.0)).kept == "direct"
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from hf_hpmkd import classifier_training, quick_validation
+from hf_hpmkd import classifier_training, quick_validation, student_features
 from hf_hpmkd import distill as distill_module
 from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.cli import main
@@ -67,10 +67,10 @@ def test_of_wide_rows_fewer_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> No
     """2,000 images of 224 pixels would take eleven gigabytes."""
     rows = load_parts(DataConfig(path="sklearn:wine"), teachers_saw_train=False).train
     student = build_classifier("mlp-3", rows)
-    whole = quick_validation._inputs(student, rows)
+    whole = student_features._inputs(student, rows)
     assert whole is not None and whole.shape == (len(rows), 13)
-    monkeypatch.setattr(quick_validation, "_FEATURE_VALUES", 13 * 5 + 1)
-    few = quick_validation._inputs(student, rows)
+    monkeypatch.setattr(student_features, "_FEATURE_VALUES", 13 * 5 + 1)
+    few = student_features._inputs(student, rows)
     assert few is not None and np.array_equal(few, whole[np.linspace(0, len(rows) - 1, 5).astype(int)])
 
 
@@ -189,7 +189,7 @@ def test_what_promises_is_trained_and_given_up_without_a_proof(
     assert record.kept.kept == "direct" and record.kept.needed > 1e6
     assert same(weights(tmp_path / "run" / "student"), weights(tmp_path / "run" / "direct"))
     recipe = read_recipe({**tree(tmp_path), "distillation": {"alpha": 0.5}}, "test")
-    assert proof_needed(recipe) is None  # the recipe itself asks to distil
+    assert proof_needed(recipe, record.auto) is None  # the recipe itself asks to distil
 
 
 def test_direct_training_is_not_trained_twice(

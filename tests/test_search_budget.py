@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hf_hpmkd.recipe import RecipeError, fingerprint, read_recipe, recipe_tree
-from hf_hpmkd.search_budget import budget_steps, halving, most_candidates
+from hf_hpmkd.search_budget import at_once, budget_steps, halving, most_candidates, stacked_steps
 
 TREE = {
     "data": {"path": "sklearn:wine"},
@@ -83,3 +83,24 @@ def test_a_budget_for_everything_tries_everything_to_the_end() -> None:
     assert [(rung.step, rung.candidates) for rung in halving(1000, 350, 4)] == [(70, 3), (140, 2)]
     assert [(rung.step, rung.candidates) for rung in halving(1000, 2000, 8)] == [(125, 8), (250, 4), (500, 2)]
     assert halving(100, 0, 4) == []
+
+
+@pytest.mark.parametrize("mode", ["fast", "thorough", 1.0, 10.0])
+@pytest.mark.parametrize("total", [1, 30, 1_000, 5_000, 100_000])
+@pytest.mark.parametrize("operations", [0.0, 3e5, 1e8])
+def test_what_is_tried_at_once_stays_within_the_budget(mode: str | float, total: int, operations: float) -> None:
+    budget = budget_steps(mode, total, operations)
+    candidates, seeds = at_once(mode, total, budget, operations)
+    if seeds == 0:
+        assert candidates == 0 and stacked_steps(total, 9, operations) > budget
+        return
+    assert 8 <= candidates <= (18 if mode == "fast" else 36) and 1 <= seeds <= 4
+    assert stacked_steps(total, seeds * (candidates + 1), operations) <= budget
+    more = (candidates + 1) * (seeds + 1) if candidates in (18, 36) else candidates + 2
+    assert seeds == 4 or stacked_steps(total, more, operations) > budget  # and nothing of it is left over
+
+
+def test_large_students_are_not_tried_at_once_and_small_ones_are() -> None:
+    assert at_once("fast", 1_000, budget_steps("fast", 1_000, 3e5), 3e5) == (18, 2)
+    assert at_once("fast", 1_000, budget_steps("fast", 1_000, 1e9), 1e9) == (0, 0)
+    assert at_once("fast", 50_000, budget_steps("fast", 50_000, 3e5), 3e5) == (0, 0)

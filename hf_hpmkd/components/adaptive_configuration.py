@@ -358,12 +358,14 @@ class Choice:
     judged: list[Judged] = field(default_factory=list)
 
 
-def choose(judged: Sequence[Judged], margin: float, fallback: Configuration = DIRECT) -> Choice:
+def choose(
+    judged: Sequence[Judged], margin: float, fallback: Configuration = DIRECT, rows: str = "validation rows"
+) -> Choice:
     """Of the candidates whose gain is above 0 by `margin` standard deviations the one that is furthest ahead, else
     direct training.
 
     fallback: what is chosen without a candidate. One that distils rules direct training out, because the user has set
-    alpha: then the best candidate is taken whatever it promises.
+    alpha: then the best candidate is taken whatever it promises. rows: what measured, in words.
     """
     if not judged:
         return Choice(fallback, f"{fallback}, because the budget does not suffice to try anything")
@@ -371,7 +373,7 @@ def choose(judged: Sequence[Judged], margin: float, fallback: Configuration = DI
     best = max(promising or judged, key=lambda one: one.rank)
     told = (
         f"{best.configuration}: expected {_points(best.expected)}, measured {_points(best.measured)} points over "
-        f"direct training on validation rows after {best.share:.0%} of the steps, together {_points(best.gain)}"
+        f"direct training on {rows} after {best.share:.0%} of the steps, together {_points(best.gain)}"
     )
     if fallback.distils or promising:
         return Choice(best.configuration, told, list(judged))
