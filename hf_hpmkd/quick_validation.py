@@ -364,9 +364,9 @@ class _Search:
         return True
 
     def _judge_at_once(self, trials: Sequence[_Trial], leads: Leads) -> list[tuple[_Trial, Judged, TrialRecord]]:
-        """All candidates, at the end of their training, by the rows that also prove in the end what was chosen: to choose
-        by all rows gains more than to keep some for the proof alone (on rows set aside of 33 tables). What was measured
-        is kept for an interrupted search.
+        """All candidates, at the end of their training, by the rows that also prove in the end what was chosen. To keep
+        some rows for the proof alone gains less (on rows set aside of 33 tables). What was measured is kept for an
+        interrupted search.
         """
         file = self.folder / "at-once.json"
         if not file.is_file():
