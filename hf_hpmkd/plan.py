@@ -25,6 +25,7 @@ from hf_hpmkd.recipe_parts import recipe_parts
 from hf_hpmkd.recipe_rules import family, is_trained_here, looks_local, start_told, teacher_names, uses_teachers
 from hf_hpmkd.run_memory import outputs_folder
 from hf_hpmkd.search_budget import at_once, budget_steps, most_candidates, stacked_steps
+from hf_hpmkd.stacked_students import lookups
 from hf_hpmkd.stacked_tries import can_try_at_once
 from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.tasks.images import ImageRows
@@ -278,9 +279,10 @@ def _auto_lines(recipe: Recipe, parts: DataParts | None, rows: Rows | None, stud
     operations = training_flops(blueprint, rows) * rows_per_step
     budget = budget_steps(mode, total, operations)
     if parts is not None and can_try_at_once(recipe, parts, blueprint.model) and own_can_stand(recipe):
-        candidates, seeds = at_once(mode, total, budget, operations)
+        columns = lookups(blueprint.model)
+        candidates, seeds = at_once(mode, total, budget, operations, columns)
         if seeds:
-            steps = stacked_steps(total, (candidates + 1) * seeds, operations)
+            steps = stacked_steps(total, (candidates + 1) * seeds, operations, columns)
             return [
                 f"Auto     tries at most {candidates} configurations and direct training to their end, all at once, "
                 f"{seeds} times each, which takes as long as {steps:,} steps more"

@@ -51,6 +51,7 @@ from hf_hpmkd.recipe_rules import uses_teachers, usual_learning_rate
 from hf_hpmkd.run_context import Run
 from hf_hpmkd.run_record import AutoRecord, TrialRecord
 from hf_hpmkd.search_budget import at_once, budget_steps, halving, most_candidates, stacked_steps
+from hf_hpmkd.stacked_students import lookups
 from hf_hpmkd.stacked_tries import answers_at_once, can_stand, can_try_at_once
 from hf_hpmkd.student_features import accuracy_at, features_before, landmark_loss
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
@@ -203,7 +204,7 @@ class _Search:
         self.rungs = halving(self.total, max(spare, 0), most_candidates(mode))
         self.most, self.seeds = self.rungs[0].candidates if self.rungs else 0, 0
         if can_try_at_once(self.recipe, parts, self.blueprint.model) and own_can_stand(self.recipe):
-            most, seeds = at_once(mode, self.total, max(spare, 0), self.operations)
+            most, seeds = at_once(mode, self.total, max(spare, 0), self.operations, lookups(self.blueprint.model))
             if seeds:
                 self.rungs, self.most, self.seeds = [], most, seeds
         self.direct = _Trial("direct", DIRECT)
@@ -259,7 +260,8 @@ class _Search:
     ) -> AutoRecord:  # fmt: skip
         students = (len(self.tried) + 1) * self.seeds
         spent = self.direct.steps + sum(trial.steps for trial in self.tried)
-        spent += stacked_steps(self.total, students, self.operations) if students else 0
+        if students:
+            spent += stacked_steps(self.total, students, self.operations, lookups(self.blueprint.model))
         return AutoRecord(
             reason=decided.reason,
             knowledge=knowledge.words() + _candidates_from(examples),

@@ -20,9 +20,9 @@ _OPERATIONS_PER_SECOND = 5e9
 # 9 ms a step on a core that has other work too.
 _SECONDS_PER_STEP = 0.010
 
-# Of students that are trained at once: of a step of all, and of each of them. Of 128 MLPs of 16 units that is twice
-# what a core takes that has other work too.
-_SECONDS_PER_STACKED_STEP, _SECONDS_PER_STACKED = 0.002, 0.0003
+# Of students that are trained at once: of a step of all, of each of them, and of each of its category columns. Of 76
+# MLPs of 16 units that is about twice what a core takes that has nothing else to do.
+_SECONDS_PER_STACKED_STEP, _SECONDS_PER_STACKED, _SECONDS_PER_LOOKUP = 0.002, 0.00015, 0.00001
 
 _FEW, _MANY = 4, 8
 _FEW_AT_ONCE, _MANY_AT_ONCE = 18, 36
@@ -88,16 +88,16 @@ def budget_steps(mode: str | float, total_steps: int, operations_per_step: float
     return max(int(_SHARES[mode] * total_steps), int(_LEAST_SECONDS / step))
 
 
-def at_once(mode: str | float, total_steps: int, budget: int, operations_per_step: float) -> tuple[int, int]:
+def at_once(
+    mode: str | float, total_steps: int, budget: int, operations_per_step: float, lookups: int = 0
+) -> tuple[int, int]:
     """How many candidates are tried to their end at once, beside direct training, and how often each, where a student
     can be stacked: (candidates, seeds), as many as fit into the budget. (0, 0) where too few would.
 
-    budget, operations_per_step: as of `budget_steps`, of one student alone.
+    budget, operations_per_step: as of `budget_steps`, of one student alone. lookups: its category columns.
     """
-    fit = 0
-    while stacked_steps(total_steps, fit + 1, operations_per_step) <= budget and fit < _MOST_SEEDS * (
-        _MANY_AT_ONCE + 1
-    ):
+    fit, most = 0, _MOST_SEEDS * (_MANY_AT_ONCE + 1)
+    while fit < most and stacked_steps(total_steps, fit + 1, operations_per_step, lookups) <= budget:
         fit += 1
     candidates = min(_FEW_AT_ONCE if mode == "fast" else _MANY_AT_ONCE, fit - 1)
     if candidates < _LEAST_AT_ONCE:
@@ -105,10 +105,13 @@ def at_once(mode: str | float, total_steps: int, budget: int, operations_per_ste
     return candidates, min(fit // (candidates + 1), _MOST_SEEDS)
 
 
-def stacked_steps(total_steps: int, students: int, operations_per_step: float) -> int:
-    """Steps of one student alone that take as long as so many students trained at once, to the end of total_steps."""
+def stacked_steps(total_steps: int, students: int, operations_per_step: float, lookups: int = 0) -> int:
+    """Steps of one student alone that take as long as so many students trained at once, to the end of total_steps.
+    lookups: category columns of each.
+    """
     arithmetic = operations_per_step / _OPERATIONS_PER_SECOND
-    of_all = _SECONDS_PER_STACKED_STEP + students * (_SECONDS_PER_STACKED + arithmetic)
+    of_each = _SECONDS_PER_STACKED + lookups * _SECONDS_PER_LOOKUP + arithmetic
+    of_all = _SECONDS_PER_STACKED_STEP + students * of_each
     return math.ceil(total_steps * of_all / (_SECONDS_PER_STEP + arithmetic))
 
 

@@ -42,6 +42,11 @@ class StackedStudent:
         return (self.kd_kind, self.temperature, self.target) if self.alpha > 0 else ("", 0.0, 0)
 
 
+def lookups(model: object) -> int:
+    """Category columns of a model that can be stacked."""
+    return len(model.config.cardinalities) if isinstance(model, TabularForClassification) else 0
+
+
 def can_stack(model: object) -> bool:
     """Whether a model is one that `train_stack` can train."""
     return isinstance(model, TabularForClassification) and model.config.dropout == 0
@@ -67,11 +72,15 @@ def train_stack(
     order = sorted(range(len(students)), key=lambda one: students[one].taught)
     stack = [students[one] for one in order]
     device = labels.device
-    weights = {name: torch.stack([one.start[name].float() for one in stack]).to(device) for name in stack[0].start}
-    names, tensors = list(weights), [weight.requires_grad_() for weight in weights.values()]
-    first, second = ([torch.zeros_like(one) for one in tensors] for _ in range(2))
-    largest = torch.tensor([one.learning_rate for one in stack], device=device)
-    decays = torch.tensor([one.weight_decay for one in stack], device=device)
+    shapes = {name: weight.shape for name, weight in stack[0].start.items()}
+    # A row holds all that a student knows, so that a step of the optimizer is a dozen calls, however many layers.
+    rows_of_weights = [torch.cat([one.start[name].float().flatten() for name in shapes]) for one in stack]
+    flat = torch.stack(rows_of_weights).to(device).requires_grad_()
+    first, second = torch.zeros_like(flat), torch.zeros_like(flat)
+    largest = torch.tensor([one.learning_rate for one in stack], device=device)[:, None]
+    decays = torch.tensor([one.weight_decay for one in stack], device=device)[:, None]
+    decayed = [torch.full((shape.numel(),), float(not name.endswith("bias"))) for name, shape in shapes.items()]
+    shrinking = largest * decays * torch.cat(decayed).to(device)  # biases do not, as `Trainer` has it
     alpha = torch.tensor([one.alpha for one in stack], device=device)[:, None]
     groups = _groups(stack)
     seeds = sorted({one.seed for one in stack})
@@ -79,36 +88,31 @@ def train_stack(
     drawn = _batches(seeds, len(labels), batch_size)
     for step, share in enumerate(rates):
         rows = next(drawn)[of_student].to(device)  # (students, batch)
-        logits = _forward(weights, {name: value[rows] for name, value in inputs.items()})
+        logits = _forward(_by_name(flat, shapes), {name: value[rows] for name, value in inputs.items()})
         known = labels[rows]
         loss = F.cross_entropy(logits.flatten(0, 1), known.flatten(), reduction="none").view(rows.shape)
         if groups:
             taught = [_kd(one, logits[part], targets[one.target][rows[part]], known[part]) for one, part in groups]
             heard = torch.cat([loss.new_zeros(len(stack) - sum(map(len, taught)), rows.shape[1]), *taught])
             loss = alpha * heard + (1 - alpha) * loss
-        gradients = list(torch.autograd.grad(loss.mean(1).sum(), tensors))
+        (gradient,) = torch.autograd.grad(loss.mean(1).sum(), flat)
         with torch.no_grad():
             if max_grad_norm:
-                norms = torch.stack([one.flatten(1).norm(dim=1) for one in gradients]).norm(dim=0)
-                cut = (max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
-                torch._foreach_mul_(gradients, [_beside(cut, one) for one in gradients])
-            now = largest * share
-            for name, tensor in zip(names, tensors, strict=True):
-                if not name.endswith("bias"):  # as `Trainer` has it
-                    tensor.mul_(_beside(1 - now * decays, tensor))
-            torch._foreach_lerp_(first, gradients, 1 - _BETAS[0])
-            torch._foreach_mul_(second, _BETAS[1])
-            torch._foreach_addcmul_(second, gradients, gradients, 1 - _BETAS[1])
-            changes = torch._foreach_sqrt(second)
-            torch._foreach_div_(changes, math.sqrt(1 - _BETAS[1] ** (step + 1)))
-            torch._foreach_add_(changes, _EPSILON)
-            changes = torch._foreach_div(first, changes)
-            sizes = now / (1 - _BETAS[0] ** (step + 1))
-            torch._foreach_mul_(changes, [_beside(sizes, one) for one in changes])
-            torch._foreach_sub_(tensors, changes)
+                gradient.mul_((max_grad_norm / (gradient.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0))
+            flat.addcmul_(flat, shrinking, value=-share)
+            first.lerp_(gradient, 1 - _BETAS[0])
+            second.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
+            scale = second.sqrt().div_(math.sqrt(1 - _BETAS[1] ** (step + 1))).add_(_EPSILON)
+            flat.sub_(torch.div(first, scale, out=scale).mul_(largest * (share / (1 - _BETAS[0] ** (step + 1)))))
         tell()
     back = torch.argsort(torch.tensor(order))
-    return {name: weight.detach()[back] for name, weight in weights.items()}
+    return _by_name(flat.detach()[back], shapes)
+
+
+def _by_name(flat: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """The weights `(students, ...)` in rows that hold all of a student's, `(students, weights)`."""
+    parts = flat.split([shape.numel() for shape in shapes.values()], dim=1)
+    return {name: part.view(-1, *shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 @torch.no_grad()
@@ -130,7 +134,7 @@ def _forward(weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Ten
     categories = inputs["categorical"]
     everyone = torch.arange(len(categories), device=categories.device)[:, None]
     embedded = [weights[f"embeddings.{i}.weight"][everyone, categories[..., i]] for i in range(categories.shape[-1])]
-    x = torch.cat([inputs["numeric"], *embedded], dim=-1)
+    x = torch.cat([inputs["numeric"], *embedded], dim=-1) if embedded else inputs["numeric"]
     layer = 0
     while f"hidden.{layer}.weight" in weights:
         x = F.relu(_linear(x, weights, f"hidden.{layer}"))
@@ -169,8 +173,3 @@ def _batches(seeds: Sequence[int], rows: int, size: int) -> Iterator[Tensor]:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     while True:
         yield from torch.stack([torch.randperm(rows, generator=one) for one in generators]).split(size, dim=1)
-
-
-def _beside(values: Tensor, tensor: Tensor) -> Tensor:
-    """A value per student, shaped to go with a tensor of all."""
-    return values.view(-1, *(1,) * (tensor.dim() - 1))

@@ -101,6 +101,7 @@ def test_what_is_tried_at_once_stays_within_the_budget(mode: str | float, total:
 
 
 def test_large_students_are_not_tried_at_once_and_small_ones_are() -> None:
-    assert at_once("fast", 1_000, budget_steps("fast", 1_000, 3e5), 3e5) == (18, 2)
+    assert at_once("fast", 1_000, budget_steps("fast", 1_000, 1e5), 1e5) == (18, 4)
+    assert at_once("fast", 1_000, budget_steps("fast", 1_000, 1e5), 1e5, lookups=22) == (18, 2)
     assert at_once("fast", 1_000, budget_steps("fast", 1_000, 1e9), 1e9) == (0, 0)
     assert at_once("fast", 50_000, budget_steps("fast", 50_000, 3e5), 3e5) == (0, 0)
