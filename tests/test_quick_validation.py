@@ -35,8 +35,8 @@ STEPS = 28  # 109 rows in batches of 16, four epochs
 
 
 def tree(folder: Path, steps: float = 12, **training: object) -> dict:
-    """Wine: 178 rows of 13 numbers, bundled with scikit-learn. steps: that the tries may add, one by one: what says more
-    of its optimizer than its name is not tried at once.
+    """Wine: 178 rows of 13 numbers, bundled with scikit-learn. steps: that the tries may add, one by one (a student
+    whose optimizer is told more than its name is not tried at once).
     """
     one_by_one = {"optimizer_args": "eps=1e-8"}
     return {
