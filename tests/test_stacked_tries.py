@@ -84,6 +84,23 @@ def test_a_stack_answers_as_the_runs_own_students_do(small: SimpleNamespace) -> 
     assert found[2].float().mean() > found[0].float().mean() + 0.05  # it did begin with a teacher's weights
 
 
+def test_its_students_are_others_than_those_of_the_run(small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the pair that is proven in the end would be half one of those that chose."""
+    stacks, train = [], stacked_tries.train_stack
+
+    def listen(stack: Any, *args: Any, **kwargs: Any) -> Any:
+        stacks.append(stack)
+        return train(stack, *args, **kwargs)
+
+    monkeypatch.setattr(stacked_tries, "train_stack", listen)
+    answers_at_once(small.run, small.parts, small.teachers, small.build, [], [DIRECT], 2, [small.parts.validation])
+    assert small.run.recipe.training.seed == 0
+    own = dict(small.build(seed=0).model.named_parameters())
+    (stack,) = stacks
+    assert [one.seed for one in stack] == [1, 2]
+    assert not any(torch.equal(one.start["classifier.weight"], own["classifier.weight"]) for one in stack)
+
+
 def test_a_stack_hears_what_the_teachers_say_of_the_training_rows(small: SimpleNamespace) -> None:
     """Of one teacher there is nothing to weigh; out of fold, as a student hears it; CA-MKD's weights in closed form."""
     train = small.parts.train
