@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from hf_hpmkd.methods import Method
-from hf_hpmkd.quick_validation import free_fields
 from hf_hpmkd.recipe import Recipe
+from hf_hpmkd.recipe_configuration import free_fields
 from hf_hpmkd.vocabulary import LEGAL_SCHEDULES
 
 FULL = "full"

@@ -19,14 +19,12 @@ from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.data import PARTS, DataParts
 from hf_hpmkd.intermediate_models import build_intermediate, find_intermediates
 from hf_hpmkd.model_cost import activation_bytes, estimated_seconds, training_flops
-from hf_hpmkd.quick_validation import own_can_stand
+from hf_hpmkd.planned_tries import plan_tries
 from hf_hpmkd.recipe import Recipe, TeacherConfig
 from hf_hpmkd.recipe_parts import recipe_parts
 from hf_hpmkd.recipe_rules import family, is_trained_here, looks_local, start_told, teacher_names, uses_teachers
 from hf_hpmkd.run_memory import outputs_folder
-from hf_hpmkd.search_budget import at_once, budget_steps, most_candidates, stacked_steps
-from hf_hpmkd.stacked_students import lookups
-from hf_hpmkd.stacked_tries import can_try_at_once
+from hf_hpmkd.search_budget import budget_steps, most_candidates
 from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.tasks.images import ImageRows
 from hf_hpmkd.tasks.text import TextRows
@@ -275,18 +273,13 @@ def _auto_lines(recipe: Recipe, parts: DataParts | None, rows: Rows | None, stud
     blueprint = build_classifier(
         chosen.model, rows, meta=True, revision=chosen.revision, trust_remote_code=chosen.trust_remote_code
     )
+    if parts is not None and (tries := plan_tries(recipe, parts, blueprint, recipe.distillation.direct)).seeds:
+        return [
+            f"Auto     tries at most {tries.most} configurations and direct training to their end, all at once, "
+            f"{tries.seeds} of each, which takes as long as {tries.at_once_steps(tries.most):,} steps more"
+        ]
     rows_per_step = training.batch_size * training.gradient_accumulation_steps
-    operations = training_flops(blueprint, rows) * rows_per_step
-    budget = budget_steps(mode, total, operations)
-    if parts is not None and can_try_at_once(recipe, parts, blueprint.model) and own_can_stand(recipe):
-        columns = lookups(blueprint.model)
-        candidates, seeds = at_once(mode, total, budget, operations, columns)
-        if seeds:
-            steps = stacked_steps(total, (candidates + 1) * seeds, operations, columns)
-            return [
-                f"Auto     tries at most {candidates} configurations and direct training to their end, all at once, "
-                f"{seeds} times each, which takes as long as {steps:,} steps more"
-            ]
+    budget = budget_steps(mode, total, training_flops(blueprint, rows) * rows_per_step)
     budget = min(budget, most_candidates(mode) * total)  # each trained to its end at most
     return [
         f"Auto     tries at most {most_candidates(mode)} configurations beside direct training, {budget:,} steps more "

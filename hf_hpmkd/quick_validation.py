@@ -1,9 +1,11 @@
-"""Tries the most promising configurations shortly on validation rows and takes one: the student's recipe, chosen.
+"""Tries the most promising configurations and takes one: the student's recipe, chosen.
 
-The tries are real trainings on the learning-rate schedule of the whole run, stopped early and judged by the mean of
-their weights, so that the winner goes on where its try stood. Direct training is always among them. What to try and to
-conclude is decided by `components.adaptive_configuration`, what to expect by `expected_gain`; this module gets them the
-figures, and keeps them in the run's folder `auto/`, so that an interrupted search goes on.
+The tries are real trainings on the learning-rate schedule of the whole run. Either they are stopped early and judged on
+validation rows by the mean of their weights, and the winner goes on where its try stood; or, where students can be
+stacked, all are trained at once and to their end (`stacked_tries`), and the winner begins anew. Direct training is
+always among them. How many are tried, and how long, says `planned_tries`, which ones, and what to conclude,
+`components.adaptive_configuration`, what to expect `expected_gain`; this module gets them the figures, and keeps them
+in the run's folder `auto/`, so that an interrupted search goes on.
 """
 
 import dataclasses
@@ -23,17 +25,15 @@ from accelerate.utils import broadcast_object_list
 
 from hf_hpmkd.chain_probes import StudentBuilder
 from hf_hpmkd.chain_stages import Stages, WarmBuild
-from hf_hpmkd.classifier_training import student_schedule, total_steps, train_or_load
+from hf_hpmkd.classifier_training import student_schedule, train_or_load
 from hf_hpmkd.components.adaptive_configuration import (
     DIRECT,
-    SPACE,
     Choice,
     Configuration,
     Example,
     Judged,
     Leads,
     choose,
-    configurations,
     judge,
     propose,
 )
@@ -45,14 +45,19 @@ from hf_hpmkd.expected_gain import Predictor, contended, most_alike, portfolio, 
 from hf_hpmkd.heads import find_classifier_head
 from hf_hpmkd.kept_student import Proof
 from hf_hpmkd.meta_features import LANDMARK, landmark_features
-from hf_hpmkd.model_cost import training_flops
+from hf_hpmkd.planned_tries import plan_tries
 from hf_hpmkd.recipe import Recipe
-from hf_hpmkd.recipe_rules import uses_teachers, usual_learning_rate
+from hf_hpmkd.recipe_configuration import (
+    configuration_of,
+    free_fields,
+    overrides_of,
+    possible_configurations,
+    with_values,
+)
+from hf_hpmkd.recipe_rules import uses_teachers
 from hf_hpmkd.run_context import Run
 from hf_hpmkd.run_record import AutoRecord, TrialRecord
-from hf_hpmkd.search_budget import at_once, budget_steps, halving, most_candidates, stacked_steps
-from hf_hpmkd.stacked_students import lookups
-from hf_hpmkd.stacked_tries import answers_at_once, can_stand, can_try_at_once
+from hf_hpmkd.stacked_tries import answers_at_once
 from hf_hpmkd.student_features import accuracy_at, features_before, landmark_loss
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
 from hf_hpmkd.training_folder import done_file, move_training, write_json
@@ -68,10 +73,6 @@ HOPE = 0.0
 PROOF = 1.5
 """Standard errors by which its student must then be better than the directly trained one. With one, more runs lose,
 some by over half a point; two give up more gain than they spare loss (on rows of the training splits of 33 tables)."""
-
-_FACTORS = ("learning_rate", "weight_decay")
-_SECTION = {name: "training" if name in _FACTORS else "distillation" for name in SPACE} | {"warm_start": "chain"}
-_TAUGHT = tuple(name for name, section in _SECTION.items() if section == "distillation")
 
 
 def configure(
@@ -111,51 +112,15 @@ def proof_needed(recipe: Recipe, auto: AutoRecord | None) -> Proof | None:
     """
     if auto is None or recipe.auto.mode == "off" or "alpha" not in free_fields(recipe):
         return None
-    chosen = str(Configuration(**auto.configuration))
-    tried = [one for one in auto.trials if one.name == chosen] if auto.seeds else []
-    return Proof(PROOF, auto.seeds, tried[0].gain, tried[0].standard_error) if tried else Proof(PROOF)
+    chosen = Configuration(**auto.configuration)
+    tried = [one for one in auto.trials if one.name == str(chosen)] if auto.seeds else []
+    if not tried or (chosen.distils and _has_stages(recipe)):  # tries hear the teachers alone
+        return Proof(PROOF)
+    return Proof(PROOF, auto.seeds, tried[0].gain, tried[0].standard_error)
 
 
-def with_values(recipe: Recipe, overrides: dict[str, dict[str, Any]]) -> Recipe:
-    """The recipe with these values, by section."""
-    sections = {name: dataclasses.replace(getattr(recipe, name), **values) for name, values in overrides.items()}
-    return dataclasses.replace(recipe, **sections)
-
-
-def free_fields(recipe: Recipe) -> list[str]:
-    """What may be chosen: what `auto.choose` lists, else what the recipe leaves at its default."""
-    return _left_at_default(recipe) if recipe.auto.choose is None else list(recipe.auto.choose)
-
-
-def _left_at_default(recipe: Recipe) -> list[str]:
-    sections = {"distillation": recipe.distillation, "training": recipe.training, "chain": recipe.chain}
-    defaults = {name: vars(type(section)()) for name, section in sections.items()}
-    usual = usual_learning_rate(recipe.student.model, recipe.student.pretrained)
-    defaults["training"] = {**defaults["training"], "learning_rate": usual}
-    return [name for name in SPACE if getattr(sections[_SECTION[name]], name) == defaults[_SECTION[name]][name]]
-
-
-def own_can_stand(recipe: Recipe) -> bool:
-    """Whether the recipe's own configuration, where it is a candidate, can be tried in a stack."""
-    return set(_TAUGHT) <= set(_left_at_default(recipe)) or can_stand(configuration_of(recipe))
-
-
-def configuration_of(recipe: Recipe) -> Configuration:
-    """The recipe's own way to train the student."""
-    return Configuration(**{name: getattr(recipe.distillation, name) for name in _TAUGHT})
-
-
-def overrides_of(configuration: Configuration, recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Section -> key -> value: what a configuration changes in a recipe."""
-    one, now = configuration, recipe.distillation
-    training = {name: getattr(one, name) * getattr(recipe.training, name) for name in _FACTORS}
-    if not one.distils:
-        silent = {"alpha": 0.0, "feature_weight": 0.0, "hint_weight": 0.0}
-        return {"distillation": silent, "training": training, "chain": {"warm_start": one.warm_start}}
-    taught = {name: getattr(one, name) for name in _TAUGHT}
-    if one.temperature_schedule == "learned":
-        taught["temperature"] = min(max(one.temperature, now.temperature_min), now.temperature_max)
-    return {"distillation": taught, "training": training}
+def _has_stages(recipe: Recipe) -> bool:
+    return recipe.chain.length != 0 or bool(recipe.chain.models)
 
 
 def _candidates_from(examples: Sequence[Example]) -> str:
@@ -193,20 +158,9 @@ class _Search:
         self.run, self.recipe, self.parts, self.teachers = run, run.recipe, parts, list(teachers)
         self.build_student, self.student, self.direct_folder = build_student, student, direct
         self.folder = run.folder / FOLDER
-        self.total = total_steps(self.recipe, student_schedule(self.recipe), len(parts.train))
         self.blueprint = build_student(meta=True)
-        rows_per_step = self.recipe.training.batch_size * self.recipe.training.gradient_accumulation_steps
-        self.operations = training_flops(self.blueprint, parts.train) * rows_per_step
-        mode = self.recipe.auto.mode
-        self.budget = budget_steps(mode, self.total, self.operations)
-        # Direct training that the run does anyway costs nothing; else the landmark is paid for.
-        spare = self.budget if direct is not None else self.budget - round(LANDMARK * self.total)
-        self.rungs = halving(self.total, max(spare, 0), most_candidates(mode))
-        self.most, self.seeds = self.rungs[0].candidates if self.rungs else 0, 0
-        if can_try_at_once(self.recipe, parts, self.blueprint.model) and own_can_stand(self.recipe):
-            most, seeds = at_once(mode, self.total, max(spare, 0), self.operations, lookups(self.blueprint.model))
-            if seeds:
-                self.rungs, self.most, self.seeds = [], most, seeds
+        self.plan = plan_tries(self.recipe, parts, self.blueprint, direct is not None)
+        self.total, self.rungs, self.seeds = self.plan.total, self.plan.rungs, self.plan.seeds
         self.direct = _Trial("direct", DIRECT)
         self.tried: list[_Trial] = []
         self.curve: list[dict[str, float]] = []
@@ -246,7 +200,7 @@ class _Search:
         because they cannot go on.
         """
         file, rungs = self.folder / "rungs.json", ["mean", *([rung.step, rung.candidates] for rung in self.rungs)]
-        rungs += [["at once", self.most, self.seeds]] if self.seeds else []
+        rungs += [["at once", self.plan.most, self.seeds]] if self.seeds else []
         if self.run.is_main:
             if self.folder.exists() and not (file.is_file() and json.loads(file.read_text(encoding="utf-8")) == rungs):
                 shutil.rmtree(self.folder)
@@ -258,10 +212,8 @@ class _Search:
         self, decided: Choice, features: dict[str, float], knowledge: Predictor, examples: Sequence[Example],
         records: list[TrialRecord], going_on: list[_Trial], seconds: float, started: float,
     ) -> AutoRecord:  # fmt: skip
-        students = (len(self.tried) + 1) * self.seeds
         spent = self.direct.steps + sum(trial.steps for trial in self.tried)
-        if students:
-            spent += stacked_steps(self.total, students, self.operations, lookups(self.blueprint.model))
+        spent += self.plan.at_once_steps(len(self.tried)) if self.seeds else 0
         return AutoRecord(
             reason=decided.reason,
             knowledge=knowledge.words() + _candidates_from(examples),
@@ -271,7 +223,7 @@ class _Search:
             features={name: value for name, value in features.items() if value == value},  # without NaN
             trials=records,
             total_steps=self.total,
-            budget_steps=min(self.budget, most_candidates(self.recipe.auto.mode) * self.total),  # more is of no use
+            budget_steps=self.plan.budget,
             extra_steps=spent - sum(trial.steps for trial in going_on),
             seconds=seconds,
             extra_seconds=seconds - sum(trial.seconds for trial in going_on),
@@ -327,16 +279,12 @@ class _Search:
     def _promising(
         self, features: dict[str, float], knowledge: Predictor, examples: Sequence[Example]
     ) -> list[dict[str, Any]]:
-        own = configuration_of(self.recipe)
-        possible = configurations(free_fields(self.recipe), own)
-        # What is not left at its default, the recipe's author has thought about.
-        careful = not set(_TAUGHT) <= set(_left_at_default(self.recipe))
-        found = [one for one in dict.fromkeys([*possible, own] if careful else possible) if self._can_train(one)]
-        if self.seeds:
-            found = [one for one in found if can_stand(one)]
-        place = found.index(own) if careful and own in found else None
+        possible, place = possible_configurations(self.recipe)
+        own = None if place is None else possible[place]
+        found = [one for one in possible if self.plan.will_try(one) and self._can_train(one)]
+        place = found.index(own) if own in found else None
         prediction = knowledge.predict(features, found)
-        chosen = propose(prediction, found, self.most, place, portfolio(features, examples, found))
+        chosen = propose(prediction, found, self.plan.most, place, portfolio(features, examples, found))
         expected = list(zip(prediction.gain.tolist(), prediction.spread.tolist(), strict=True))
         return [{"configuration": dataclasses.asdict(found[one]), "expected": expected[one]} for one in chosen]
 
@@ -464,9 +412,8 @@ class _Search:
         going_on: list[tuple[_Trial, Path]] = []
         if self.direct_folder is not None:
             going_on.append((self.direct, self.direct_folder))
-        chain = self.recipe.chain
         for winner in winners:
-            taught_alike = (chain.length == 0 and not chain.models) or not winner.configuration.distils
+            taught_alike = not (winner.configuration.distils and _has_stages(self.recipe))
             if (winner is not self.direct or self.direct_folder is None) and taught_alike:
                 going_on.append((winner, self.student))
         for trial, target in going_on:

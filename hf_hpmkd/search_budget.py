@@ -20,13 +20,16 @@ _OPERATIONS_PER_SECOND = 5e9
 # 9 ms a step on a core that has other work too.
 _SECONDS_PER_STEP = 0.010
 
-# Of students that are trained at once: of a step of all, of each of them, and of each of its category columns. Of 76
-# MLPs of 16 units that is about twice what a core takes that has nothing else to do.
-_SECONDS_PER_STACKED_STEP, _SECONDS_PER_STACKED, _SECONDS_PER_LOOKUP = 0.002, 0.00015, 0.00001
+# Of students that are trained at once: of a step of all, and of each of them. Of 76 MLPs of 16 units that is about
+# twice what a core takes that has nothing else to do.
+_SECONDS_PER_STACKED_STEP, _SECONDS_PER_STACKED = 0.002, 0.00015
+_OPERATIONS_PER_LOOKUP, _OPERATIONS_PER_EMBEDDED = 50_000, 75  # per category column, and per weight of its codes
 
 _FEW, _MANY = 4, 8
 _FEW_AT_ONCE, _MANY_AT_ONCE = 18, 36
-_LEAST_AT_ONCE = 8  # candidates; a search for fewer had better begin with short tries
+LEAST_AT_ONCE = 8
+"""Candidates; a search for fewer had better begin with short tries."""
+
 _MOST_SEEDS = 4
 _LEAST_SECONDS = 20.0
 _SHARES = {"fast": 0.35, "thorough": 2.0}
@@ -89,30 +92,37 @@ def budget_steps(mode: str | float, total_steps: int, operations_per_step: float
 
 
 def at_once(
-    mode: str | float, total_steps: int, budget: int, operations_per_step: float, lookups: int = 0
+    mode: str | float, total_steps: int, budget: int, operations_per_step: float, lookups: float = 0.0
 ) -> tuple[int, int]:
     """How many candidates are tried to their end at once, beside direct training, and how often each, where a student
     can be stacked: (candidates, seeds), as many as fit into the budget. (0, 0) where too few would.
 
-    budget, operations_per_step: as of `budget_steps`, of one student alone. lookups: its category columns.
+    budget, operations_per_step: as of `budget_steps`, of one student alone. lookups: as of `stacked_steps`.
     """
     fit, most = 0, _MOST_SEEDS * (_MANY_AT_ONCE + 1)
     while fit < most and stacked_steps(total_steps, fit + 1, operations_per_step, lookups) <= budget:
         fit += 1
     candidates = min(_FEW_AT_ONCE if mode == "fast" else _MANY_AT_ONCE, fit - 1)
-    if candidates < _LEAST_AT_ONCE:
+    if candidates < LEAST_AT_ONCE:
         return 0, 0
     return candidates, min(fit // (candidates + 1), _MOST_SEEDS)
 
 
-def stacked_steps(total_steps: int, students: int, operations_per_step: float, lookups: int = 0) -> int:
+def stacked_steps(total_steps: int, students: int, operations_per_step: float, lookups: float = 0.0) -> int:
     """Steps of one student alone that take as long as so many students trained at once, to the end of total_steps.
-    lookups: category columns of each.
+    lookups: `lookup_operations` of each of them.
     """
     arithmetic = operations_per_step / _OPERATIONS_PER_SECOND
-    of_each = _SECONDS_PER_STACKED + lookups * _SECONDS_PER_LOOKUP + arithmetic
+    of_each = _SECONDS_PER_STACKED + lookups / _OPERATIONS_PER_SECOND + arithmetic
     of_all = _SECONDS_PER_STACKED_STEP + students * of_each
     return math.ceil(total_steps * of_all / (_SECONDS_PER_STEP + arithmetic))
+
+
+def lookup_operations(columns: int, weights: int) -> float:
+    """What category columns cost a stacked student at a step besides arithmetic, in operations that take as long.
+    weights: of the embeddings of their codes, each of which is changed at every step, read or not.
+    """
+    return float(columns * _OPERATIONS_PER_LOOKUP + weights * _OPERATIONS_PER_EMBEDDED)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,9 +42,19 @@ class StackedStudent:
         return (self.kd_kind, self.temperature, self.target) if self.alpha > 0 else ("", 0.0, 0)
 
 
-def lookups(model: object) -> int:
-    """Category columns of a model that can be stacked."""
-    return len(model.config.cardinalities) if isinstance(model, TabularForClassification) else 0
+def columns(model: object) -> int:
+    """Numbers and codes that a model which can be stacked sees of a row."""
+    if not isinstance(model, TabularForClassification):
+        return 0
+    return model.config.num_numeric + len(model.config.cardinalities)
+
+
+def embedded(model: object) -> tuple[int, int]:
+    """Category columns of a model that can be stacked, and the weights of their embeddings."""
+    if not isinstance(model, TabularForClassification):
+        return 0, 0
+    tables = zip(model.config.cardinalities, model.config.embedding_sizes, strict=True)
+    return len(model.config.cardinalities), sum(codes * size for codes, size in tables)
 
 
 def can_stack(model: object) -> bool:

@@ -1,8 +1,9 @@
 """Tries of the adaptive configuration to the very end of a training, many at once and each several times, for students
 that can be stacked.
 
-Two things are left out that hardly matter for a choice: the gate sees what the teachers say and not what the student
-makes of it, and rows come in another order than in the run's own trainings. So a try does not go on as the student.
+Some of the run's own training is left out, which hardly matters for a choice: the gate sees what the teachers say and
+not what the student makes of it, and is not taught on after its warm-up; rows come in another order. So a try does not
+go on as the student.
 """
 
 import math
@@ -26,20 +27,34 @@ from hf_hpmkd.losses import log_mixture
 from hf_hpmkd.progress import progress_bar
 from hf_hpmkd.recipe import Recipe
 from hf_hpmkd.run_context import Run
-from hf_hpmkd.stacked_students import StackedStudent, can_stack, stack_answers, train_stack
+from hf_hpmkd.stacked_students import StackedStudent, can_stack, columns, stack_answers, train_stack
 from hf_hpmkd.tasks.base import Rows
 from hf_hpmkd.teacher_kinds import Teacher, TorchTeacher
 from hf_hpmkd.training_args import HPMKDTrainingArguments
 
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
-_MOST_VALUES = 20_000_000  # of a target, which is kept for all rows
+# Whose rate depends on the step alone.
+_SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+_MOST_VALUES = 20_000_000  # of what the teachers say of all rows, and of what students see of them
+_ROWS_AT_ONCE = 4096  # of the gate, which takes kilobytes for each
 
 
 def can_try_at_once(recipe: Recipe, parts: DataParts, student: object) -> bool:
-    """Whether tries of this student (a model, or one on the meta device) can be stacked: an MLP, trained as usual."""
+    """Whether tries of this student (a model, or one on the meta device) can be stacked: an MLP, trained as usual, on
+    so many rows that all they need fits into memory.
+    """
     training, distillation = recipe.training, recipe.distillation
     usual = (
         training.optimizer in _OPTIMIZERS
+        and training.lr_scheduler in _SCHEDULERS
         and training.optimizer_args is None
         and training.gradient_accumulation_steps == 1
         and training.precision == "fp32"
@@ -50,8 +65,10 @@ def can_try_at_once(recipe: Recipe, parts: DataParts, student: object) -> bool:
         and distillation.feature_weight == 0
         and distillation.hint_weight == 0
     )
-    small = len(parts.train) * len(parts.class_names) <= _MOST_VALUES
-    return can_stack(student) and usual and teachers_usual and small and not parts.num_views
+    if not (can_stack(student) and usual and teachers_usual) or parts.num_views:
+        return False
+    said = len(recipe.teachers) * len(parts.class_names)
+    return len(parts.train) * max(said, columns(student)) <= _MOST_VALUES
 
 
 def can_stand(configuration: Configuration) -> bool:
@@ -178,9 +195,12 @@ class _Targets:
             if ensemble.is_trained_on_guide:
                 updates = (asked.gate_warmup_steps, GATE_WARMUP_BATCH)
                 ensemble.warm_up(_no_features(guide), ensemble.calibrated(of_guide), guide.labels, *updates)
-            calibrated = ensemble.calibrated(logits)
-            weights = ensemble.weights(_no_features(self.parts.train), calibrated, self.parts.train.labels)
-            self._mixtures[gate] = ensemble.taught(calibrated), weights
+            taught, weights = [], []
+            for rows in torch.arange(len(self.parts.train)).split(_ROWS_AT_ONCE):
+                calibrated = ensemble.calibrated(logits[:, rows])
+                taught.append(ensemble.taught(calibrated))
+                weights.append(ensemble.weights(torch.zeros(len(rows), 1), calibrated, self.parts.train.labels[rows]))
+            self._mixtures[gate] = torch.cat(taught, dim=1), torch.cat(weights)
         return self._mixtures[gate]
 
 

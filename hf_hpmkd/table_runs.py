@@ -21,8 +21,8 @@ from hf_hpmkd.components.adaptive_configuration import Configuration
 from hf_hpmkd.data import DataParts
 from hf_hpmkd.distill import student_builder
 from hf_hpmkd.evaluation import evaluate_teachers, teacher_logits
-from hf_hpmkd.quick_validation import overrides_of, with_values
 from hf_hpmkd.recipe import Recipe, TeacherConfig, read_recipe
+from hf_hpmkd.recipe_configuration import overrides_of, with_values
 from hf_hpmkd.recipe_parts import recipe_parts
 from hf_hpmkd.recipe_rules import is_sklearn, teacher_names
 from hf_hpmkd.run_context import Run, new_record

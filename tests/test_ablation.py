@@ -4,8 +4,8 @@ import pytest
 
 from hf_hpmkd.ablation import COMPONENTS, FULL, ablation_methods
 from hf_hpmkd.methods import method_recipe
-from hf_hpmkd.quick_validation import free_fields
 from hf_hpmkd.recipe import bundled_recipes, load_recipe
+from hf_hpmkd.recipe_configuration import free_fields
 
 ALL_ON = ["chain.length=1", "distillation.temperature_schedule=learned", "auto.mode=fast"]
 COLD = "chain.warm_start=false"

@@ -21,8 +21,8 @@ from hf_hpmkd.configuration_examples import SCHEMA, prior_row, provenance, read_
 from hf_hpmkd.distill import student_builder
 from hf_hpmkd.expected_gain import by_setting, contended
 from hf_hpmkd.prior_build import build_prior
-from hf_hpmkd.quick_validation import overrides_of, with_values
 from hf_hpmkd.recipe import recipe_from_line
+from hf_hpmkd.recipe_configuration import overrides_of, with_values
 from hf_hpmkd.recipe_rules import family
 from hf_hpmkd.table_runs import TableRuns, kind_of
 

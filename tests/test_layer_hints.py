@@ -16,8 +16,8 @@ from hf_hpmkd.classifiers import build_classifier
 from hf_hpmkd.cli import main
 from hf_hpmkd.components.adaptive_configuration import DIRECT
 from hf_hpmkd.layer_hints import HintPoint, LayerHints, hint_points, layer_hint_loss
-from hf_hpmkd.quick_validation import overrides_of
 from hf_hpmkd.recipe import RecipeError, fingerprint, read_recipe
+from hf_hpmkd.recipe_configuration import overrides_of
 from hf_hpmkd.run_record import RunRecord
 from hf_hpmkd.tasks.base import UNAUGMENTED
 from hf_hpmkd.teacher_kinds import TorchTeacher

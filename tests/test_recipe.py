@@ -11,7 +11,6 @@ import yaml
 from hf_hpmkd import vocabulary
 from hf_hpmkd.classifier_training import stage_schedule, student_schedule, teacher_schedule
 from hf_hpmkd.data import load_parts
-from hf_hpmkd.quick_validation import free_fields
 from hf_hpmkd.recipe import (
     Recipe,
     RecipeError,
@@ -26,6 +25,7 @@ from hf_hpmkd.recipe import (
     recipe_tree,
     section_keys,
 )
+from hf_hpmkd.recipe_configuration import free_fields
 from hf_hpmkd.recipe_faults import parse_yaml
 from hf_hpmkd.recipe_parts import recipe_parts
 from hf_hpmkd.recipe_rules import USUAL_NAMES, family, is_trained_here, start_told, teacher_names

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hf_hpmkd.recipe import RecipeError, fingerprint, read_recipe, recipe_tree
-from hf_hpmkd.search_budget import at_once, budget_steps, halving, most_candidates, stacked_steps
+from hf_hpmkd.search_budget import at_once, budget_steps, halving, lookup_operations, most_candidates, stacked_steps
 
 TREE = {
     "data": {"path": "sklearn:wine"},
@@ -102,6 +102,12 @@ def test_what_is_tried_at_once_stays_within_the_budget(mode: str | float, total:
 
 def test_large_students_are_not_tried_at_once_and_small_ones_are() -> None:
     assert at_once("fast", 1_000, budget_steps("fast", 1_000, 1e5), 1e5) == (18, 4)
-    assert at_once("fast", 1_000, budget_steps("fast", 1_000, 1e5), 1e5, lookups=22) == (18, 2)
+    few, many = (
+        lookup_operations(22, 300),
+        lookup_operations(1, 50_000),
+    )  # the codes of a column with thousands of values
+    assert at_once("fast", 1_000, budget_steps("fast", 1_000, 1e5), 1e5, few) == (18, 2)
+    assert at_once("fast", 1_000, budget_steps("fast", 1_000, 1e5), 1e5, many) == (18, 1)
+    assert at_once("fast", 1_000, budget_steps("fast", 1_000, 1e5), 1e5, 10 * many) == (0, 0)
     assert at_once("fast", 1_000, budget_steps("fast", 1_000, 1e9), 1e9) == (0, 0)
     assert at_once("fast", 50_000, budget_steps("fast", 50_000, 3e5), 3e5) == (0, 0)

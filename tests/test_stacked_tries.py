@@ -16,8 +16,9 @@ from hf_hpmkd.components.adaptive_configuration import DIRECT, Configuration
 from hf_hpmkd.components.attention_ensemble import label_weights
 from hf_hpmkd.kept_student import Proof, distilled_folder
 from hf_hpmkd.losses import log_mixture
+from hf_hpmkd.planned_tries import plan_tries
 from hf_hpmkd.recipe import read_recipe
-from hf_hpmkd.run_record import RunRecord
+from hf_hpmkd.run_record import AutoRecord, RunRecord, TrialRecord
 from hf_hpmkd.run_steps import student_builder
 from hf_hpmkd.stacked_tries import answers_at_once, can_stand, can_try_at_once
 from hf_hpmkd.table_runs import TableRuns
@@ -139,6 +140,7 @@ def test_rates_are_those_of_the_trainer(small: SimpleNamespace) -> None:
         ("training", {"gradient_accumulation_steps": 2}),
         ("training", {"precision": "bf16"}),
         ("training", {"keep": "best"}),
+        ("training", {"lr_scheduler": "reduce_lr_on_plateau"}),
         ("distillation", {"teacher_outputs": "live"}),
     ],
     ids=str,
@@ -151,6 +153,55 @@ def test_students_that_are_trained_otherwise_are_tried_one_by_one(
     assert not can_try_at_once(small.run.recipe, small.parts, torch.nn.Linear(2, 2))
     recipe = read_recipe(tree(tmp_path, **{section: values}), "a test")
     assert not can_try_at_once(recipe, small.parts, student)
+
+
+def test_what_would_not_fit_into_memory_is_tried_one_by_one(
+    small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, rows = small.build(meta=True).model, len(small.parts.train)
+    monkeypatch.setattr(stacked_tries, "_MOST_VALUES", 13 * rows)  # 13 numbers a row, two teachers of three classes
+    assert can_try_at_once(small.run.recipe, small.parts, student)
+    monkeypatch.setattr(stacked_tries, "_MOST_VALUES", 13 * rows - 1)
+    assert not can_try_at_once(small.run.recipe, small.parts, student)
+
+
+def test_the_gate_weighs_rows_in_pieces(small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Configuration(alpha=0.5, temperature=2.0)
+    found = []
+    for pieces in (4096, 7):
+        monkeypatch.setattr(stacked_tries, "_ROWS_AT_ONCE", pieces)
+        targets = stacked_tries._Targets(small.run, small.parts, small.teachers)
+        found.append(targets.found[targets.of(one)])
+    torch.testing.assert_close(*found, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("choose", "at_once"), [(["temperature_schedule"], False), (["alpha", "temperature"], True), (["alpha"], False)]
+)
+def test_few_candidates_are_tried_one_by_one(
+    small: SimpleNamespace, tmp_path: Path, choose: list[str], at_once: bool
+) -> None:
+    """So a schedule that is asked for is tried, though no stack can."""
+    recipe = read_recipe({**tree(tmp_path), "auto": {"mode": "fast", "choose": choose}}, "a test")
+    planned = plan_tries(recipe, small.parts, small.build(meta=True), direct=True)
+    assert bool(planned.seeds) == at_once == (not planned.rungs)
+
+
+def test_students_of_a_chain_have_no_other_pairs(tmp_path: Path) -> None:
+    """A stage teaches them too, or lends its weights; what hears no teacher is trained as in its tries."""
+    about = {"reason": "", "knowledge": "", "alike": [], "overrides": {}, "features": {}, "total_steps": 9}
+    numbers = {"budget_steps": 9, "extra_steps": 9, "seconds": 1.0, "deciding_seconds": 1.0, "seeds": 3}
+    for one, chain, counted in (
+        (Configuration(alpha=0.5), {}, True),
+        (Configuration(alpha=0.5), {"length": 1}, False),
+        (Configuration(alpha=0.5), {"models": ["mlp-8"]}, False),
+        (Configuration(learning_rate=2.0), {"models": ["mlp-8"]}, True),
+    ):
+        trial = TrialRecord(str(one), 9, 2.0, 0.5, (0.0, 1.0))
+        auto = AutoRecord(**about, **numbers, configuration=dataclasses.asdict(one), trials=[trial])
+        recipe = read_recipe(tree(tmp_path, chain=chain), "a test")
+        expected = Proof(1.5, 3, 2.0, 0.5) if counted else Proof(1.5)
+        assert quick_validation.proof_needed(recipe, auto) == expected
 
 
 def test_targets_that_move_cannot_stand() -> None:

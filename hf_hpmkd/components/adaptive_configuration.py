@@ -368,7 +368,7 @@ def choose(
     alpha: then the best candidate is taken whatever it promises. rows: what measured, in words.
     """
     if not judged:
-        return Choice(fallback, f"{fallback}, because the budget does not suffice to try anything")
+        return Choice(fallback, f"{fallback}, because there was nothing to try within the budget")
     promising = [one for one in judged if one.gain[0] > margin * one.gain[1]]
     best = max(promising or judged, key=lambda one: one.rank)
     told = (
