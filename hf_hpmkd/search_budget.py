@@ -23,7 +23,7 @@ _SECONDS_PER_STEP = 0.010
 # Of students that are trained at once: of a step of all, and of each of them. Of 76 MLPs of 16 units that is about
 # twice what a core takes that has nothing else to do.
 _SECONDS_PER_STACKED_STEP, _SECONDS_PER_STACKED = 0.002, 0.00015
-_OPERATIONS_PER_LOOKUP, _OPERATIONS_PER_EMBEDDED = 50_000, 75  # per category column, and per weight of its codes
+_OPERATIONS_PER_LOOKUP, _OPERATIONS_PER_EMBEDDED = 49_000, 50  # per category column, and per weight of its codes
 
 _FEW, _MANY = 4, 8
 _FEW_AT_ONCE, _MANY_AT_ONCE = 18, 36
