@@ -95,7 +95,7 @@ METHODS = (
     Method("kd-best", "plain KD (Hinton) from the single teacher that is best on guide rows", PLAIN, "best"),
     Method("kd-mean", "plain KD from the plain mean of all teachers", PLAIN),
     Method("hpmkd", "the recipe as it is"),
-    Method("adaptive", "the recipe, its configuration chosen by short tries (fast)", ("auto.mode=fast",)),
+    Method("adaptive", "the recipe, its configuration chosen by tries (fast)", ("auto.mode=fast",)),
     Method(
         "ca-mkd",
         "KD from the mean weighted by each teacher's loss on the label (CA-MKD, logits only)",

@@ -176,7 +176,7 @@ class _Search:
         judged: list[tuple[_Trial, Judged, TrialRecord]] = []
         records: list[TrialRecord] = []
         if self.seeds:
-            judged = self._judge_at_once(trials, leads)
+            judged = sorted(self._judge_at_once(trials, leads), key=lambda one: one[1].rank, reverse=True)
             records = [record for _, _, record in judged]
         for rung in self.rungs:
             if judged:

@@ -290,9 +290,7 @@ class Recipe:
     chain: ChainConfig = Field(
         default_factory=ChainConfig, description="Intermediate models between the teachers and the student."
     )
-    auto: AutoConfig = Field(
-        default_factory=AutoConfig, description="Whether the configuration is chosen by short tries."
-    )
+    auto: AutoConfig = Field(default_factory=AutoConfig, description="Whether the configuration is chosen by tries.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="The student's training loop.")
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig, description="Who does the jobs of a run.")
     output: OutputConfig = Field(default_factory=OutputConfig, description="Where the run goes.")

@@ -123,13 +123,14 @@ def deciding_parts(record: RunRecord) -> str:
 
 def kept_told(record: RunRecord) -> str:
     """Which student the run kept, in a sentence; "" where there was no choice."""
-    if (kept := record.kept) is None:
+    other, kept, stages = record.other_name, record.kept, record.chain is not None and record.chain.stages
+    if kept is None:
         return ""
-    other = record.other_name
     rows = f"{kept.rows:,} {deciding_parts(record)} rows"
     gain = f"{kept.gain:+.2f} ± {kept.standard_error:.2f} points for the {other} one on {rows}"
     if kept.needed is not None:
-        gain += f", {kept.needed:+.2f} asked for"
+        tries = record.auto is not None and record.auto.seeds > 0 and not stages
+        gain += f", {kept.needed:+.2f} asked for" + " after what its tries showed" * tries
     if kept.kept == "distilled":
         return f"Kept: the {other} student ({gain})."
     return f"Kept: the directly trained student ({gain}); the {other} one is in `distilled/` of the run's folder."
@@ -137,8 +138,7 @@ def kept_told(record: RunRecord) -> str:
 
 def auto_section(record: RunRecord) -> str:
     """What the adaptive configuration tried and chose, as Markdown; "" for a run that took its recipe as it is."""
-    auto = record.auto
-    if auto is None:
+    if (auto := record.auto) is None:
         return ""
     lines = [f"## Configuration\n\nChosen: {auto.reason}. Expectations come from {auto.knowledge}."]
     if auto.alike:

@@ -28,7 +28,7 @@ _OPERATIONS_PER_LOOKUP, _OPERATIONS_PER_EMBEDDED = 49_000, 50  # per category co
 _FEW, _MANY = 4, 8
 _FEW_AT_ONCE, _MANY_AT_ONCE = 18, 36
 LEAST_AT_ONCE = 8
-"""Candidates; a search for fewer had better begin with short tries."""
+"""Candidates; a search for fewer had better try them one by one, the first steps first."""
 
 _MOST_SEEDS = 4
 _LEAST_SECONDS = 20.0
@@ -37,7 +37,7 @@ _SHARES = {"fast": 0.35, "thorough": 2.0}
 
 @dataclass(config=_STRICT, kw_only=True)
 class AutoConfig:
-    """The adaptive configuration: how the student is trained is tried shortly, and chosen, before it is trained."""
+    """The adaptive configuration: how the student is trained is tried, and chosen, before it is trained."""
 
     mode: Literal["off", "fast", "thorough"] | Annotated[float, Field(gt=0)] = Field(
         "off",

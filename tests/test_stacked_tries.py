@@ -227,6 +227,8 @@ def test_a_run_tries_at_once_and_trains_what_is_furthest_ahead(
     said = capsys.readouterr().out
     assert f"Tried {len(auto.trials)} ways at once, each 4 times, to the end" in said
     card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert "asked for after what its tries showed" in card
+    assert [trial.gain for trial in auto.trials] == sorted((trial.gain for trial in auto.trials), reverse=True)
     assert "on the same validation and guide rows" in card and "4 of each at once" in card
     asked = tree(tmp_path / "asked", auto="off")
     for section, values in auto.overrides.items():
