@@ -111,6 +111,8 @@ def test_what_tries_add_is_told_without_what_went_on() -> None:
     second["methods"]["auto"]["trials"] = [{"name": "given up", "seconds": 3.0}]
     told = "Tries took 2.0 s a run, 4.5 s of it (at most 6.0) on tries that did not go on"  # 1 + 5 beside the winner, 3
     assert told in summary([first, second])
+    first["methods"]["auto"]["seeds"] = 4  # many at once, of which none goes on: the winner's 9 too
+    assert "9.0 s of it (at most 15.0) on tries that did not go on" in summary([first, second])
 
 
 def test_losses_are_told_from_what_one_test_row_may_do() -> None:
