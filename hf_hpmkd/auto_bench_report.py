@@ -152,7 +152,7 @@ def _never_worse(sets: Sequence[list[dict[str, Any]]]) -> str:
 
 
 def _extra_seconds(auto: dict[str, Any]) -> float:
-    """What was spent on tries beside direct training and the winner, whose tries go on, unless all were made at once."""
+    """What was spent on tries beside direct training and the winner, whose tries go on, unless all were at once."""
     going_on = None if auto.get("seeds") else auto["chosen"]
     spent = {trial["name"]: trial["seconds"] for trial in auto["trials"] if trial["name"] != going_on}
     return sum(spent.values())  # the last rung's seconds are those of all before
