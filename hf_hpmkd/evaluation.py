@@ -110,19 +110,23 @@ def teacher_logits(
     teachers: Sequence[Teacher], rows: Rows, recipe: Recipe, cache: TeacherCache, say: Callable[[str], None]
 ) -> torch.Tensor:
     """Logits `(teachers, rows, classes)` of unaugmented rows, from the cache or computed now. Not for training rows."""
-    everything = torch.arange(len(rows))
-    for teacher in teachers:  # a training leaves them on the CPU
-        teacher.to(PartialState().device)
-    stored = _outputs(teachers, rows, recipe, cache, say, "full", 0)
-    return stored.lookup(everything, torch.full_like(everything, UNAUGMENTED))
+    return _unaugmented(teachers, rows, recipe, cache, say, "full")
 
 
 def taught_logits(
     teachers: Sequence[Teacher], rows: Rows, recipe: Recipe, cache: TeacherCache, say: Callable[[str], None]
 ) -> torch.Tensor:
     """The same of training rows without views, as a student hears them: in the recipe's mode."""
+    return _unaugmented(teachers, rows, recipe, cache, say, recipe.distillation.teacher_outputs)
+
+
+def _unaugmented(
+    teachers: Sequence[Teacher], rows: Rows, recipe: Recipe, cache: TeacherCache, say: Callable[[str], None], mode: str
+) -> torch.Tensor:
     everything = torch.arange(len(rows))
-    stored = _outputs(teachers, rows, recipe, cache, say, recipe.distillation.teacher_outputs, 0)
+    for teacher in teachers:  # a training leaves them on the CPU
+        teacher.to(PartialState().device)
+    stored = _outputs(teachers, rows, recipe, cache, say, mode, 0)
     return stored.lookup(everything, torch.full_like(everything, UNAUGMENTED))
 
 

@@ -194,15 +194,15 @@ class _Targets:
                 ensemble.calibrate(of_guide, guide.labels)
             if ensemble.is_trained_on_guide:
                 updates = (asked.gate_warmup_steps, GATE_WARMUP_BATCH)
-                ensemble.warm_up(_no_features(guide), ensemble.calibrated(of_guide), guide.labels, *updates)
+                ensemble.warm_up(_no_features(len(guide)), ensemble.calibrated(of_guide), guide.labels, *updates)
             taught, weights = [], []
             for rows in torch.arange(len(self.parts.train)).split(_ROWS_AT_ONCE):
                 calibrated = ensemble.calibrated(logits[:, rows])
                 taught.append(ensemble.taught(calibrated))
-                weights.append(ensemble.weights(torch.zeros(len(rows), 1), calibrated, self.parts.train.labels[rows]))
+                weights.append(ensemble.weights(_no_features(len(rows)), calibrated, self.parts.train.labels[rows]))
             self._mixtures[gate] = torch.cat(taught, dim=1), torch.cat(weights)
         return self._mixtures[gate]
 
 
-def _no_features(rows: Rows) -> Tensor:
-    return torch.zeros(len(rows), 1)
+def _no_features(rows: int) -> Tensor:
+    return torch.zeros(rows, 1)
